@@ -1,0 +1,58 @@
+# `make` lists the targets. Set-up happens once, in $(VENV); `make setup PYTHON=python3.12` picks the
+# Python, and VENV=/path uses an environment of yours. See CONTRIBUTING.md.
+
+PYTHON ?= python3
+VENV := .venv
+PYTEST_ARGS :=
+
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# Stands from the creation of the environment until its set-up has ended, well or in a reported
+# error. Where one is found, that set-up was killed and may have left half a package behind.
+UNFINISHED := $(VENV)/.unfinished
+CHECK_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("setup: Python 3.10 or newer is needed, and " + sys.executable + " is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.12")'
+
+.PHONY: help setup demo test lint format clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' Makefile
+
+setup: $(READY)  ## set up the virtual environment, once
+	@echo "setup: $(VENV) is ready"
+
+$(READY): setup.py $(wildcard requirements/*.txt) tools/setup_environment.py tools/install_detectron2.py
+	@if [ -e $(UNFINISHED) ]; then \
+	    echo "setup: an earlier set-up of $(VENV) was killed: starting over"; \
+	    rm -rf $(VENV); \
+	fi
+	@if [ -x $(RUN) ]; then \
+	    $(RUN) $(CHECK_PYTHON); \
+	elif [ -e $(VENV) ]; then \
+	    echo "setup: $(VENV) is there but has no working bin/python: remove it, or name another with VENV=" >&2; \
+	    exit 2; \
+	else \
+	    $(PYTHON) $(CHECK_PYTHON) && \
+	    echo "setup: creating $(VENV) with $$($(PYTHON) --version)" && \
+	    mkdir -p $(VENV) && touch $(UNFINISHED) && $(PYTHON) -m venv $(VENV); \
+	fi
+	@$(RUN) tools/setup_environment.py
+	@touch $@
+
+demo: $(READY)  ## train and evaluate Mask R-CNN on the built-in data set, into output/demo
+	$(RUN) tools/lazyconfig_train_net.py --config-file configs/demo/mask_rcnn.py
+
+test: lint  ## all checks: the linter, the type checker and the tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --durations=15 $(PYTEST_ARGS)
+
+lint: $(READY)  ## check style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy crossmae_det
+
+format: $(READY)  ## rewrite the sources in the project's style
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:  ## remove caches and build products; .venv, output and datasets stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find configs crossmae_det tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,17 @@
+"""ViTDet Mask R-CNN, ViT-B, 100 epochs: the recipe that the other configs here are diffs of."""
+
+from detectron2.config import LazyCall as L
+
+from crossmae_det.engine.hooks import PredictionPictures
+
+from ..common.coco_lsj import dataloader
+from ..common.models.mask_rcnn_vit import model
+from ..common.optim import lr_multiplier, optimizer
+from ..common.train import train
+
+train.pictures = L(PredictionPictures)(
+    output_dir="${train.output_dir}",
+    data_loader="${dataloader.test}",
+    dataset_name="${dataloader.test.dataset.names}",
+    count=8,
+)

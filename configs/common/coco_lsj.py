@@ -1,0 +1,63 @@
+"""COCO with large-scale jitter (https://arxiv.org/abs/2012.07177), as ViTDet trains.
+
+The free keys are ``image_size``, ``train.total_batch_size`` and the two ``dataset.names``: each a name that
+is registered in detectron2, or ``annotations.json:image_folder``.
+"""
+
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+from detectron2.data import build_detection_test_loader
+from omegaconf import OmegaConf
+
+from crossmae_det.data import DetectionMapper, build_train_loader, get_dataset_dicts
+from crossmae_det.evaluation import COCOEvaluator
+from crossmae_det.model_zoo import resolvers  # noqa: F401
+
+dataloader = OmegaConf.create(flags={"allow_objects": True})
+
+dataloader.image_size = 1024
+
+# Category id -> name, from the training set's json; the number of classes follows.
+dataloader.categories = "${crossmae.categories:${.train.dataset.names},${.test.dataset.names}}"
+
+dataloader.train = L(build_train_loader)(
+    dataset=L(get_dataset_dicts)(names="coco_2017_train", filter_empty=True),
+    mapper=L(DetectionMapper)(
+        is_train=True,
+        augmentations=[
+            L(T.RandomFlip)(horizontal=True),
+            L(T.ResizeScale)(
+                min_scale=0.1,
+                max_scale=2.0,
+                target_height="${dataloader.image_size}",
+                target_width="${dataloader.image_size}",
+            ),
+            # No padding here: the model pads, after the normalisation.
+            L(T.FixedSizeCrop)(
+                crop_size=["${dataloader.image_size}", "${dataloader.image_size}"], pad=False
+            ),
+        ],
+        image_format="RGB",
+        use_instance_mask="${crossmae.has_masks:${dataloader.train.dataset.names}}",
+        recompute_boxes="${.use_instance_mask}",  # a crop cuts masks, and so their boxes
+    ),
+    total_batch_size=64,
+    num_workers=4,
+    seed="${train.seed}",
+)
+
+dataloader.test = L(build_detection_test_loader)(
+    dataset=L(get_dataset_dicts)(names="coco_2017_val", filter_empty=False),
+    mapper=L(DetectionMapper)(
+        is_train=False,
+        augmentations=[
+            L(T.ResizeShortestEdge)(
+                short_edge_length="${dataloader.image_size}", max_size="${dataloader.image_size}"
+            ),
+        ],
+        image_format="${...train.mapper.image_format}",
+    ),
+    num_workers="${..train.num_workers}",
+)
+
+dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names}")

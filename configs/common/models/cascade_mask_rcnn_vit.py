@@ -1,0 +1,15 @@
+"""ViTDet's Cascade Mask R-CNN on the plain ViT, size B: three box stages instead of one."""
+
+from detectron2 import model_zoo
+
+from .mask_rcnn_vit import model
+
+_cascade = model_zoo.get_config("common/models/cascade_rcnn.py").model.roi_heads
+_heads = model.roi_heads
+_box_head = _heads.pop("box_head")
+_heads.pop("box_predictor")
+_heads.pop("proposal_matcher")
+_heads._target_ = _cascade._target_
+_heads.box_heads = [_box_head] * 3
+_heads.box_predictors = _cascade.box_predictors
+_heads.proposal_matchers = _cascade.proposal_matchers

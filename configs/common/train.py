@@ -1,0 +1,28 @@
+# What the engine reads, beside the model, the data, the optimizer and its schedule.
+train = dict(
+    output_dir="./output",
+    init_checkpoint="",  # a backbone or a pretraining run to start from, a detector to evaluate
+    epochs=100,
+    # Iterations follow: epochs x images of the training set / total batch size.
+    max_iter=(
+        "${crossmae.iterations:${train.epochs},"
+        "${dataloader.train.dataset.names},${dataloader.train.total_batch_size}}"
+    ),
+    device="auto",  # CUDA where there is one, else the CPU
+    seed=0,
+    amp=dict(enabled=True, dtype="bf16"),  # training and evaluation; "fp16" for GPUs before Ampere
+    accumulation=1,  # process a batch in so many parts, for memory; the result is the same
+    clip_grad=dict(enabled=False, max_norm=1.0),
+    ema=dict(enabled=False, decay=0.9999),  # evaluated beside the raw weights
+    compile=dict(enabled=False, module="backbone"),  # torch.compile of this part of the model
+    ddp=dict(  # options of DistributedDataParallel
+        broadcast_buffers=False,
+        find_unused_parameters=False,
+        fp16_compression=False,
+    ),
+    checkpointer=dict(period="${crossmae.fraction:${train.max_iter},20}", max_to_keep=2),
+    best_checkpoint=dict(metrics=["segm/AP", "bbox/AP"]),  # the first that the evaluation gives
+    eval_period="${crossmae.fraction:${train.max_iter},20}",
+    log_period=20,
+    pictures=None,  # a hook that draws what the model does
+)

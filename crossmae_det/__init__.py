@@ -1,0 +1,12 @@
+"""CrossMAE pretraining and plain-ViT backbones for detectron2.
+
+Importing the package registers its backbones in detectron2, where detectron2 is installed. Without it,
+``layers``, ``modeling`` and ``pretraining`` still import.
+"""
+
+from importlib.util import find_spec
+
+__version__ = "0.1.0"
+
+if find_spec("detectron2") is not None:
+    from crossmae_det import detection as detection

@@ -1,0 +1,21 @@
+"""Detection data: data sets by one string, checked, and a loader that resumes exactly."""
+
+from crossmae_det.data.coco import DatasetInfo, describe, get_dataset_dicts, resolve_name
+from crossmae_det.data.loader import TrainLoader, build_train_loader
+from crossmae_det.data.mapper import (
+    DetectionMapper,
+    ImageError,
+    UndecodableImageError,
+)
+
+__all__ = [
+    "DatasetInfo",
+    "DetectionMapper",
+    "ImageError",
+    "TrainLoader",
+    "UndecodableImageError",
+    "build_train_loader",
+    "describe",
+    "get_dataset_dicts",
+    "resolve_name",
+]

@@ -1,0 +1,175 @@
+"""From one data set record to one model input: detectron2's mapper, made to name bad images."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, PolygonMasks
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message is one line that names the file."""
+
+
+class UndecodableImageError(ImageError):
+    """An image that cannot be decoded, or whose size is not what the annotations say.
+
+    Attributes:
+        file_name: the image file.
+    """
+
+    def __init__(self, message: str, file_name: str = ""):
+        super().__init__(message, file_name)
+        self.file_name = file_name
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class DetectionMapper(DatasetMapper):
+    """detectron2's ``DatasetMapper`` for boxes, masks and keypoints, with three differences.
+
+    - An image that cannot be decoded, is not of the annotated size, or is smaller than `min_size`
+      raises an `ImageError` that names the file.
+    - Polygons and run-length masks may be mixed: an image with a run-length mask gets ``BitMasks``
+      whatever `instance_mask_format` says. Pixels that an augmentation pads are outside of every
+      mask (detectron2 marks them with 255, which its ``BitMasks`` take for inside).
+    - An image without a target gets empty ``gt_boxes`` and ``gt_masks`` like any other.
+
+    Like its base it takes either these arguments or a ``CfgNode`` (and ``is_train``, ``min_size``).
+
+    Args:
+        is_train: False leaves out the annotations.
+        augmentations: detectron2 augmentations or transforms, applied in order.
+        image_format: "RGB" or "BGR", or any other that ``read_image`` knows.
+        use_instance_mask: whether to give masks.
+        instance_mask_format: "polygon" or "bitmask".
+        recompute_boxes: make the boxes tight around the masks after augmentation.
+        use_keypoint: whether to give keypoints.
+        keypoint_hflip_indices: see detectron2's ``create_keypoint_hflip_indices``.
+        min_size: smallest height and width, in pixels, of an image file that can be used; configs
+            give the patch size.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        augmentations: Sequence[T.Augmentation | T.Transform],
+        image_format: str,
+        use_instance_mask: bool = False,
+        instance_mask_format: str = "polygon",
+        recompute_boxes: bool = False,
+        use_keypoint: bool = False,
+        keypoint_hflip_indices: np.ndarray | None = None,
+        min_size: int = 1,
+    ):
+        if instance_mask_format not in ("polygon", "bitmask"):
+            raise ValueError(
+                f"instance_mask_format={instance_mask_format!r}: choose polygon or bitmask"
+            )
+        if recompute_boxes and not use_instance_mask:
+            raise ValueError("recompute_boxes=True needs use_instance_mask=True")
+        super().__init__(
+            is_train,
+            augmentations=list(augmentations),
+            image_format=image_format,
+            use_instance_mask=use_instance_mask,
+            instance_mask_format=instance_mask_format,
+            recompute_boxes=recompute_boxes,
+            use_keypoint=use_keypoint,
+            keypoint_hflip_indices=keypoint_hflip_indices,
+        )
+        self.min_size = min_size
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Map one record.
+
+        Args:
+            dataset_dict: a record in detectron2's format; it is not modified.
+
+        Returns:
+            The record with ``image``, a uint8 tensor (C, H, W), and in training ``instances``
+            in place of ``annotations``.
+
+        Raises:
+            UndecodableImageError: the file cannot be read, or has another size than annotated.
+            ImageError: a side of the image is smaller than `min_size`.
+        """
+        dataset_dict = copy.deepcopy(dataset_dict)
+        augmented = T.AugInput(self._read(dataset_dict))
+        transforms = self.augmentations(augmented)
+        image = augmented.image
+        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, image.shape[:2])
+        return dataset_dict
+
+    def _read(self, dataset_dict: dict[str, Any]) -> np.ndarray:
+        file_name = dataset_dict["file_name"]
+        advice = "replace the file or take it out of the data set"
+        if self.is_train:
+            advice += ", or pass dataloader.train.skip_undecodable=True to leave such images out"
+        try:
+            image = utils.read_image(file_name, format=self.image_format)
+        except Exception as error:  # decoders meet damaged files with almost any exception
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UndecodableImageError(
+                f"{file_name}: the image cannot be decoded ({reason}); {advice}", file_name
+            ) from error
+        height, width = image.shape[:2]
+        try:
+            utils.check_image_size(dataset_dict, image)
+        except utils.SizeMismatchError as error:
+            raise UndecodableImageError(
+                f"{file_name}: the image is {width}x{height} pixels, but its annotations are for "
+                f"{dataset_dict['width']}x{dataset_dict['height']}; correct them, {advice}",
+                file_name,
+            ) from error
+        if min(height, width) < self.min_size:
+            raise ImageError(
+                f"{file_name}: the image is {width}x{height} pixels, smaller than the least usable "
+                f"size {self.min_size} (a patch); take it out of the data set"
+            )
+        return image
+
+    def _transform_annotations(self, dataset_dict, transforms, image_shape) -> None:
+        annotations = []
+        for annotation in dataset_dict.pop("annotations"):
+            if annotation.get("iscrowd", 0):
+                continue
+            if not self.use_instance_mask:
+                annotation.pop("segmentation", None)
+            if not self.use_keypoint:
+                annotation.pop("keypoints", None)
+            utils.transform_instance_annotations(
+                annotation,
+                transforms,
+                image_shape,
+                keypoint_hflip_indices=self.keypoint_hflip_indices,
+            )
+            if isinstance(annotation.get("segmentation"), np.ndarray):
+                annotation["segmentation"] = annotation["segmentation"] == 1  # 255 is padding
+            annotations.append(annotation)
+
+        run_lengths = any(isinstance(a.get("segmentation"), np.ndarray) for a in annotations)
+        mask_format = "bitmask" if run_lengths else self.instance_mask_format
+        instances = utils.annotations_to_instances(annotations, image_shape, mask_format)
+        if self.use_instance_mask and not annotations:
+            instances.gt_masks = (
+                PolygonMasks([])
+                if mask_format == "polygon"
+                else BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
+            )
+        if self.recompute_boxes and instances.has("gt_masks"):
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        dataset_dict["instances"] = utils.filter_empty_instances(instances)

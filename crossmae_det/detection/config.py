@@ -1,0 +1,50 @@
+"""The keys that yaml configs have on top of detectron2's."""
+
+from detectron2.config import CfgNode
+
+
+def add_crossmae_config(cfg: CfgNode) -> None:
+    """Add the keys of the trunk, the pyramid and the training recipe to a detectron2 config.
+
+    A value of 0 (or "" or an empty list) means "follows from other keys"; each such key says from
+    which. The rules are those of the lazy configs.
+
+    Args:
+        cfg: detectron2's default config; changed in place.
+    """
+    vit = cfg.MODEL.VIT = CfgNode()
+    vit.SIZE = "base"  # tiny, small, base, large or huge
+    vit.EMBED_DIM = 0  # from SIZE
+    vit.DEPTH = 0  # from SIZE
+    vit.NUM_HEADS = 0  # from SIZE
+    vit.PATCH_SIZE = 16
+    vit.PRETRAIN_IMG_SIZE = 224
+    vit.WINDOW_SIZE = 14
+    vit.GLOBAL_BLOCKS = []  # from the depth: four of them, evenly spread
+    vit.USE_REL_POS = True
+    vit.DROP_PATH_RATE = 0.1
+    vit.USE_ACT_CHECKPOINT = False
+    vit.FREEZE_BLOCKS = 0
+
+    pyramid = cfg.MODEL.PYRAMID = CfgNode()
+    pyramid.OUT_CHANNELS = 256
+    pyramid.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]
+    pyramid.NORM = "LN"
+    pyramid.TOP_BLOCK = True
+    pyramid.SQUARE_PAD = True
+
+    # Side in pixels: large-scale jitter, test size, square padding and position tables follow.
+    cfg.INPUT.IMAGE_SIZE = 1024
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # from the training set
+
+    solver = cfg.SOLVER
+    solver.EPOCHS = 100.0
+    solver.MAX_ITER = 0  # from EPOCHS, the training set and IMS_PER_BATCH
+    solver.BASE_LR = 0.0  # from IMS_PER_BATCH, by the linear rule
+    solver.LR_DECAY = 0.7  # from one layer of the trunk to the one below
+    solver.CHECKPOINT_PERIOD = 0  # a twentieth of MAX_ITER
+    cfg.TEST.EVAL_PERIOD = 0  # a twentieth of MAX_ITER
+
+    # Everything else that the engine knows, by the names of the lazy configs: a mapping that is laid
+    # over `train`, e.g. {accumulation: 4, ema: {enabled: True}}.
+    cfg.TRAIN = CfgNode(new_allowed=True)

@@ -1,0 +1,99 @@
+"""Layer-wise learning-rate decay for a model that contains the trunk."""
+
+import re
+from typing import Any
+
+from detectron2.layers.batch_norm import LayerNorm as ChannelLayerNorm
+from torch import nn
+
+from crossmae_det.modeling import ViT
+
+NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    ChannelLayerNorm,
+)
+
+
+def find_trunk(model: nn.Module) -> tuple[str, ViT]:
+    """The name and the module of the one ViT inside ``model``.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    trunks = [(name, module) for name, module in model.named_modules() if isinstance(module, ViT)]
+    if len(trunks) != 1:
+        raise ValueError(f"expected one ViT trunk in {type(model).__name__}, found {len(trunks)}")
+    return trunks[0]
+
+
+def layer_index(name: str, trunk_name: str, depth: int) -> int:
+    """Layer of a parameter: 0 for the embeddings, 1 to ``depth`` for the blocks, then the rest.
+
+    Args:
+        name: full name of the parameter in the model.
+        trunk_name: name of the trunk in the model, "" when it is the model itself.
+        depth: number of blocks of the trunk.
+    """
+    prefix = f"{trunk_name}." if trunk_name else ""
+    if name.startswith(prefix):
+        inside = name[len(prefix) :]
+        if block := re.match(r"blocks\.(\d+)\.", inside):
+            return int(block[1]) + 1
+        if inside.startswith(("patch_embed.", "pos_embed", "cls_token")):
+            return 0
+    return depth + 1
+
+
+def layer_decay_param_groups(
+    model: nn.Module,
+    base_lr: float,
+    lr_decay: float = 1.0,
+    trunk_lr_factor: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Parameter groups with a learning rate that shrinks towards the input (ViTDet, appendix A.1).
+
+    The layer at distance d from the heads gets ``base_lr * trunk_lr_factor * lr_decay ** d``; the
+    heads and the pyramid get ``base_lr``. Norms and the position embedding are not decayed. The depth
+    is the model's own.
+
+    Args:
+        model: any module with one ViT inside.
+        base_lr: learning rate of the heads.
+        lr_decay: factor from one layer to the one below, in (0, 1].
+        trunk_lr_factor: learning rate of the trunk over that of the heads, before the decay.
+
+    Returns:
+        Groups for a torch optimizer, from the embeddings to the heads. Each has a ``name``
+        ("layer_00", "heads", with "_no_decay" where the weight decay is 0) for the log.
+
+    Raises:
+        ValueError: ``lr_decay`` out of range, or not exactly one trunk in the model.
+    """
+    if not 0 < lr_decay <= 1:
+        raise ValueError(f"lr_decay must lie in (0, 1], got {lr_decay}")
+    trunk_name, trunk = find_trunk(model)
+    depth = len(trunk.blocks)
+    norm_parameters = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, NORMS)
+        for parameter in module.parameters(recurse=False)
+    }
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layer_index(name, trunk_name, depth)
+        no_decay = id(parameter) in norm_parameters or name.endswith("pos_embed")
+        if (layer, no_decay) not in groups:
+            in_trunk = layer <= depth
+            lr = base_lr * (trunk_lr_factor * lr_decay ** (depth + 1 - layer) if in_trunk else 1)
+            group_name = f"layer_{layer:02d}" if in_trunk else "heads"
+            group: dict[str, Any] = {"params": [], "lr": lr, "name": group_name}
+            if no_decay:
+                group |= {"weight_decay": 0.0, "name": f"{group_name}_no_decay"}
+            groups[layer, no_decay] = group
+        groups[layer, no_decay]["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]

@@ -1,0 +1,185 @@
+"""What every job needs beside detectron2's hooks: one hook, one job."""
+
+import itertools
+import logging
+import math
+import os
+from collections.abc import Sequence
+
+import cv2
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
+from detectron2.evaluation import inference_context
+from detectron2.utils import comm
+from tabulate import tabulate
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from crossmae_det.checkpoint import read_checkpoint
+from crossmae_det.engine.checkpointing import Checkpointer
+from crossmae_det.visualization.curves import plot_metrics
+from crossmae_det.visualization.predictions import comparison_sheet
+
+logger = logging.getLogger(__name__)
+
+
+class ModelEMA(HookBase):
+    """Exponential moving average of the weights, kept beside them.
+
+    It is saved in the checkpoints under "ema" and continues from there.
+
+    Args:
+        model: the model without its DistributedDataParallel wrapper.
+        decay: weight of the average's past at every iteration, in [0, 1).
+
+    Raises:
+        ValueError: ``decay`` out of range.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"train.ema.decay must lie in [0, 1), got {decay}")
+        self.source = model
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.averaged.requires_grad_(False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with the averaged weights."""
+        return self.averaged.module
+
+    def after_step(self) -> None:
+        self.averaged.update_parameters(self.source)
+
+
+class LayerLearningRates(HookBase):
+    """Log the learning rate of every parameter group: a table at the start, a curve for each.
+
+    Groups are named by their ``name``. Those without weight decay share the rate of their layer and
+    have no curve of their own.
+    """
+
+    def before_train(self) -> None:
+        rows = [
+            (
+                group.get("name", index),
+                sum(parameter.numel() for parameter in group["params"]),
+                group.get("initial_lr", group["lr"]),
+                group["weight_decay"],
+            )
+            for index, group in enumerate(self.trainer.optimizer.param_groups)
+        ]
+        headers = ["group", "parameters", "base learning rate", "weight decay"]
+        logger.info("Parameter groups\n%s", tabulate(rows, headers=headers))
+
+    def before_step(self) -> None:
+        for index, group in enumerate(self.trainer.optimizer.param_groups):
+            name = str(group.get("name", index))
+            if not name.endswith("_no_decay"):
+                self.trainer.storage.put_scalar(f"lr/{name}", group["lr"], smoothing_hint=False)
+
+
+class BestCheckpointer(HookBase):
+    """Keep the checkpoint with the highest metric as ``model_best``.
+
+    Register it after the evaluation. Unlike detectron2's, it does not become the checkpoint that
+    ``--resume`` continues from, and a resumed run remembers the best value of the run so far.
+
+    Args:
+        checkpointer: saves the model.
+        metrics: names such as "segm/AP"; the first one that the evaluation gives is used.
+    """
+
+    NAME = "model_best"
+
+    def __init__(self, checkpointer: Checkpointer, metrics: Sequence[str]):
+        self.checkpointer = checkpointer
+        self.metrics = metrics
+        self.best = -math.inf
+        self.judged_iter = -1
+
+    def before_train(self) -> None:
+        path = os.path.join(self.checkpointer.save_dir, f"{self.NAME}.pth")
+        if self.trainer.start_iter > 0 and os.path.exists(path):
+            self.best = float(read_checkpoint(path).get("best_metric", -math.inf))
+
+    def after_step(self) -> None:
+        self._judge()
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._judge()
+
+    def _judge(self) -> None:
+        latest = self.trainer.storage.latest()
+        name = next((metric for metric in self.metrics if metric in latest), None)
+        if name is None:
+            return
+        value, iteration = latest[name]
+        if iteration <= self.judged_iter or not value > self.best:
+            return
+        self.judged_iter = iteration
+        self.best = value
+        logger.info("%s = %.3f is the best so far", name, value)
+        self.checkpointer.save(
+            self.NAME, tag=False, iteration=iteration, best_metric=value, metric_name=name
+        )
+
+
+class MetricCurves(HookBase):
+    """Draw the run's metrics as ``curves.png`` after the last iteration.
+
+    Args:
+        output_dir: the run's folder, which has the metrics.json of detectron2's JSONWriter.
+    """
+
+    def __init__(self, output_dir: str):
+        self.output_dir = output_dir
+
+    def after_train(self) -> None:
+        metrics = os.path.join(self.output_dir, "metrics.json")
+        if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:
+            path = os.path.join(self.output_dir, "curves.png")
+            plot_metrics(metrics, path)
+            logger.info("Curves of the metrics are in %s", path)
+
+
+class PredictionPictures(HookBase):
+    """Draw predictions beside the ground truth as ``predictions.png`` after the last iteration.
+
+    Args:
+        output_dir: the run's folder.
+        data_loader: detectron2's test loader, one image a batch.
+        dataset_name: the registered name of its data set.
+        count: number of images: the first ones with annotations.
+    """
+
+    def __init__(self, output_dir: str, data_loader: DataLoader, dataset_name: str, count: int):
+        self.path = os.path.join(output_dir, "predictions.png")
+        self.data_loader = data_loader
+        self.dataset_name = dataset_name
+        self.count = count
+
+    def after_train(self) -> None:
+        if not comm.is_main_process() or self.trainer.iter < self.trainer.max_iter:
+            return
+        records = {record["image_id"]: record for record in DatasetCatalog.get(self.dataset_name)}
+        samples = (sample for (sample,) in self.data_loader)
+        annotated = (sample for sample in samples if records[sample["image_id"]]["annotations"])
+        model = unwrap(self.trainer.model)
+        rows = []
+        with inference_context(model), torch.no_grad():
+            for sample in itertools.islice(annotated, self.count):
+                instances = model([sample])[0]["instances"].to("cpu")
+                image = cv2.imread(sample["file_name"])
+                rows.append((image, records[sample["image_id"]], instances))
+        comparison_sheet(rows, MetadataCatalog.get(self.dataset_name), self.path)
+        logger.info("Predictions beside the ground truth are in %s", self.path)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a DistributedDataParallel wrapper, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

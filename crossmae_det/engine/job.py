@@ -1,0 +1,163 @@
+"""Run a lazy config: train a model, or evaluate one.
+
+A config has five keys: ``model``, ``dataloader`` (``train``, ``test``, ``evaluator``), ``optimizer``,
+``lr_multiplier`` and ``train``. What each holds is documented in ``configs/common``.
+"""
+
+import logging
+import os
+from argparse import Namespace
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import hooks
+from detectron2.engine.defaults import create_ddp_model, default_writers
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import nn
+
+from crossmae_det.checkpoint import load
+from crossmae_det.engine.checkpointing import Checkpointer
+from crossmae_det.engine.hooks import BestCheckpointer, LayerLearningRates, MetricCurves, ModelEMA
+from crossmae_det.engine.setup import resolve_device, setup
+from crossmae_det.engine.trainer import NonFiniteError, Trainer, autocast
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
+    """Run the job of a config in this process, one of ``comm.get_world_size()``.
+
+    Args:
+        cfg: the five keys, overrides applied.
+        args: ``eval_only`` and ``resume`` of detectron2's argument parser.
+
+    Returns:
+        The results of the last evaluation; empty where there was none, and in all processes but the
+        first.
+
+    Raises:
+        ValueError, OSError: something that the user can mend, in one line.
+        NonFiniteError: a loss or the gradient was not finite.
+    """
+    cfg = setup(cfg, args)
+    model = instantiate(cfg.model).to(resolve_device(cfg.train.device))
+    if not args.eval_only:
+        return train(cfg, model, resume=args.resume)
+    if not cfg.train.init_checkpoint:
+        raise ValueError("--eval-only needs weights: add train.init_checkpoint=PATH")
+    logger.info(load(model, cfg.train.init_checkpoint, whole=True))
+    return evaluate(cfg, model, checkpoint=cfg.train.init_checkpoint)
+
+
+def evaluate(
+    cfg: DictConfig, model: nn.Module, *, name: str = "inference", **context: Any
+) -> dict[str, Any]:
+    """Evaluate a model on the test set, in the precision of the training.
+
+    Args:
+        cfg: the config.
+        model: its model.
+        name: sub-folder of the run's folder for the evaluator's files.
+        **context: goes into the results file, beside what the evaluator itself knows.
+
+    Returns:
+        Nested dict of metrics; empty in all processes but the first.
+    """
+    evaluator_cfg = cfg.dataloader.evaluator
+    evaluator_cfg.output_dir = os.path.join(cfg.train.output_dir, name)
+    if "context" in evaluator_cfg:
+        evaluator_cfg.context = context
+    evaluator = instantiate(evaluator_cfg)
+    device = next(model.parameters()).device
+    with autocast(device, _amp_dtype(cfg)):
+        results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
+    if results and comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
+    """Train a model and evaluate it along the way; see :func:`run`."""
+    options = cfg.train
+    if options.compile.enabled:
+        model.get_submodule(options.compile.module).compile()
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    device = next(model.parameters()).device
+    ddp = dict(options.ddp)
+    if device.type == "cpu":
+        ddp["device_ids"] = None
+    trainer = Trainer(
+        create_ddp_model(model, **ddp),
+        instantiate(cfg.dataloader.train),
+        optimizer,
+        seed=options.seed,
+        amp_dtype=_amp_dtype(cfg),
+        accumulation=options.accumulation,
+        clip_norm=options.clip_grad.max_norm if options.clip_grad.enabled else None,
+    )
+    ema = ModelEMA(model, options.ema.decay) if options.ema.enabled else None
+    checkpointer = Checkpointer(
+        model, options.output_dir, save_to_disk=comm.is_main_process(), trainer=trainer
+    )
+    if ema is not None:
+        checkpointer.add_checkpointable("ema", ema.averaged)
+    results: dict[str, Any] = {}
+
+    def evaluate_now() -> dict[str, Any]:
+        results.clear()
+        context = {"iteration": trainer.iter}
+        results.update(evaluate(cfg, model, **context))
+        if ema is not None and (averaged := evaluate(cfg, ema.model, name="inference_ema", **context)):
+            results["ema"] = averaged
+        return results
+
+    main = comm.is_main_process()
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            ema,
+            LayerLearningRates(),
+            hooks.LRScheduler(
+                scheduler=LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), options.max_iter)
+            ),
+            hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer) if main else None,
+            hooks.EvalHook(options.eval_period, evaluate_now),
+            BestCheckpointer(checkpointer, options.best_checkpoint.metrics) if main else None,
+            hooks.PeriodicWriter(
+                default_writers(options.output_dir, options.max_iter), period=options.log_period
+            )
+            if main
+            else None,
+            MetricCurves(options.output_dir),
+            instantiate(options.pictures),
+        ]
+    )
+    if resume and checkpointer.has_checkpoint():
+        checkpointer.resume()
+        start_iter = trainer.iter + 1
+    else:
+        if resume:
+            logger.warning("%s has no checkpoint to resume from: starting anew", options.output_dir)
+        if options.init_checkpoint:
+            logger.info(load(model, options.init_checkpoint))
+        start_iter = 0
+    try:
+        trainer.train(start_iter, options.max_iter)
+    except NonFiniteError as error:
+        # The weights are those before this iteration: it stopped ahead of the optimiser's step.
+        trainer.iter -= 1
+        name = "model_before_nonfinite"
+        checkpointer.save(name, tag=False, iteration=trainer.iter)
+        raise NonFiniteError(
+            f"{error}; the state before it is in {os.path.join(options.output_dir, name)}.pth"
+        ) from error
+    return results
+
+
+def _amp_dtype(cfg: DictConfig) -> str | None:
+    return cfg.train.amp.dtype if cfg.train.amp.enabled else None

@@ -1,0 +1,203 @@
+"""The training loop of every task: detectron2's, with what a long run on any hardware needs."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or the gradient is not finite; the message says where."""
+
+
+def autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractContextManager:
+    """Mixed precision on ``device``: "bf16", "fp16", or None for none.
+
+    Raises:
+        ValueError: another name.
+    """
+    if dtype is None:
+        return contextlib.nullcontext()
+    if dtype not in AMP_DTYPES:
+        raise ValueError(f"train.amp.dtype must be one of {', '.join(AMP_DTYPES)}, got '{dtype}'")
+    return torch.autocast(device.type, dtype=AMP_DTYPES[dtype])
+
+
+def split_batch(batch: Any, parts: int) -> list[Any]:
+    """Split a batch into ``parts`` of nearly equal size, in order.
+
+    Args:
+        batch: a list of samples, or a tensor with the samples in its first dimension.
+        parts: number of parts; a batch smaller than that is split into single samples.
+    """
+    parts = min(parts, len(batch))
+    bounds = [len(batch) * part // parts for part in range(parts + 1)]
+    return [batch[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+class Trainer(SimpleTrainer):
+    """detectron2's trainer with mixed precision, accumulation, clipping and a guard against NaN.
+
+    Iteration i draws its random numbers from (seed, i, rank) alone, and asks the loader for batch i:
+    a run that was interrupted continues exactly as if it had not been.
+
+    Args:
+        model: takes a batch, returns a dict of scalar losses.
+        data_loader: an endless iterable of batches; a method ``start_at(iteration)``, where it has
+            one, makes the next ``iter()`` begin at that iteration.
+        optimizer: over the model's parameters.
+        seed: non-negative.
+        amp_dtype: "bf16", "fp16" or None.
+        accumulation: number of parts that a batch is processed in, for memory; the gradient is that
+            of the whole batch.
+        clip_norm: largest norm of the gradient; None does not clip.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int = 0,
+        amp_dtype: str | None = None,
+        accumulation: int = 1,
+        clip_norm: float | None = None,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        if accumulation < 1:
+            raise ValueError(f"train.accumulation must be at least 1, got {accumulation}")
+        if seed < 0:
+            raise ValueError(f"train.seed must not be negative, got {seed}")
+        if clip_norm is not None and clip_norm <= 0:
+            raise ValueError(f"train.clip_grad.max_norm must be positive, got {clip_norm}")
+        self.seed = seed
+        self.amp_dtype = amp_dtype
+        self.accumulation = accumulation
+        self.clip_norm = clip_norm
+        self.device = next(model.parameters()).device
+        autocast(self.device, amp_dtype)  # refuses an unknown dtype now, not at the first step
+        self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == "fp16")
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        """Run iterations ``start_iter`` to ``max_iter`` - 1 with the hooks around them."""
+        logger.info("Starting training from iteration %d", start_iter)
+        self.iter = self.start_iter = start_iter
+        self.max_iter = max_iter
+        if hasattr(self.data_loader, "start_at"):
+            self.data_loader.start_at(start_iter)
+        with EventStorage(start_iter) as self.storage:
+            try:
+                self.before_train()
+                for self.iter in range(start_iter, max_iter):
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                # after_train tells a finished run from a failed one by this.
+                self.iter += 1
+            finally:
+                self.after_train()
+
+    def run_step(self) -> None:
+        """One iteration: all parts of a batch forward and backward, then one optimiser step."""
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        entropy = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()])
+        seed_all_rng(int(entropy.generate_state(1)[0]))
+
+        self.optimizer.zero_grad()
+        losses: dict[str, Tensor] = {}
+        parts = split_batch(batch, self.accumulation)
+        for index, part in enumerate(parts):
+            share = len(part) / len(batch)
+            last = index == len(parts) - 1
+            with self._gradient_sync(last):
+                with autocast(self.device, self.amp_dtype):
+                    part_losses = self.model(part)
+                self._check_losses(part_losses, part)
+                self.grad_scaler.scale(share * sum(part_losses.values())).backward()
+            for name, loss in part_losses.items():
+                losses[name] = losses.get(name, 0) + share * loss.detach()
+        self.after_backward()
+
+        self.grad_scaler.unscale_(self.optimizer)
+        self._clip_gradient(batch)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        self._write_metrics(losses, data_time)
+
+    def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
+        """Processes exchange gradients once a batch, with its last part."""
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _check_losses(self, losses: Mapping[str, Tensor], part: Any) -> None:
+        def describe() -> str:
+            bad = [f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite()]
+            return f"{', '.join(bad)} (images: {_names(part)})"
+
+        self._stop_if(~torch.stack([loss.detach() for loss in losses.values()]).isfinite(), describe)
+
+    def _clip_gradient(self, batch: Any) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # fp16 overflows now and then by design: the scaler then skips the step and scales less.
+        if not self.grad_scaler.is_enabled():
+            self._stop_if(
+                ~norm.isfinite(),
+                lambda: f"the gradient's norm is {norm.item()} (images: {_names(batch)})",
+            )
+        self.storage.put_scalar("grad_norm", norm.item())
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
+
+    def _stop_if(self, failed: Tensor, describe: Callable[[], str]) -> None:
+        """Raise NonFiniteError on every process when any entry of ``failed`` is true on one of them.
+
+        The device is waited for once.
+        """
+        flag = failed.any().float()
+        if comm.get_world_size() == 1:
+            message = describe() if flag else ""
+        else:
+            here = flag.clone()
+            torch.distributed.all_reduce(flag)
+            messages = comm.all_gather(describe() if here else "") if flag else []
+            message = "; ".join(filter(None, messages))
+        if message:
+            raise NonFiniteError(f"training stopped at iteration {self.iter}: {message}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, hooks, optimiser and gradient scaler."""
+        return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` gave; the next iteration is ``self.iter + 1``."""
+        super().load_state_dict(state_dict)
+        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _names(samples: Any) -> str:
+    """The images of a batch for a message: file names where the samples carry them."""
+    if isinstance(samples, list) and all(isinstance(sample, dict) for sample in samples):
+        return ", ".join(str(sample.get("file_name", "unnamed")) for sample in samples)
+    return f"a batch of {len(samples)}"

@@ -1,0 +1,320 @@
+"""The evaluator of every detection config: COCO box and mask AP."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pycocotools.mask as mask_util
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils import comm
+
+from crossmae_det.evaluation.backends import accumulate, class_names, metrics, resolve_backend
+from crossmae_det.evaluation.results import format_per_class, format_table
+from crossmae_det.visualization.files import write_json
+
+logger = logging.getLogger(__name__)
+
+TASKS = ("bbox", "segm")
+RESULTS_FILE = "coco_instances_results.json"
+
+
+class COCOEvaluator(Detectron2COCOEvaluator):
+    """AP of boxes and, where both the data set and the model have them, of masks.
+
+    Differences from detectron2's evaluator, which it replaces in every config:
+
+    - ``faster-coco-eval`` or ``pycocotools``, equal to 1e-6;
+    - only the images that were processed count: the AP of a subset is the AP of that subset;
+    - a model without detections scores 0, as in COCO's own evaluation, and not NaN. NaN remains for
+      what has no ground truth (a class, a size);
+    - annotation ids may start at 0 (COCO's evaluation takes a match with id 0 for none), and
+      ``area`` or ``iscrowd`` may be missing;
+    - nothing is written but ``coco_instances_results.json``, atomically.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str | Sequence[str],
+        tasks: Sequence[str] | None = None,
+        distributed: bool = True,
+        output_dir: str | None = None,
+        *,
+        backend: str = "auto",
+        max_dets_per_image: int = 100,
+    ):
+        """
+        Args:
+            dataset_name: a name registered in ``DatasetCatalog``, or a list of one.
+            tasks: some of "bbox" and "segm". None: boxes, and masks where there are any.
+            distributed: gather the detections of all processes in the first one, which alone
+                evaluates.
+            output_dir: where the detections are written. None: nowhere.
+            backend: "faster-coco-eval", "pycocotools", or "auto" for the first of them that is
+                installed.
+            max_dets_per_image: so many detections of an image and class count, those of the highest
+                scores.
+
+        Raises:
+            ValueError: an argument is out of range, the backend is not installed, the data set is
+                not registered, or its annotation file is not in COCO format.
+            FileNotFoundError: the data set's annotation file does not exist.
+        """
+        if not isinstance(dataset_name, str):
+            if len(dataset_name) != 1:
+                raise ValueError(f"dataset_name must be one data set, not {list(dataset_name)}")
+            (dataset_name,) = dataset_name
+        if not isinstance(max_dets_per_image, int) or max_dets_per_image < 1:
+            raise ValueError(
+                f"max_dets_per_image must be a positive integer, not {max_dets_per_image!r}"
+            )
+        if unknown := set(tasks or ()) - set(TASKS):
+            raise ValueError(f"tasks may be bbox and segm, not {', '.join(sorted(unknown))}")
+        self._backend = resolve_backend(backend)
+        self._max_dets = max_dets_per_image
+        self._dataset_name = dataset_name
+        _materialize(dataset_name)
+        try:
+            super().__init__(
+                dataset_name,
+                tasks=tuple(tasks) if tasks else None,
+                distributed=distributed,
+                output_dir=None if output_dir is None else str(output_dir),
+                # detectron2's own fast backend, which needs its compiled extension.
+                use_fast_impl=False,
+                # A file left by an earlier run may describe other data under the same name.
+                allow_cached_coco=False,
+            )
+            _check_format(self._coco_api.dataset)
+        except (KeyError, AssertionError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"data set '{dataset_name}': {_json_file(dataset_name)} cannot be used for COCO "
+                f"evaluation: {type(error).__name__}: {error}"
+            ) from error
+        self._logger = logger
+        self._predictions: list[dict[str, Any]] = []
+
+    def process(
+        self, inputs: Iterable[Mapping[str, Any]], outputs: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Takes the detections of a batch.
+
+        Args:
+            inputs: one dict for an image, with "image_id".
+            outputs: one dict for an image, with "instances": ``pred_boxes`` in pixels of the
+                original image, ``scores`` in [0, 1], ``pred_classes`` from 0, and perhaps
+                ``pred_masks`` (D, H, W) bool.
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            prediction: dict[str, Any] = {"image_id": image["image_id"]}
+            if "instances" in output:
+                instances = output["instances"].to(self._cpu_device)
+                prediction["instances"] = instances_to_coco_json(instances, image["image_id"])
+                prediction["has_masks"] = instances.has("pred_masks")
+            if "proposals" in output:
+                prediction["proposals"] = output["proposals"].to(self._cpu_device)
+            if len(prediction) > 1:
+                self._predictions.append(prediction)
+
+    def evaluate(self, img_ids: Iterable[Any] | None = None) -> dict[str, dict[str, float]]:
+        """Computes the metrics over the images that were processed.
+
+        Args:
+            img_ids: evaluate these images instead. One of them that was not processed counts as one
+                without detections.
+
+        Returns:
+            In percent, NaN where there is no ground truth: ``{"bbox": {"AP", "AP50", "AP75", "APs",
+            "APm", "APl", "AR@100", "AP-<class>", ...}, "segm": {...}}``. Empty in every process but
+            the first, when nothing was processed, and when the data set has no annotations (the
+            detections are written all the same).
+
+        Raises:
+            ValueError: an image is not in the annotation file, or a predicted class is not in the
+                data set.
+        """
+        predictions = self._predictions
+        if self._distributed:
+            comm.synchronize()
+            gathered = comm.gather(predictions, dst=0)
+            if not comm.is_main_process():
+                return {}
+            predictions = list(itertools.chain(*gathered))
+        # Samplers that give every process the same number of images repeat some of them.
+        by_image = {prediction["image_id"]: prediction for prediction in predictions}
+        if not by_image:
+            logger.warning(
+                "Nothing to evaluate on '%s': no image was processed", self._dataset_name
+            )
+            return {}
+
+        self._results: dict[str, dict[str, float]] = {}
+        if any("proposals" in prediction for prediction in by_image.values()):
+            self._eval_box_proposals(list(by_image.values()))
+        if any("instances" in prediction for prediction in by_image.values()):
+            self._evaluate_instances(by_image, by_image if img_ids is None else img_ids)
+        return {task: dict(values) for task, values in self._results.items()}
+
+    def _evaluate_instances(
+        self, by_image: Mapping[Any, Mapping[str, Any]], img_ids: Iterable[Any]
+    ) -> None:
+        image_ids = sorted(set(img_ids))
+        known = {image["id"] for image in self._coco_api.dataset["images"]}
+        if missing := [image_id for image_id in {*image_ids, *by_image} if image_id not in known]:
+            raise ValueError(
+                f"image id {missing[0]!r} is not in {self._metadata.json_file}; evaluate on the "
+                f"data set that the loader reads"
+            )
+        detections = self._detections(by_image)
+        if self._output_dir:
+            path = os.path.join(self._output_dir, RESULTS_FILE)
+            write_json(path, detections)
+            logger.info("Wrote %d detections to %s", len(detections), path)
+        if not self._do_evaluation:
+            logger.info("'%s' has no annotations to evaluate against", self._dataset_name)
+            return
+
+        has_masks = any(prediction.get("has_masks") for prediction in by_image.values())
+        results = {
+            task: self._evaluate_task(task, detections, image_ids)
+            for task in self._tasks_to_evaluate(has_masks)
+        }
+        self._results.update(results)
+        logger.info(
+            "COCO AP on %d of the %d images of '%s':\n%s",
+            len(image_ids),
+            len(known),
+            self._dataset_name,
+            format_table(results),
+        )
+        logger.info("COCO AP of every class:\n%s", format_per_class(results))
+
+    def _detections(self, by_image: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """All detections in COCO's result format, with the category ids of the data set."""
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping is None:
+            category_ids = sorted(c["id"] for c in self._coco_api.dataset["categories"])
+        else:
+            category_ids = sorted(mapping, key=mapping.__getitem__)
+        detections = []
+        for prediction in by_image.values():
+            for detection in prediction.get("instances", ()):
+                index = detection["category_id"]
+                if not 0 <= index < len(category_ids):
+                    raise ValueError(
+                        f"the model predicts class {index}, but '{self._dataset_name}' has "
+                        f"{len(category_ids)} classes; give the model as many as the data set"
+                    )
+                detections.append({**detection, "category_id": category_ids[index]})
+        return detections
+
+    def _tasks_to_evaluate(self, has_masks: bool) -> tuple[str, ...]:
+        annotated = any(a.get("segmentation") for a in self._coco_api.dataset["annotations"])
+        if self._tasks is None:
+            return TASKS if has_masks and annotated else ("bbox",)
+        if "segm" in self._tasks and not (has_masks and annotated):
+            side = "the model predicts" if annotated else f"'{self._dataset_name}' has"
+            raise ValueError(f"tasks asks for segm, but {side} no masks; ask for bbox only")
+        return tuple(task for task in TASKS if task in self._tasks)
+
+    def _evaluate_task(
+        self, task: str, detections: Sequence[Mapping[str, Any]], image_ids: Sequence[Any]
+    ) -> dict[str, float]:
+        dataset = self._coco_api.dataset
+        # Both backends write into what they are given, take a match with annotation id 0 for none,
+        # and one of them needs integer image ids: each evaluation gets its own renumbered copy.
+        numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
+        images = [im for im in dataset["images"] if im["id"] in numbers]
+        ground_truth = {
+            "images": [{**image, "id": numbers[image["id"]]} for image in images],
+            "annotations": _annotations(dataset, numbers, task),
+            "categories": dataset["categories"],
+        }
+        # The size of a mask is its own area: with a box beside it, COCO would take the box's.
+        key = "bbox" if task == "bbox" else "segmentation"
+        found = [
+            {
+                "image_id": numbers[detection["image_id"]],
+                "category_id": detection["category_id"],
+                "score": detection["score"],
+                key: detection[key],
+            }
+            for detection in detections
+            if detection["image_id"] in numbers
+        ]
+        precision, recall, category_ids = accumulate(
+            self._backend, task, ground_truth, found, self._max_dets
+        )
+        names = class_names(dataset, self._metadata)
+        return metrics(precision, recall, [names[i] for i in category_ids], self._max_dets)
+
+
+def _annotations(
+    dataset: Mapping[str, Any], numbers: Mapping[Any, int], task: str
+) -> list[dict[str, Any]]:
+    """The annotations of the images in ``numbers``, complete enough for COCO's evaluation."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
+    annotations: list[dict[str, Any]] = []
+    without_mask = 0
+    for annotation in dataset["annotations"]:
+        image_id = annotation["image_id"]
+        if image_id not in numbers:
+            continue
+        if task == "segm" and not annotation.get("segmentation"):
+            without_mask += 1
+            continue
+        copied = {"iscrowd": 0, **annotation}
+        copied.update(id=len(annotations) + 1, image_id=numbers[image_id])
+        if "area" not in copied:
+            copied["area"] = _area(copied, *sizes[image_id])
+        annotations.append(copied)
+    if without_mask:
+        logger.warning("Mask AP leaves out %d annotations that have no mask", without_mask)
+    return annotations
+
+
+def _area(annotation: Mapping[str, Any], height: int, width: int) -> float:
+    """Of the mask, in pixels, as COCO's own areas are; of the box where there is no mask."""
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        return float(annotation["bbox"][2] * annotation["bbox"][3])
+    if isinstance(segmentation, list):
+        segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, height, width)
+    return float(mask_util.area(segmentation))
+
+
+def _materialize(dataset_name: str) -> None:
+    """Makes the annotation file and the class names of a lazily registered data set exist."""
+    json_file = _json_file(dataset_name)
+    known_classes = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id")
+    if json_file is not None and os.path.isfile(json_file) and known_classes is not None:
+        return
+    if dataset_name not in DatasetCatalog:
+        raise ValueError(f"data set '{dataset_name}' is not registered in the DatasetCatalog")
+    try:
+        DatasetCatalog.get(dataset_name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"data set '{dataset_name}': {error.filename or error} does not exist; correct the "
+            f"path, or set DETECTRON2_DATASETS to the folder that holds the data sets"
+        ) from error
+    json_file = _json_file(dataset_name)
+    if json_file is not None and not os.path.isfile(json_file):
+        raise FileNotFoundError(f"data set '{dataset_name}': {json_file} does not exist")
+
+
+def _check_format(dataset: Mapping[str, Any]) -> None:
+    for key in ("images", "categories"):
+        if not isinstance(dataset.get(key), list):
+            raise ValueError(f"it has no list '{key}'")
+
+
+def _json_file(dataset_name: str) -> str | None:
+    return MetadataCatalog.get(dataset_name).get("json_file")

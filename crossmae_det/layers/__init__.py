@@ -1,0 +1,1 @@
+"""Building blocks in pure torch (and timm.layers where it has the part)."""

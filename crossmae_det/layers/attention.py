@@ -1,0 +1,58 @@
+"""Self-attention over torch's scaled_dot_product_attention.
+
+Legend: N images or windows, L tokens, C channels, M heads, D = C / M channels per head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossmae_det.layers.relative_position import decomposed_bias
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with an optional decomposed relative position.
+
+    Args:
+        dim: channels C of a token.
+        num_heads: heads M; must divide ``dim``.
+        rel_pos_size: (H, W) of the grid that the relative-position tables are made for, or None for
+            attention without tables. Another grid resamples them.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, rel_pos_size: tuple[int, int] | None = None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible by {num_heads} attention heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.use_rel_pos = rel_pos_size is not None
+        if rel_pos_size is not None:
+            height, width = rel_pos_size
+            # Zeros, as in ViTDet: fine-tuning starts from the attention that was pretrained.
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, dim // num_heads))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, dim // num_heads))
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Attend between all tokens.
+
+        Args:
+            x: (N, L, C).
+            grid: (H, W) with H * W = L where the tokens lie on a grid; the relative position, if
+                there is one, is used only then.
+
+        Returns:
+            (N, L, C).
+        """
+        n, length, channels = x.shape
+        qkv = self.qkv(x).view(n, length, 3, self.num_heads, channels // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        bias = None
+        if self.use_rel_pos and grid is not None:
+            bias = decomposed_bias(q, self.rel_pos_h, self.rel_pos_w, grid)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).reshape(n, length, channels))

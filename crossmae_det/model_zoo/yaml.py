@@ -1,0 +1,176 @@
+"""Yaml configs: detectron2's keys, run by the one engine.
+
+A yaml config is turned into the lazy config that it stands for, so that every rule (iterations from
+epochs, learning rate from batch size, ...) is written once, in the lazy configs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, LazyCall, get_cfg
+from detectron2.modeling import build_model
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from crossmae_det.detection import add_crossmae_config
+
+# What the yaml keys are called in the lazy config. A value of 0, "" or () leaves the lazy rule.
+KEYS = {
+    "INPUT.IMAGE_SIZE": "dataloader.image_size",
+    "INPUT.FORMAT": "dataloader.train.mapper.image_format",
+    "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": "dataloader.train.dataset.filter_empty",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "SOLVER.EPOCHS": "train.epochs",
+    "SOLVER.MAX_ITER": "train.max_iter",
+    "SOLVER.BASE_LR": "optimizer.lr",
+    "SOLVER.WEIGHT_DECAY": "optimizer.weight_decay",
+    "SOLVER.LR_DECAY": "optimizer.params.lr_decay",
+    "SOLVER.GAMMA": "lr_multiplier.gamma",
+    "SOLVER.WARMUP_ITERS": "lr_multiplier.warmup_iters",
+    "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
+    "SOLVER.AMP.ENABLED": "train.amp.enabled",
+    "SOLVER.CLIP_GRADIENTS.ENABLED": "train.clip_grad.enabled",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "train.clip_grad.max_norm",
+    "TEST.EVAL_PERIOD": "train.eval_period",
+    "OUTPUT_DIR": "train.output_dir",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "MODEL.DEVICE": "train.device",
+}
+# Read by to_lazy itself, by detectron2's build_model or by its set-up of a job.
+ALSO_READ = (
+    "DATASETS.TRAIN",
+    "DATASETS.TEST",
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
+    "TEST.DETECTIONS_PER_IMAGE",
+    "SEED",
+    "CUDNN_BENCHMARK",
+    "VERSION",
+    "MODEL.",
+    "TRAIN",
+)
+
+
+def default_config() -> CfgNode:
+    """detectron2's default config with this project's keys and recipe."""
+    cfg = get_cfg()
+    add_crossmae_config(cfg)
+    return cfg
+
+
+def read_yaml(path: str, overrides: Sequence[str] = ()) -> CfgNode | None:
+    """Read a yaml config with detectron2's keys.
+
+    Args:
+        path: the file.
+        overrides: alternating keys and values.
+
+    Returns:
+        The config; None where the file is a lazy config that was saved as yaml.
+
+    Raises:
+        ValueError: not yaml, an unknown key, or a key that has no effect here.
+    """
+    cfg = default_config()
+    try:
+        raw = CfgNode.load_yaml_with_base(path)
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a yaml config: {error}") from error
+    if "dataloader" in raw:
+        return None
+    try:
+        cfg.merge_from_other_cfg(CfgNode(raw))
+        cfg.merge_from_list(list(overrides))
+    except KeyError as error:
+        raise ValueError(f"{path}: unknown config key: {error.args[0]}") from error
+    except AssertionError as error:
+        raise ValueError(f"overrides of {path} must be PATH.KEY VALUE pairs: {error}") from error
+    _refuse_keys_without_effect(path, cfg)
+    return cfg
+
+
+def to_lazy(cfg: CfgNode, get_config: Callable[[str], DictConfig]) -> DictConfig:
+    """The lazy config that a yaml config stands for.
+
+    Args:
+        cfg: from :func:`read_yaml`.
+        get_config: reads a shipped lazy config.
+
+    Raises:
+        ValueError: a value that the lazy config cannot express.
+    """
+    if len(cfg.DATASETS.TEST) != 1:
+        raise ValueError(f"DATASETS.TEST must name one data set, got {cfg.DATASETS.TEST}")
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.ENABLED and (clip.CLIP_TYPE, clip.NORM_TYPE) != ("norm", 2.0):
+        raise ValueError("SOLVER.CLIP_GRADIENTS clips by the 2-norm of the whole gradient only")
+    lazy = get_config("common/from_yaml.py")
+    for yaml_key, lazy_key in KEYS.items():
+        value = _select(cfg, yaml_key)
+        if value not in (0, "", ()) or isinstance(value, bool):
+            OmegaConf.update(lazy, lazy_key, value)
+    lazy.dataloader.train.dataset.names = list(cfg.DATASETS.TRAIN)
+    lazy.dataloader.test.dataset.names = cfg.DATASETS.TEST[0]
+    if cfg.SOLVER.STEPS:
+        steps = [step / lazy.train.max_iter for step in cfg.SOLVER.STEPS]
+        lazy.lr_multiplier.milestones = steps
+    if cfg.SEED >= 0:
+        lazy.train.seed = cfg.SEED
+    if cfg.TRAIN:
+        _overlay(lazy.train, cfg.TRAIN, "TRAIN")
+    lazy.model = LazyCall(build_yaml_model)(
+        config=cfg.dump(),
+        num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES or "${crossmae.count:${dataloader.categories}}",
+        mask_on="${dataloader.train.mapper.use_instance_mask}",
+    )
+    if not cfg.MODEL.MASK_ON:
+        lazy.dataloader.train.mapper.use_instance_mask = False
+    return lazy
+
+
+def build_yaml_model(config: str, num_classes: int, mask_on: bool) -> nn.Module:
+    """Build the model of a yaml config.
+
+    Args:
+        config: the whole config as yaml text.
+        num_classes: number of classes of the data.
+        mask_on: predict masks.
+    """
+    cfg = default_config()
+    cfg.merge_from_other_cfg(CfgNode.load_cfg(config))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
+    cfg.MODEL.MASK_ON = mask_on
+    cfg.MODEL.DEVICE = "cpu"  # the engine moves it
+    return build_model(cfg)
+
+
+def _select(cfg: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _overlay(target: DictConfig, values: Mapping[str, Any], name: str) -> None:
+    for key, value in values.items():
+        if key not in target:
+            raise ValueError(f"unknown config key '{name}.{key}'; known: {', '.join(sorted(target))}")
+        if isinstance(value, Mapping):
+            _overlay(target[key], value, f"{name}.{key}")
+        else:
+            target[key] = value
+
+
+def _refuse_keys_without_effect(path: str, cfg: CfgNode) -> None:
+    """A key that nothing reads would be a setting silently ignored."""
+
+    def visit(node: CfgNode, default: CfgNode, prefix: str) -> None:
+        for name, value in node.items():
+            key = prefix + name
+            if isinstance(value, CfgNode) and not key.startswith(ALSO_READ):
+                visit(value, default[name], f"{key}.")
+            elif key not in KEYS and not key.startswith(ALSO_READ) and value != default[name]:
+                raise ValueError(f"{path}: '{key}' has no effect with this project's recipe; leave it out")
+
+    visit(cfg, default_config(), "")

@@ -1,0 +1,116 @@
+"""Finding, reading and overriding configs, lazy or yaml."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from detectron2.config import LazyConfig
+from detectron2.config.instantiate import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from crossmae_det.model_zoo import resolvers  # noqa: F401  (registers the rules of the configs)
+from crossmae_det.model_zoo.yaml import read_yaml, to_lazy
+
+PACKAGE_CONFIGS = Path(__file__).parent / "configs"
+CHECKOUT_CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def get_config_file(config_path: str) -> str:
+    """The path of a shipped config.
+
+    Args:
+        config_path: relative to the configs' folder: "coco/mask_rcnn_crossmae_vit_b_100ep.py".
+
+    Raises:
+        ValueError: there is no such config.
+    """
+    folder = PACKAGE_CONFIGS if PACKAGE_CONFIGS.is_dir() else CHECKOUT_CONFIGS
+    path = folder / config_path
+    if not path.is_file():
+        names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".py", ".yaml")]
+        raise ValueError(f"there is no config '{config_path}'{_did_you_mean(config_path, names)}")
+    return str(path)
+
+
+def get_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Read a config with its five keys and apply overrides.
+
+    Args:
+        config_file: a path, or the name of a shipped config. A yaml file with detectron2's keys is
+            turned into the lazy config that it stands for.
+        overrides: ``path.key=value`` for lazy configs, ``PATH.KEY VALUE`` pairs for yaml ones.
+
+    Returns:
+        The unresolved config: values that follow from others still do.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not a config, or an override of an unknown key.
+    """
+    path = config_file if Path(config_file).is_file() else None
+    if path is None:
+        try:
+            path = get_config_file(config_file)
+        except ValueError as error:
+            raise FileNotFoundError(f"config file '{config_file}' does not exist, and {error}") from None
+    if path.endswith(".py"):
+        return apply_overrides(LazyConfig.load(path), overrides)
+    cfg = read_yaml(path, overrides)
+    # A run's own config.yaml is a lazy config in yaml's clothes.
+    return apply_overrides(LazyConfig.load(path), overrides) if cfg is None else to_lazy(cfg, get_config)
+
+
+def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Apply ``path.key=value`` overrides in hydra's grammar, in place.
+
+    Unlike detectron2's, it takes no key that the config and the called function do not know; a plus
+    in front (``+path.key=value``) adds one nevertheless.
+
+    Returns:
+        ``cfg``.
+
+    Raises:
+        ValueError: an override that cannot be parsed, or an unknown key.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ValueError(f"cannot parse the overrides {list(overrides)}: {error}") from error
+    for override in parsed:
+        _apply(cfg, override)
+    return cfg
+
+
+def _apply(cfg: DictConfig, override: Override) -> None:
+    key = override.key_or_group
+    *parents, last = key.split(".")
+    if override.is_delete():
+        raise ValueError(f"override '{override.input_line}': a key cannot be deleted; set it to null")
+    node: object = cfg
+    for depth, part in enumerate(parents):
+        known = list(node) if isinstance(node, DictConfig) else []
+        node = OmegaConf.select(cfg, ".".join(parents[: depth + 1]), throw_on_resolution_failure=False)
+        if not OmegaConf.is_config(node):
+            raise ValueError(f"unknown config key '{key}': there is no '{part}'{_did_you_mean(part, known)}")
+    if isinstance(node, DictConfig) and not override.is_add():
+        known = [str(name) for name in node] + _parameters(node)
+        if last not in known:
+            raise ValueError(f"unknown config key '{key}'{_did_you_mean(last, known)}")
+    OmegaConf.update(cfg, key, override.value(), merge=True)
+
+
+def _parameters(node: DictConfig) -> list[str]:
+    """Names of the arguments that a LazyCall's function takes."""
+    target = node.get("_target_")
+    if target is None:
+        return []
+    function: Callable = locate(target) if isinstance(target, str) else target
+    return list(inspect.signature(function).parameters)
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,6 @@
+"""The trunk that every task shares."""
+
+from crossmae_det.modeling.sizes import SIZES, Size
+from crossmae_det.modeling.vit import ViT
+
+__all__ = ["SIZES", "Size", "ViT"]

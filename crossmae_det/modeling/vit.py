@@ -1,0 +1,222 @@
+"""The plain Vision Transformer: one trunk for pretraining, detection and classification.
+
+Legend: N images, H x W patches, L = H * W, P patch side in pixels, C channels.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crossmae_det.layers.blocks import Block
+from crossmae_det.layers.patches import PatchEmbed
+from crossmae_det.layers.position_embedding import (
+    resample_position_embedding,
+    sincos_position_embedding,
+)
+from crossmae_det.modeling.sizes import spread_global_blocks
+
+
+class ViT(nn.Module):
+    """Plain ViT with two entries: :meth:`forward_tokens` and :meth:`forward_map`.
+
+    Its state dict has the keys of detectron2's ViT and of the published MAE checkpoints, so that
+    either loads without renaming. There is no final norm: heads and decoders bring their own.
+
+    Args:
+        img_size: image side in pixels, int or (H, W), that the relative-position tables are made
+            for. Images of any other size work as well: the tables are resampled.
+        patch_size: patch side P in pixels, int or (H, W).
+        embed_dim: channels C.
+        depth: number of blocks.
+        num_heads: attention heads; must divide ``embed_dim``.
+        mlp_ratio: hidden width of the MLPs over ``embed_dim``.
+        in_chans: channels of an image.
+        pretrain_img_size: image side that the absolute position embedding is made for; None means
+            ``img_size``. Another grid resamples it.
+        class_token: keep a class token, for token mode. The position embedding has its row either
+            way.
+        window_size: side in patches of the attention windows in map mode; 0 for none. It need not
+            divide the grid.
+        global_blocks: with windows, the indices of the blocks that stay global, negative ones
+            counted from the end; None spreads four of them evenly.
+        use_rel_pos: decomposed relative position in map mode.
+        drop_path_rate: stochastic depth rate of the last block in [0, 1), growing linearly from 0.
+        norm_layer: makes a norm from a number of channels.
+        use_act_checkpoint: recompute the blocks' activations in the backward pass, to save memory.
+        freeze_blocks: keep the patch embedding, the position embedding and the first
+            ``freeze_blocks`` blocks as they are: no gradients, no stochastic depth. 0 for none.
+
+    Raises:
+        ValueError: a size, an index or a rate out of range.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        *,
+        in_chans: int = 3,
+        pretrain_img_size: int | tuple[int, int] | None = None,
+        class_token: bool = True,
+        window_size: int = 0,
+        global_blocks: Sequence[int] | None = None,
+        use_rel_pos: bool = False,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        use_act_checkpoint: bool = False,
+        freeze_blocks: int = 0,
+    ):
+        super().__init__()
+        if not 0 <= freeze_blocks <= depth:
+            raise ValueError(f"freeze_blocks must lie in [0, {depth}], got {freeze_blocks}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
+        self.patch_size = to_2tuple(patch_size)
+        self.embed_dim = embed_dim
+        self.use_act_checkpoint = use_act_checkpoint
+        self.freeze_blocks = freeze_blocks
+
+        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
+        self.pos_grid = self._grid(pretrain_img_size or img_size)
+        self.pos_embed = nn.Parameter(sincos_position_embedding(embed_dim, self.pos_grid))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+
+        global_indices = self._global_indices(depth, global_blocks, window_size)
+        self.blocks = nn.ModuleList()
+        for index in range(depth):
+            window = 0 if index in global_indices else window_size
+            rel_pos_size = (window, window) if window else self._grid(img_size)
+            self.blocks.append(
+                Block(
+                    embed_dim,
+                    num_heads,
+                    mlp_ratio=mlp_ratio,
+                    drop_path=drop_path_rate * index / max(depth - 1, 1),
+                    norm_layer=norm_layer,
+                    window_size=window,
+                    rel_pos_size=rel_pos_size if use_rel_pos else None,
+                )
+            )
+        self._initialise()
+        self._freeze()
+
+    def _grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
+        """(H, W) in patches of an image, rounded up: a part of a patch is padded to a whole one."""
+        (height, width), (patch_h, patch_w) = to_2tuple(img_size), self.patch_size
+        return -(-height // patch_h), -(-width // patch_w)
+
+    @staticmethod
+    def _global_indices(
+        depth: int, global_blocks: Sequence[int] | None, window_size: int
+    ) -> set[int]:
+        if not window_size:
+            return set(range(depth))
+        if global_blocks is None:
+            return set(spread_global_blocks(depth))
+        for index in global_blocks:
+            if not -depth <= index < depth:
+                raise ValueError(f"global block {index} does not exist in a trunk of {depth} blocks")
+        return {index % depth for index in global_blocks}
+
+    def _initialise(self) -> None:
+        """MAE's initialisation: Xavier for every linear map, the patch embedding seen as one."""
+        weight = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+
+    def _freeze(self) -> None:
+        if self.freeze_blocks:
+            self.patch_embed.requires_grad_(False)
+            self.pos_embed.requires_grad_(False)
+            for block in self.blocks[: self.freeze_blocks]:
+                block.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "ViT":
+        """Set training mode; frozen blocks stay in evaluation mode, without stochastic depth."""
+        super().train(mode)
+        for block in self.blocks[: self.freeze_blocks]:
+            block.eval()
+        return self
+
+    def _run_block(self, block: nn.Module, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        if self.use_act_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, x, grid, use_reentrant=False)
+        return block(x, grid)
+
+    def forward_tokens(self, images: Tensor, visible: Tensor | None = None) -> list[Tensor]:
+        """Encode images as tokens: global attention, no windows, no relative position.
+
+        Args:
+            images: (N, B, H * P, W * P), normalised.
+            visible: (N, L_visible) int64 indices of the patches to encode; None encodes all L.
+
+        Returns:
+            depth + 1 tensors (N, 1 + L_visible, C), class token first: the input of the first
+            block, then the output of every block.
+
+        Raises:
+            ValueError: the trunk has no class token, or the patch does not divide the image.
+        """
+        if self.cls_token is None:
+            raise ValueError("token mode needs a trunk with class_token=True")
+        height, width = images.shape[-2:]
+        if height % self.patch_size[0] or width % self.patch_size[1]:
+            raise ValueError(
+                f"token mode needs images divisible by the patch {self.patch_size},"
+                f" got {height}x{width} pixels"
+            )
+        position = resample_position_embedding(
+            self.pos_embed, self.pos_grid, self._grid((height, width))
+        )
+        patch_position = position[:, 1:]
+        if visible is None:
+            x = self.patch_embed(images) + patch_position
+        else:
+            x = self.patch_embed.embed_visible(images, visible) + patch_position[0, visible]
+        class_token = (self.cls_token + position[:, :1]).expand(len(x), -1, -1)
+        features = [torch.cat([class_token, x], dim=1)]
+        for block in self.blocks:
+            features.append(self._run_block(block, features[-1], None))
+        return features
+
+    def forward_map(self, images: Tensor) -> Tensor:
+        """Encode images as feature maps: no class token, windows and relative position as configured.
+
+        Args:
+            images: (N, B, height, width), normalised. A side that the patch does not divide is padded
+                with zeros at the bottom or on the right.
+
+        Returns:
+            (N, C, H, W) with H = ceil(height / P), W = ceil(width / P).
+
+        Raises:
+            ValueError: the image is smaller than one patch.
+        """
+        height, width = images.shape[-2:]
+        patch_h, patch_w = self.patch_size
+        if height < patch_h or width < patch_w:
+            raise ValueError(
+                f"an image of {height}x{width} pixels is smaller than a patch of {patch_h}x{patch_w}"
+            )
+        if height % patch_h or width % patch_w:
+            images = F.pad(images, (0, -width % patch_w, 0, -height % patch_h))
+        grid = self._grid((height, width))
+        position = resample_position_embedding(self.pos_embed, self.pos_grid, grid)
+        x = self.patch_embed(images) + position[:, 1:]
+        for block in self.blocks:
+            x = self._run_block(block, x, grid)
+        return x.transpose(1, 2).unflatten(2, grid)

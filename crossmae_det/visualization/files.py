@@ -1,0 +1,86 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` that replaces it if the block does not raise.
+
+    The temporary name keeps the suffix, so that writers which choose a format by suffix do the same
+    for it. When the block raises, the temporary file is removed and ``path`` stays as it was.
+    Missing parent folders are made.
+
+    Args:
+        path: the file to write.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(
+    path: str | os.PathLike[str],
+    content: Any,
+    *,
+    indent: int | None = None,
+    default: Callable[[Any], Any] | None = None,
+) -> None:
+    """Writes ``content`` as JSON, atomically.
+
+    Args:
+        path: the file to write.
+        content: anything ``json`` can write. NaN and infinities are not JSON and are refused.
+        indent: as in ``json.dump``.
+        default: as in ``json.dump``; without one, numpy scalars are written as numbers.
+
+    Raises:
+        ValueError: ``content`` holds a NaN or an infinity; ``path`` is left as it was.
+        OSError: ``path`` cannot be written.
+    """
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=indent, default=default or _numpy_scalar, allow_nan=False)
+        file.write("\n")
+
+
+def write_image(path: str | os.PathLike[str], image_bgr: np.ndarray) -> None:
+    """Writes an image with OpenCV, atomically, in the format of the suffix.
+
+    Args:
+        path: the file to write; its suffix is one that OpenCV can encode (``.png``, ``.jpg``, ...).
+        image_bgr: (H, W, 3) uint8, BGR.
+
+    Raises:
+        ValueError: OpenCV has no encoder for the suffix.
+        OSError: ``path`` cannot be written.
+    """
+    suffix = Path(path).suffix
+    if not suffix or not cv2.haveImageWriter(f"image{suffix}"):
+        raise ValueError(f"{path}: no image format has the suffix '{suffix}'; use .png or .jpg")
+    with atomic_path(path) as temporary:
+        if not cv2.imwrite(str(temporary), image_bgr):
+            raise OSError(f"{path}: the image could not be written; is the disk full?")
+
+
+def _numpy_scalar(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
