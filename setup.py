@@ -46,7 +46,7 @@ setup(
     # tools/install_detectron2.py, or its own instructions.
     install_requires=[
         "torch>=2.7",
-        "torchvision>=0.22",
+        "torchvision>=0.22",  # detectron2's NMS and ROIAlign
         "timm>=1.0",
         "numpy>=1.24",
         "pillow>=9.1",
@@ -58,10 +58,11 @@ setup(
         "fvcore>=0.1.5,<0.1.6",
         "iopath>=0.1.7,<0.2",
         "omegaconf>=2.1,<2.4",
+        "hydra-core>=1.1",
+        "pyyaml>=6.0",
         "tabulate>=0.8",
-        "tensorboard>=2.10",
-        "termcolor>=1.1",
-        "tqdm>=4.29",
+        "tensorboard>=2.10",  # torch.utils.tensorboard writes with it
+        "tqdm>=4.60",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources
     ],
     extras_require={"dev": ["mypy", "pre-commit", "pytest>=7", "pytest-xdist", "ruff"]},

@@ -1,7 +1,7 @@
 """CrossMAE pretraining and plain-ViT backbones for detectron2.
 
-Importing the package registers its backbones in detectron2, where detectron2 is installed. Without it,
-``layers``, ``modeling`` and ``pretraining`` still import.
+Importing the package registers its backbones in detectron2, where detectron2 is installed. Without
+it, ``layers``, ``modeling`` and ``pretraining`` still import.
 """
 
 from importlib.util import find_spec

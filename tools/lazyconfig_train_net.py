@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Train or evaluate any lazy config: pretraining, detection, classification."""
+"""Train or evaluate a lazy config: pretraining, detection, classification."""
 
 from crossmae_det.engine import argument_parser, run, run_distributed, run_tool
 from crossmae_det.model_zoo import get_config
 
 
-def main() -> None:
-    args = argument_parser(__doc__).parse_args()
+def main(description: str) -> None:
+    args = argument_parser(description).parse_args()
     cfg = get_config(args.config_file, args.opts)
     run_distributed(run, args, cfg, args)
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(lambda: main(__doc__))

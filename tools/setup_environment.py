@@ -56,6 +56,22 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
+def find_torch(pattern: str, text: str) -> dict[str, str]:
+    """For torch and torchvision, the version that follows ``pattern`` in ``text``."""
+    found = {name: re.search(pattern.format(name) + r"([\d.]+)", text, re.M) for name in TORCH}
+    return {name: match.group(1) for name, match in found.items() if match}
+
+
+def pinned_torch() -> dict[str, str]:
+    """Name -> version in requirements/runtime.txt."""
+    return find_torch("^{}==", (REQUIREMENTS / "runtime.txt").read_text(encoding="utf-8"))
+
+
+def minimum_torch() -> dict[str, str]:
+    """Name -> lowest version that setup.py accepts."""
+    return find_torch('"{}>=', (REPOSITORY / "setup.py").read_text(encoding="utf-8"))
+
+
 def torch_to_keep(
     installed: Mapping[str, str], pinned: Mapping[str, str], minimum: Mapping[str, str]
 ) -> set[str]:
@@ -63,8 +79,8 @@ def torch_to_keep(
 
     Args:
         installed: name -> version of what the environment has.
-        pinned: name -> version in requirements/runtime.txt.
-        minimum: name -> lowest version that setup.py accepts.
+        pinned: as from ``pinned_torch``.
+        minimum: as from ``minimum_torch``.
 
     Raises:
         SetupError: one of the user's own is too old, or the other half of the pair is missing.
@@ -192,13 +208,7 @@ def set_up() -> None:
     if "pip" not in installed:
         raise SetupError(f"this environment has no pip: run `{sys.executable} -m ensurepip`")
 
-    runtime = (REQUIREMENTS / "runtime.txt").read_text(encoding="utf-8")
-    ranges = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
-    kept = torch_to_keep(
-        installed,
-        pinned={name: re.search(rf"(?m)^{name}==(\S+)", runtime)[1] for name in TORCH},
-        minimum={name: re.search(rf'"{name}>=([\d.]+)"', ranges)[1] for name in TORCH},
-    )
+    kept = torch_to_keep(installed, pinned_torch(), minimum_torch())
     if own_opencv := [build for build in OPENCV_BUILDS[1:] if build in installed]:
         kept |= {"opencv-python"}
     for name in sorted(kept & installed.keys()) + own_opencv:
@@ -206,14 +216,15 @@ def set_up() -> None:
     say("installing the versions pinned in requirements/ (a few GB the first time: torch, CUDA)")
     install_requirements(kept)
 
+    # Before detectron2, whose import takes OpenCV with it.
+    installed = installed_versions()
+    (build, *_) = own_opencv or ["opencv-python"]
+    build = fit_opencv(build, installed[build], lambda: import_error("cv2"), run_pip)
+
     say("seeing to detectron2")
     install = [sys.executable, str(REPOSITORY / "tools" / "install_detectron2.py")]
     if subprocess.run(install).returncode:
         raise SetupError("detectron2 could not be installed; the reason is above")
-
-    installed = installed_versions()
-    (build, *_) = own_opencv or ["opencv-python"]
-    build = fit_opencv(build, installed[build], lambda: import_error("cv2"), run_pip)
 
     say("installing crossmae_det itself, editable")
     run_pip(

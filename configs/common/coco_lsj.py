@@ -1,7 +1,7 @@
 """COCO with large-scale jitter (https://arxiv.org/abs/2012.07177), as ViTDet trains.
 
-The free keys are ``image_size``, ``train.total_batch_size`` and the two ``dataset.names``: each a name that
-is registered in detectron2, or ``annotations.json:image_folder``.
+The free keys are ``image_size``, ``train.total_batch_size`` and the two ``dataset.names``: each a
+name that is registered in detectron2, or ``annotations.json:image_folder``.
 """
 
 import detectron2.data.transforms as T
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from crossmae_det.data import DetectionMapper, build_train_loader, get_dataset_dicts
 from crossmae_det.evaluation import COCOEvaluator
-from crossmae_det.model_zoo import resolvers  # noqa: F401
+from crossmae_det.model_zoo import resolvers
 
 dataloader = OmegaConf.create(flags={"allow_objects": True})
 

@@ -11,4 +11,40 @@ dataloader.train.dataset.names = "shapes_train"
 dataloader.test.dataset.names = "shapes_val"
 dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = 1
+# Half to full size: the shapes are not as rich in scales as photographs.
+dataloader.train.mapper.augmentations[1].update(min_scale=0.7, max_scale=1.4)
+
+# 16 x 16 tokens: neither windows nor position tables are worth their while.
+model.backbone.net.update(
+    embed_dim=192,
+    depth=6,
+    num_heads=3,
+    patch_size=8,
+    pretrain_img_size=128,
+    window_size=0,
+    use_rel_pos=False,
+    drop_path_rate=0.0,
+)
+# Strides 4, 8 and 16.
+model.backbone.update(scale_factors=(2.0, 1.0, 0.5), out_channels=64, top_block=None)
+_levels = ["p2", "p3", "p4"]
+_scales = [1 / 4, 1 / 8, 1 / 16]
+_rpn, _heads = model.proposal_generator, model.roi_heads
+_rpn.in_features = _heads.box_in_features = _levels
+_rpn.anchor_generator.update(sizes=[[16], [32], [64]], strides=[4, 8, 16])
+_rpn.head.conv_dims = [-1]
+_rpn.update(batch_size_per_image=64, pre_nms_topk=(300, 300), post_nms_topk=(100, 100))
+_heads.batch_size_per_image = 32
+_heads.box_pooler.scales = _heads.mask_pooler.scales = _scales
+_heads.box_head.update(conv_dims=[64], fc_dims=[256])
+_heads.mask_head.conv_dims = [64, 64, 64]  # two convolutions, then the deconvolution
+
+optimizer.lr = 1e-3
+optimizer.weight_decay = 0.05
+optimizer.params.update(lr_decay=1.0, trunk_lr_factor=0.5)
+lr_multiplier = L(cosine_schedule)(max_iter="${train.max_iter}", warmup_iters=150)
+
+train.output_dir = "./output/demo"
 train.max_iter = 1500
+train.clip_grad.enabled = True
+train.eval_period = 500

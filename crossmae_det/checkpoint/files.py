@@ -1,4 +1,4 @@
-"""Reading checkpoint files without executing them, and writing files that are never half-written."""
+"""Reading checkpoints without executing them, and writing files that are never half-written."""
 
 import os
 import pickle
@@ -12,7 +12,7 @@ import torch
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name when the block ends without an error.
 
     Whoever reads ``path`` sees the old file or the new one, whole, also after a kill or on a full

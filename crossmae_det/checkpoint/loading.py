@@ -1,8 +1,8 @@
 """Loading weights into a model: every tensor is accounted for, or nothing is changed.
 
 A file holds either the whole model that it is loaded into, or a trunk: a bare ViT (the keys of
-detectron2's ViT and of published MAE files), a pretraining model (``encoder.*``), or the trunk inside a
-detector (``backbone.net.*``). The trunk of any of these fits the trunk of any model.
+detectron2's ViT and of published MAE files), a pretraining model (``encoder.*``), or the trunk
+inside a detector (``backbone.net.*``). The trunk of any of these fits the trunk of any model.
 """
 
 import re
@@ -30,9 +30,9 @@ MAY_BE_DROPPED = re.compile(r"(cls_token$|mask_token$|decoder|norm\.|fc_norm\.|h
 def load(model: nn.Module, path: str | Path, *, whole: bool = False) -> Report:
     """Load a checkpoint into a model, strictly.
 
-    A file with the model's own keys is loaded as a whole. From any other file its trunk is loaded into
-    the model's trunk; the rest of the model stays as it is and is listed as initialised, the rest of
-    the file is listed as dropped. A position embedding of another grid is resampled.
+    A file with the model's own keys is loaded as a whole. From any other file its trunk is loaded
+    into the model's trunk; the rest of the model stays as it is and is listed as initialised, the
+    rest of the file is listed as dropped. A position embedding of another grid is resampled.
 
     Args:
         model: the model, in place. It must contain one ViT where the file is a trunk's.
@@ -82,7 +82,9 @@ def _trunk_into(model: nn.Module, state: dict[str, Tensor], report: Report) -> d
     """The tensors of the file's trunk by their names in the model; fills in the report."""
     path = report.path
     trunks = [(name, module) for name, module in model.named_modules() if isinstance(module, ViT)]
-    source_prefix = next((p for p in TRUNK_PREFIXES if f"{p}patch_embed.proj.weight" in state), None)
+    source_prefix = next(
+        (p for p in TRUNK_PREFIXES if f"{p}patch_embed.proj.weight" in state), None
+    )
     if len(trunks) != 1 or source_prefix is None:
         raise ValueError(_difference(state, model.state_dict(), path))
     ((trunk_name, trunk),) = trunks
@@ -122,8 +124,8 @@ def _resample(embedding: Tensor, trunk: ViT, path: str) -> Tensor:
     side = int(rows**0.5)
     if side < 1 or side * side != rows:
         raise ValueError(
-            f"{path}: 'pos_embed' {tuple(embedding.shape)} is not that of a square grid with a class"
-            f" token; the trunk has {tuple(trunk.pos_embed.shape)}"
+            f"{path}: 'pos_embed' {tuple(embedding.shape)} is not that of a square grid with a"
+            f" class token; the trunk has {tuple(trunk.pos_embed.shape)}"
         )
     return resample_position_embedding(embedding.float(), (side, side), trunk.pos_grid)
 
@@ -131,8 +133,8 @@ def _resample(embedding: Tensor, trunk: ViT, path: str) -> Tensor:
 def _fitting(name: str, tensor: Tensor, target: Tensor, path: str | Path) -> Tensor:
     if tensor.shape != target.shape:
         raise ValueError(
-            f"{path}: '{name}' is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the"
-            " model; take a model of the checkpoint's size, or its checkpoint"
+            f"{path}: '{name}' is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in"
+            " the model; take a model of the checkpoint's size, or its checkpoint"
         )
     return tensor
 

@@ -10,9 +10,9 @@ from tabulate import tabulate
 class Report:
     """Names of the tensors, by what became of them.
 
-    ``loaded`` and ``resampled`` (loaded at another size) and ``initialised`` (not in the file, left as
-    the model had them) are names in the model; ``dropped`` (in the file, of no use to the model) are
-    names in the file.
+    ``loaded`` and ``resampled`` (loaded at another size) and ``initialised`` (not in the file, left
+    as the model had them) are names in the model; ``dropped`` (in the file, of no use to the model)
+    are names in the file.
     """
 
     path: str

@@ -1,5 +1,6 @@
 """Detection data: data sets by one string, checked, and a loader that resumes exactly."""
 
+from crossmae_det.data import shapes
 from crossmae_det.data.coco import DatasetInfo, describe, get_dataset_dicts, resolve_name
 from crossmae_det.data.loader import TrainLoader, build_train_loader
 from crossmae_det.data.mapper import (
@@ -19,3 +20,7 @@ __all__ = [
     "get_dataset_dicts",
     "resolve_name",
 ]
+
+# The built-in data set has its names from the start, as detectron2's have; it is written on first
+# use.
+shapes.register()

@@ -18,7 +18,13 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 from torch.utils.data import Dataset, IterableDataset
 
-from crossmae_det.data.coco_json import CocoFile, area_fault, check_images, inspect
+from crossmae_det.data.coco_json import (
+    CocoFile,
+    area_fault,
+    check_images,
+    collector_paused,
+    inspect,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +111,7 @@ def describe(spec: str) -> DatasetInfo:
     name = resolve_name(spec)
     metadata = MetadataCatalog.get(name)
     if not _is_coco(name):
-        records = DatasetCatalog.get(name)
+        records = _records(name)
         annotations = (a for record in records for a in record.get("annotations", []))
         has_masks = any(a.get("segmentation") for a in annotations if not a.get("iscrowd", 0))
         return DatasetInfo(len(records), _categories(name, None), has_masks)
@@ -164,7 +170,7 @@ def get_dataset_dicts(
     for name in resolved:
         loaded = _load(name, invalid_annotations)
         if max_images is not None and all("image_id" in record for record in loaded):
-            loaded.sort(key=lambda record: record["image_id"])
+            loaded = sorted(loaded, key=lambda record: record["image_id"])
         records += loaded
     has_instances = "annotations" in records[0]
     if filter_empty and has_instances:
@@ -262,6 +268,17 @@ def _categories(name: str, coco_file: CocoFile | None) -> dict[int, str]:
     return {first[contiguous]: classes[contiguous] for contiguous in sorted(first)}
 
 
+def _records(name: str) -> list[dict]:
+    records = DatasetCatalog.get(name)
+    if isinstance(records, IterableDataset):
+        raise ValueError(f"data set {name!r} is an IterableDataset; a resumable run needs a list")
+    if isinstance(records, Dataset):
+        records = [records[i] for i in range(len(records))]  # type: ignore[arg-type]
+    if not len(records):
+        raise ValueError(f"data set {name!r} has no images")
+    return records
+
+
 def _load(name: str, invalid_annotations: str | None) -> list[dict]:
     """Load the records of one registered data set, checked where it is a COCO json."""
     coco_file = None
@@ -275,11 +292,12 @@ def _load(name: str, invalid_annotations: str | None) -> list[dict]:
             more = f" (and {coco_file.num_faulty - 1} more)" if coco_file.num_faulty > 1 else ""
             raise ValueError(
                 f"{coco_file.path}: {coco_file.first_fault}{more}; correct it, or "
-                "set dataloader.train.dataset.invalid_annotations=skip to leave such annotations out "
-                "(dataloader.test for a test set)"
+                "set dataloader.train.dataset.invalid_annotations=skip to leave such annotations "
+                "out (dataloader.test for a test set)"
             )
     try:
-        records = DatasetCatalog.get(name)
+        with collector_paused():
+            records = _records(name)
     except AssertionError as error:  # load_coco_json's only words for metadata that do not fit
         classes = MetadataCatalog.get(name).get("thing_classes")
         if coco_file is None or classes == list(coco_file.categories.values()):
@@ -288,20 +306,13 @@ def _load(name: str, invalid_annotations: str | None) -> list[dict]:
             f"{coco_file.path}: its categories are not those that {name} is registered with; "
             "give the data set as JSON:IMAGE_FOLDER instead"
         ) from error
-    if isinstance(records, IterableDataset):
-        raise ValueError(f"data set {name!r} is an IterableDataset; a resumable run needs a list")
-    if isinstance(records, Dataset):
-        records = [records[i] for i in range(len(records))]  # type: ignore[arg-type]
-    if not len(records):
-        raise ValueError(f"data set {name!r} has no images")
     if coco_file is not None and coco_file.num_faulty:
-        for record in records:
-            if record.get("image_id") in coco_file.faulty_images and "annotations" in record:
-                record["annotations"] = [
-                    annotation
-                    for annotation in record["annotations"]
-                    if area_fault(annotation, needs_mask=coco_file.has_masks) is None
-                ]
+        records = [
+            _without_faults(record, coco_file)
+            if record.get("image_id") in coco_file.faulty_images
+            else record
+            for record in records
+        ]
         logger.warning(
             "%s: left out %d annotations; the first: %s",
             coco_file.path,
@@ -309,3 +320,12 @@ def _load(name: str, invalid_annotations: str | None) -> list[dict]:
             coco_file.first_fault,
         )
     return records
+
+
+def _without_faults(record: dict, coco_file: CocoFile) -> dict:
+    annotations = [
+        annotation
+        for annotation in record.get("annotations", [])
+        if area_fault(annotation, needs_mask=coco_file.has_masks) is None
+    ]
+    return {**record, "annotations": annotations}

@@ -6,10 +6,12 @@ an infinite box. `inspect` finds all of that in one pass over the file, and says
 """
 
 import functools
+import gc
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +62,23 @@ def inspect(json_file: str, *, needs_annotations: bool = True) -> CocoFile:
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{json_file}: no such annotation file; check the path")
     stat = os.stat(json_file)
-    return _inspect(json_file, needs_annotations, (stat.st_mtime_ns, stat.st_size))
+    with collector_paused():
+        return _inspect(json_file, needs_annotations, (stat.st_mtime_ns, stat.st_size))
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the garbage collector, which walks all of a large json again and again while it grows.
+
+    Reading COCO train2017 takes about half the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_images(coco_file: CocoFile, image_root: str) -> None:
@@ -185,10 +203,10 @@ def _read(path: str, needs_annotations: bool) -> dict[str, Any]:
             f"{path}: not a complete json file ({error}); write or fetch it again"
         ) from error
     if not isinstance(data, dict):
-        hint = ", as COCO result files do" if isinstance(data, list) else ""
+        found = "a list, as COCO result files do" if isinstance(data, list) else "a single value"
         raise ValueError(
-            f"{path}: holds a {type(data).__name__}{hint}; a COCO annotation file holds an object "
-            "with images, annotations and categories"
+            f"{path}: holds {found}; a COCO annotation file holds an object with images, "
+            "annotations and categories"
         )
     required = ["images", "categories"] + ["annotations"] * (
         needs_annotations or "annotations" in data

@@ -116,19 +116,26 @@ class TrainLoader:
         return rank * size, (rank + 1) * size
 
     def _receive(self, batches: Iterator[list]) -> Iterator[list[dict]]:
-        for batch in batches:
-            for sample in batch:
-                if isinstance(sample, _Failure):
-                    raise sample.error from _WorkerTracebackError(sample.traceback)
-                for file_name in sample.pop("skipped", ()):
-                    self.skipped[file_name] += 1
-                    if self.skipped[file_name] == 1:
-                        logger.warning(
-                            "Left out %s, which cannot be decoded (%d images so far)",
-                            file_name,
-                            len(self.skipped),
-                        )
-            yield batch
+        try:
+            for batch in batches:
+                for sample in batch:
+                    if isinstance(sample, _Failure):
+                        raise sample.error from _WorkerTracebackError(sample.traceback)
+                    self._count(sample.pop("skipped", ()))
+                yield batch
+        finally:
+            # An error keeps this frame; workers that are not let go of here end only 5 s later.
+            del batches
+
+    def _count(self, skipped: Sequence[str]) -> None:
+        for file_name in skipped:
+            self.skipped[file_name] += 1
+            if self.skipped[file_name] == 1:
+                logger.warning(
+                    "Left out %s, which cannot be decoded (%d images so far)",
+                    file_name,
+                    len(self.skipped),
+                )
 
 
 def build_train_loader(

@@ -1,7 +1,8 @@
 """Drawing the images of the built-in data set: textured shapes, and which pixel belongs to which.
 
-Classes differ in outline only: size, rotation, colour and texture are drawn alike for all of them. Later
-shapes hide earlier ones. A shape that would make itself or another one hard to recognise is not drawn.
+Classes differ in outline only: size, rotation, colour and texture are drawn alike for all of them.
+Later shapes hide earlier ones. A shape that would make itself or another one hard to recognise is
+not drawn.
 
 Legend: H x W pixels of an image or of a window in it. Pixel i reaches from i to i + 1. Windows are
 (x0, y0, x1, y1), the ends excluded.
@@ -27,8 +28,8 @@ SPLITS = ("train", "val")
 _MAX_OBJECTS = 6
 # Side of the square as large as the shape, as a fraction of the image's side.
 _SIDE = (0.15, 0.45)
-# A shape, and the hole of a ring, keep at least this part of their area in sight, and a shape at least
-# this many pixels. With less, a ring and an ellipse, or a cross and a star, look the same.
+# A shape, and the hole of a ring, keep at least this part of their area in sight, and a shape at
+# least this many pixels. With less, a ring and an ellipse, or a cross and a star, look the same.
 _MIN_VISIBLE = 0.6
 _MIN_PIXELS = 20
 _ATTEMPTS = 20

@@ -1,7 +1,7 @@
 """The built-in data set: textured shapes with exact masks, generated once, in COCO format.
 
-One variant is one folder, whose name holds the version of the generator and every parameter, so that
-variants lie side by side and a folder that is there is complete:
+One variant is one folder, whose name holds the version of the generator and every parameter, so
+that variants lie side by side. A folder that is there is complete:
 
     ROOT/shapes_v1_128px_4000_150_seed0/
         train/000001.jpg ...              also a plain image folder, for pretraining
@@ -10,8 +10,8 @@ variants lie side by side and a folder that is there is complete:
         annotations/instances_val.json
         shapes.json                       the parameters
 
-An image holds one to six shapes of six classes on a textured ground; ``scenes.py`` draws it. A mask is
-what is to be seen of its shape, and every shape that is drawn has its annotation.
+An image holds one to six shapes of six classes on a textured ground; ``scenes.py`` draws it. A mask
+is what is to be seen of its shape, and every shape that is drawn has its annotation.
 """
 
 import json
@@ -91,9 +91,9 @@ def build(
 ) -> Path:
     """Write the data set, unless it is there already.
 
-    It is written to a hidden folder beside its own and renamed, so that a build that is killed or fails
-    leaves nothing under its name. Processes that build the same variant at once wait for the first. The
-    same versions of NumPy, OpenCV and Pillow write the same bytes.
+    It is written to a hidden folder beside its own and renamed, so that a build that is killed or
+    fails leaves nothing under its name. Processes that build the same variant at once wait for the
+    first. The same versions of NumPy, OpenCV and Pillow write the same bytes.
 
     Args:
         root: data folder, made if missing; None as in :func:`folder`.
@@ -129,9 +129,9 @@ def build(
 def register(root: str | os.PathLike[str] | None = None, **parameters: int) -> tuple[str, str]:
     """Register ``shapes_train`` and ``shapes_val`` in detectron2, to be built when first asked for.
 
-    The metadata is there at once; images and annotations are there after ``DatasetCatalog.get``. Masks
-    are run-length encoded, so that a mapper needs ``instance_mask_format="bitmask"``. A later call with
-    other arguments replaces an earlier one.
+    The metadata is there at once; images and annotations are there after ``DatasetCatalog.get``.
+    Masks are run-length encoded, so that a mapper needs ``instance_mask_format="bitmask"``. A later
+    call with other arguments replaces an earlier one.
 
     Args:
         root: data folder; None as in :func:`folder`, read now.
@@ -169,7 +169,9 @@ def register(root: str | os.PathLike[str] | None = None, **parameters: int) -> t
 
 
 def _data_folder(root: str | os.PathLike[str] | None) -> Path:
-    return Path(root or os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
+    if root is None:
+        root = os.getenv("DETECTRON2_DATASETS", "datasets")
+    return Path(root).expanduser()
 
 
 def _variant(parameters: dict[str, int]) -> _Variant:

@@ -98,11 +98,13 @@ class SimpleFeaturePyramid(Backbone):
         super().__init__()
         shape = net.output_shape()[in_feature]
         strides = [shape.stride / scale for scale in scale_factors]
-        halving = all(fine * 2 == coarse for fine, coarse in zip(strides, strides[1:], strict=False))
+        halving = all(
+            fine * 2 == coarse for fine, coarse in zip(strides, strides[1:], strict=False)
+        )
         if not halving or math.log2(strides[0]) % 1:
             raise ValueError(
-                f"scale factors {list(scale_factors)} on a patch of {shape.stride} pixels give strides"
-                f" {strides}; they must be powers of two, each twice the one before"
+                f"scale factors {list(scale_factors)} on a patch of {shape.stride} pixels give"
+                f" strides {strides}; they must be powers of two, each twice the one before"
             )
         if square_pad % strides[-1]:
             raise ValueError(
@@ -119,7 +121,8 @@ class SimpleFeaturePyramid(Backbone):
         for name, scale in zip(self._stages, scale_factors, strict=True):
             self.add_module(name, self._stage(shape.channels, out_channels, scale, norm))
         if top_block is not None:
-            levels += range(levels[-1] + 1, levels[-1] + 1 + top_block.num_levels)
+            extra: int = top_block.num_levels  # type: ignore[assignment]
+            levels += range(levels[-1] + 1, levels[-1] + 1 + extra)
         self._out_features = [f"p{level}" for level in levels]
         self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
         self._out_feature_strides = {f"p{level}": 2**level for level in levels}
@@ -166,7 +169,7 @@ class SimpleFeaturePyramid(Backbone):
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """What detectron2's ``ImageList`` pads to: a square when asked for, else the divisibility."""
+        """What detectron2's ``ImageList`` pads to: a square if asked for, else the divisibility."""
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -176,8 +179,8 @@ class SimpleFeaturePyramid(Backbone):
             images: (N, 3, height, width), both sides multiples of ``size_divisibility``.
 
         Returns:
-            Level name, "p2" for stride 4 and so on, to (N, out_channels, height / S, width / S), from
-            fine to coarse.
+            Level name, "p2" for stride 4 and so on, to (N, out_channels, height / S, width / S),
+            from fine to coarse.
         """
         feature = self.net(images)[self.in_feature]
         results = [getattr(self, name)(feature) for name in self._stages]
@@ -210,7 +213,7 @@ def build_crossmae_vit_backbone(cfg, input_shape: ShapeSpec) -> ViTBackbone:
 
 @BACKBONE_REGISTRY.register()
 def build_crossmae_vit_pyramid_backbone(cfg, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
-    """The plain ViT of ``cfg.MODEL.VIT`` under the simple feature pyramid of ``cfg.MODEL.PYRAMID``."""
+    """The ViT of ``cfg.MODEL.VIT`` under the simple feature pyramid of ``cfg.MODEL.PYRAMID``."""
     pyramid = cfg.MODEL.PYRAMID
     trunk = build_crossmae_vit_backbone(cfg, input_shape)
     (in_feature,) = trunk.output_shape()

@@ -38,13 +38,19 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # from the training set
 
     solver = cfg.SOLVER
-    solver.EPOCHS = 100.0
+    solver.EPOCHS = 100
     solver.MAX_ITER = 0  # from EPOCHS, the training set and IMS_PER_BATCH
     solver.BASE_LR = 0.0  # from IMS_PER_BATCH, by the linear rule
     solver.LR_DECAY = 0.7  # from one layer of the trunk to the one below
+    solver.STEPS = ()  # 8/9 and 26/27 of MAX_ITER
+    solver.WARMUP_ITERS = 250
+    solver.IMS_PER_BATCH = 64
     solver.CHECKPOINT_PERIOD = 0  # a twentieth of MAX_ITER
     cfg.TEST.EVAL_PERIOD = 0  # a twentieth of MAX_ITER
 
-    # Everything else that the engine knows, by the names of the lazy configs: a mapping that is laid
-    # over `train`, e.g. {accumulation: 4, ema: {enabled: True}}.
-    cfg.TRAIN = CfgNode(new_allowed=True)
+    # As in the lazy configs' `train`.
+    solver.AMP.DTYPE = "bf16"
+    solver.ACCUMULATION = 1
+    solver.CLIP_GRADIENTS.CLIP_TYPE = "norm"
+    solver.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9999})
+    solver.COMPILE = CfgNode({"ENABLED": False})

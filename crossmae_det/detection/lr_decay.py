@@ -55,8 +55,8 @@ def layer_decay_param_groups(
     """Parameter groups with a learning rate that shrinks towards the input (ViTDet, appendix A.1).
 
     The layer at distance d from the heads gets ``base_lr * trunk_lr_factor * lr_decay ** d``; the
-    heads and the pyramid get ``base_lr``. Norms and the position embedding are not decayed. The depth
-    is the model's own.
+    heads and the pyramid get ``base_lr``. Norms and the position embedding are not decayed. The
+    depth is the model's own.
 
     Args:
         model: any module with one ViT inside.

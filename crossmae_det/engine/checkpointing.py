@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written atomically, read safely, complete enough to continue bit by bit."""
+"""The checkpoints of a run: atomic, safe to read, enough to continue bit by bit."""
 
 import logging
 import os
@@ -56,7 +56,9 @@ class Checkpointer(FvcoreCheckpointer):
         checkpoint = read_checkpoint(path)
         for key, item in self.checkpointables.items():
             if key not in checkpoint:
-                raise ValueError(f"{path} has no '{key}' to resume; was it on when the run started?")
+                raise ValueError(
+                    f"{path} has no '{key}' to resume; was it on when the run started?"
+                )
             item.load_state_dict(checkpoint[key])
         logger.info("Resumed from %s", path)
         return checkpoint

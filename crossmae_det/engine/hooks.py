@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 
-import cv2
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
 from crossmae_det.visualization.curves import plot_metrics
+from crossmae_det.visualization.inference_io import read_image
 from crossmae_det.visualization.predictions import comparison_sheet
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class PredictionPictures(HookBase):
         with inference_context(model), torch.no_grad():
             for sample in itertools.islice(annotated, self.count):
                 instances = model([sample])[0]["instances"].to("cpu")
-                image = cv2.imread(sample["file_name"])
+                image = read_image(sample["file_name"])
                 rows.append((image, records[sample["image_id"]], instances))
         comparison_sheet(rows, MetadataCatalog.get(self.dataset_name), self.path)
         logger.info("Predictions beside the ground truth are in %s", self.path)

@@ -1,7 +1,7 @@
 """Run a lazy config: train a model, or evaluate one.
 
-A config has five keys: ``model``, ``dataloader`` (``train``, ``test``, ``evaluator``), ``optimizer``,
-``lr_multiplier`` and ``train``. What each holds is documented in ``configs/common``.
+A config has five keys: ``model``, ``dataloader`` (``train``, ``test``, ``evaluator``),
+``optimizer``, ``lr_multiplier`` and ``train``. What each holds is documented in ``configs/common``.
 """
 
 import logging
@@ -9,11 +9,10 @@ import os
 from argparse import Namespace
 from typing import Any
 
-import torch
 from detectron2.config import instantiate
 from detectron2.engine import hooks
 from detectron2.engine.defaults import create_ddp_model, default_writers
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import inference_on_dataset
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from omegaconf import DictConfig
@@ -23,7 +22,7 @@ from crossmae_det.checkpoint import load
 from crossmae_det.engine.checkpointing import Checkpointer
 from crossmae_det.engine.hooks import BestCheckpointer, LayerLearningRates, MetricCurves, ModelEMA
 from crossmae_det.engine.setup import resolve_device, setup
-from crossmae_det.engine.trainer import NonFiniteError, Trainer, autocast
+from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +70,12 @@ def evaluate(
     evaluator_cfg.output_dir = os.path.join(cfg.train.output_dir, name)
     if "context" in evaluator_cfg:
         evaluator_cfg.context = context
+    # The loader first: it registers the data set that the evaluator looks up.
+    data_loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(evaluator_cfg)
     device = next(model.parameters()).device
-    with autocast(device, _amp_dtype(cfg)):
-        results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
-    if results and comm.is_main_process():
-        print_csv_format(results)
-    return results
+    with autocast(device, amp_dtype(cfg.train)):
+        return inference_on_dataset(model, data_loader, evaluator)
 
 
 def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
@@ -96,7 +94,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
         instantiate(cfg.dataloader.train),
         optimizer,
         seed=options.seed,
-        amp_dtype=_amp_dtype(cfg),
+        amp_dtype=amp_dtype(cfg.train),
         accumulation=options.accumulation,
         clip_norm=options.clip_grad.max_norm if options.clip_grad.enabled else None,
     )
@@ -110,9 +108,10 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
 
     def evaluate_now() -> dict[str, Any]:
         results.clear()
-        context = {"iteration": trainer.iter}
-        results.update(evaluate(cfg, model, **context))
-        if ema is not None and (averaged := evaluate(cfg, ema.model, name="inference_ema", **context)):
+        results.update(evaluate(cfg, model, iteration=trainer.iter))
+        if ema is not None and (
+            averaged := evaluate(cfg, ema.model, name="inference_ema", iteration=trainer.iter)
+        ):
             results["ema"] = averaged
         return results
 
@@ -157,7 +156,3 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
             f"{error}; the state before it is in {os.path.join(options.output_dir, name)}.pth"
         ) from error
     return results
-
-
-def _amp_dtype(cfg: DictConfig) -> str | None:
-    return cfg.train.amp.dtype if cfg.train.amp.enabled else None

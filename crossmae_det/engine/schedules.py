@@ -33,11 +33,13 @@ def step_schedule(
         gamma: factor at each milestone.
         warmup_iters: iterations of warm-up; a tenth of the run at most.
     """
+    # fvcore refuses a run of fewer steps than milestones: a short one is seen in a finer grid.
+    steps = max(max_iter, 1000)
     return _with_warmup(
         MultiStepParamScheduler(
             values=[gamma**step for step in range(len(milestones) + 1)],
-            milestones=[round(fraction * max_iter) for fraction in milestones],
-            num_updates=max_iter,
+            milestones=[round(fraction * steps) for fraction in milestones],
+            num_updates=steps,
         ),
         max_iter,
         warmup_iters,

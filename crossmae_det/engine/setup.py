@@ -79,7 +79,9 @@ def _join_torchrun() -> None:
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(local_rank)
-    torch.distributed.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=30))
+    torch.distributed.init_process_group(
+        "nccl" if use_cuda else "gloo", timeout=timedelta(minutes=30)
+    )
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
 
 

@@ -37,6 +37,11 @@ def autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractCont
     return torch.autocast(device.type, dtype=AMP_DTYPES[dtype])
 
 
+def amp_dtype(options: Mapping[str, Any]) -> str | None:
+    """The mixed precision that the ``train`` key of a config asks for, for :func:`autocast`."""
+    return options["amp"]["dtype"] if options["amp"]["enabled"] else None
+
+
 def split_batch(batch: Any, parts: int) -> list[Any]:
     """Split a batch into ``parts`` of nearly equal size, in order.
 
@@ -52,8 +57,8 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
 class Trainer(SimpleTrainer):
     """detectron2's trainer with mixed precision, accumulation, clipping and a guard against NaN.
 
-    Iteration i draws its random numbers from (seed, i, rank) alone, and asks the loader for batch i:
-    a run that was interrupted continues exactly as if it had not been.
+    Iteration i draws its random numbers from (seed, i, rank) alone, and asks the loader for batch
+    i: a run that was interrupted continues exactly as if it had not been.
 
     Args:
         model: takes a batch, returns a dict of scalar losses.
@@ -152,10 +157,14 @@ class Trainer(SimpleTrainer):
 
     def _check_losses(self, losses: Mapping[str, Tensor], part: Any) -> None:
         def describe() -> str:
-            bad = [f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite()]
+            bad = [
+                f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite()
+            ]
             return f"{', '.join(bad)} (images: {_names(part)})"
 
-        self._stop_if(~torch.stack([loss.detach() for loss in losses.values()]).isfinite(), describe)
+        self._stop_if(
+            ~torch.stack([loss.detach() for loss in losses.values()]).isfinite(), describe
+        )
 
     def _clip_gradient(self, batch: Any) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -171,7 +180,8 @@ class Trainer(SimpleTrainer):
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
 
     def _stop_if(self, failed: Tensor, describe: Callable[[], str]) -> None:
-        """Raise NonFiniteError on every process when any entry of ``failed`` is true on one of them.
+        """Raise NonFiniteError on every process when any entry of ``failed`` is true on one of
+        them.
 
         The device is waited for once.
         """

@@ -1,6 +1,7 @@
 """Images to patches, patches to tokens.
 
-Legend: N images, H x W patches, L = H * W, P patch side in pixels, C channels of a token, B channels of an image.
+Legend: N images, H x W patches, L = H * W, P patch side in pixels, C channels of a token, B
+channels of an image.
 """
 
 import torch.nn.functional as F

@@ -2,8 +2,8 @@
 
 Legend: N images or windows, M heads, H x W query grid = key grid, L = H * W, D channels per head.
 
-The bias between query (y, x) and key (v, u) is ``q . table_h[y - v] + q . table_w[x - u]``: two small
-tables per block instead of one entry for each pair of positions.
+The bias between query (y, x) and key (v, u) is ``q . table_h[y - v] + q . table_w[x - u]``: two
+small tables per block instead of one entry for each pair of positions.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """Partition of a token map into square windows, and back.
 
-Legend: N images, H x W tokens, C channels, S window side, K = ceil(H / S) * ceil(W / S) windows an image.
+Legend: N images, H x W tokens, C channels, S window side, K = ceil(H / S) * ceil(W / S) windows of
+an image.
 """
 
 import torch.nn.functional as F

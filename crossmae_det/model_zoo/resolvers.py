@@ -1,7 +1,7 @@
 """The rules by which values of a config follow from its few free keys.
 
-Importing this module registers them as OmegaConf resolvers. Configs write ``${crossmae.NAME:...}``; the
-arguments are references to other keys, so that a changed key changes all that depends on it.
+Importing this module registers them as OmegaConf resolvers. Configs write ``${crossmae.NAME:...}``;
+the arguments are references to other keys, so that a changed key changes all that depends on it.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, LazyCall, get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -31,17 +31,22 @@ KEYS = {
     "SOLVER.WARMUP_ITERS": "lr_multiplier.warmup_iters",
     "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
     "SOLVER.AMP.ENABLED": "train.amp.enabled",
+    "SOLVER.AMP.DTYPE": "train.amp.dtype",
+    "SOLVER.ACCUMULATION": "train.accumulation",
+    "SOLVER.EMA.ENABLED": "train.ema.enabled",
+    "SOLVER.EMA.DECAY": "train.ema.decay",
+    "SOLVER.COMPILE.ENABLED": "train.compile.enabled",
     "SOLVER.CLIP_GRADIENTS.ENABLED": "train.clip_grad.enabled",
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "train.clip_grad.max_norm",
     "TEST.EVAL_PERIOD": "train.eval_period",
     "OUTPUT_DIR": "train.output_dir",
     "MODEL.WEIGHTS": "train.init_checkpoint",
-    "MODEL.DEVICE": "train.device",
 }
-# Read by to_lazy itself, by detectron2's build_model or by its set-up of a job.
+# Read by to_lazy itself, by the model, or by detectron2's set-up of a job.
 ALSO_READ = (
     "DATASETS.TRAIN",
     "DATASETS.TEST",
+    "SOLVER.STEPS",
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
     "TEST.DETECTIONS_PER_IMAGE",
@@ -49,7 +54,6 @@ ALSO_READ = (
     "CUDNN_BENCHMARK",
     "VERSION",
     "MODEL.",
-    "TRAIN",
 )
 
 
@@ -76,17 +80,18 @@ def read_yaml(path: str, overrides: Sequence[str] = ()) -> CfgNode | None:
     cfg = default_config()
     try:
         raw = CfgNode.load_yaml_with_base(path)
+        keys = CfgNode(raw)
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a yaml config: {error}") from error
     if "dataloader" in raw:
         return None
+    if len(overrides) % 2:
+        raise ValueError(f"the overrides of {path} must be PATH.KEY VALUE pairs, got {overrides}")
     try:
-        cfg.merge_from_other_cfg(CfgNode(raw))
+        cfg.merge_from_other_cfg(keys)
         cfg.merge_from_list(list(overrides))
-    except KeyError as error:
+    except (KeyError, AssertionError) as error:
         raise ValueError(f"{path}: unknown config key: {error.args[0]}") from error
-    except AssertionError as error:
-        raise ValueError(f"overrides of {path} must be PATH.KEY VALUE pairs: {error}") from error
     _refuse_keys_without_effect(path, cfg)
     return cfg
 
@@ -116,10 +121,10 @@ def to_lazy(cfg: CfgNode, get_config: Callable[[str], DictConfig]) -> DictConfig
     if cfg.SOLVER.STEPS:
         steps = [step / lazy.train.max_iter for step in cfg.SOLVER.STEPS]
         lazy.lr_multiplier.milestones = steps
+    if cfg.MODEL.DEVICE != "cuda":  # detectron2's default; ours takes CUDA where there is one
+        lazy.train.device = cfg.MODEL.DEVICE
     if cfg.SEED >= 0:
         lazy.train.seed = cfg.SEED
-    if cfg.TRAIN:
-        _overlay(lazy.train, cfg.TRAIN, "TRAIN")
     lazy.model = LazyCall(build_yaml_model)(
         config=cfg.dump(),
         num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES or "${crossmae.count:${dataloader.categories}}",
@@ -142,24 +147,14 @@ def build_yaml_model(config: str, num_classes: int, mask_on: bool) -> nn.Module:
     cfg.merge_from_other_cfg(CfgNode.load_cfg(config))
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
     cfg.MODEL.MASK_ON = mask_on
-    cfg.MODEL.DEVICE = "cpu"  # the engine moves it
-    return build_model(cfg)
+    # Not build_model: it moves the model to MODEL.DEVICE, which is the engine's task.
+    return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
 
 
 def _select(cfg: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
-
-
-def _overlay(target: DictConfig, values: Mapping[str, Any], name: str) -> None:
-    for key, value in values.items():
-        if key not in target:
-            raise ValueError(f"unknown config key '{name}.{key}'; known: {', '.join(sorted(target))}")
-        if isinstance(value, Mapping):
-            _overlay(target[key], value, f"{name}.{key}")
-        else:
-            target[key] = value
 
 
 def _refuse_keys_without_effect(path: str, cfg: CfgNode) -> None:
@@ -171,6 +166,8 @@ def _refuse_keys_without_effect(path: str, cfg: CfgNode) -> None:
             if isinstance(value, CfgNode) and not key.startswith(ALSO_READ):
                 visit(value, default[name], f"{key}.")
             elif key not in KEYS and not key.startswith(ALSO_READ) and value != default[name]:
-                raise ValueError(f"{path}: '{key}' has no effect with this project's recipe; leave it out")
+                raise ValueError(
+                    f"{path}: '{key}' has no effect with this project's recipe; leave it out"
+                )
 
     visit(cfg, default_config(), "")

@@ -31,7 +31,9 @@ def get_config_file(config_path: str) -> str:
     folder = PACKAGE_CONFIGS if PACKAGE_CONFIGS.is_dir() else CHECKOUT_CONFIGS
     path = folder / config_path
     if not path.is_file():
-        names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".py", ".yaml")]
+        names = [
+            str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".py", ".yaml")
+        ]
         raise ValueError(f"there is no config '{config_path}'{_did_you_mean(config_path, names)}")
     return str(path)
 
@@ -55,12 +57,18 @@ def get_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
         try:
             path = get_config_file(config_file)
         except ValueError as error:
-            raise FileNotFoundError(f"config file '{config_file}' does not exist, and {error}") from None
+            raise FileNotFoundError(
+                f"config file '{config_file}' does not exist, and {error}"
+            ) from None
     if path.endswith(".py"):
         return apply_overrides(LazyConfig.load(path), overrides)
     cfg = read_yaml(path, overrides)
     # A run's own config.yaml is a lazy config in yaml's clothes.
-    return apply_overrides(LazyConfig.load(path), overrides) if cfg is None else to_lazy(cfg, get_config)
+    return (
+        apply_overrides(LazyConfig.load(path), overrides)
+        if cfg is None
+        else to_lazy(cfg, get_config)
+    )
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -88,13 +96,19 @@ def _apply(cfg: DictConfig, override: Override) -> None:
     key = override.key_or_group
     *parents, last = key.split(".")
     if override.is_delete():
-        raise ValueError(f"override '{override.input_line}': a key cannot be deleted; set it to null")
+        raise ValueError(
+            f"override '{override.input_line}': a key cannot be deleted; set it to null"
+        )
     node: object = cfg
     for depth, part in enumerate(parents):
         known = list(node) if isinstance(node, DictConfig) else []
-        node = OmegaConf.select(cfg, ".".join(parents[: depth + 1]), throw_on_resolution_failure=False)
+        node = OmegaConf.select(
+            cfg, ".".join(parents[: depth + 1]), throw_on_resolution_failure=False
+        )
         if not OmegaConf.is_config(node):
-            raise ValueError(f"unknown config key '{key}': there is no '{part}'{_did_you_mean(part, known)}")
+            raise ValueError(
+                f"unknown config key '{key}': there is no '{part}'{_did_you_mean(part, known)}"
+            )
     if isinstance(node, DictConfig) and not override.is_add():
         known = [str(name) for name in node] + _parameters(node)
         if last not in known:

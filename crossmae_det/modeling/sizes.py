@@ -8,7 +8,8 @@ def spread_global_blocks(depth: int, count: int = 4) -> list[int]:
 
     ViTDet, section 3: four of them, evenly spaced. 12 blocks give [2, 5, 8, 11].
     """
-    return sorted({(group + 1) * depth // count - 1 for group in range(min(count, depth))})
+    count = min(count, depth)
+    return [(group + 1) * depth // count - 1 for group in range(count)]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ from crossmae_det.layers.position_embedding import (
 )
 from crossmae_det.modeling.sizes import spread_global_blocks
 
+# Published ViTs are trained with this epsilon, not with torch's.
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
+
 
 class ViT(nn.Module):
     """Plain ViT with two entries: :meth:`forward_tokens` and :meth:`forward_map`.
@@ -71,7 +74,7 @@ class ViT(nn.Module):
         global_blocks: Sequence[int] | None = None,
         use_rel_pos: bool = False,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
         use_act_checkpoint: bool = False,
         freeze_blocks: int = 0,
     ):
@@ -124,7 +127,9 @@ class ViT(nn.Module):
             return set(spread_global_blocks(depth))
         for index in global_blocks:
             if not -depth <= index < depth:
-                raise ValueError(f"global block {index} does not exist in a trunk of {depth} blocks")
+                raise ValueError(
+                    f"global block {index} does not exist in a trunk of {depth} blocks"
+                )
         return {index % depth for index in global_blocks}
 
     def _initialise(self) -> None:
@@ -194,11 +199,12 @@ class ViT(nn.Module):
         return features
 
     def forward_map(self, images: Tensor) -> Tensor:
-        """Encode images as feature maps: no class token, windows and relative position as configured.
+        """Encode images as feature maps: no class token, windows and relative position as
+        configured.
 
         Args:
-            images: (N, B, height, width), normalised. A side that the patch does not divide is padded
-                with zeros at the bottom or on the right.
+            images: (N, B, height, width), normalised. A side that the patch does not divide is
+                padded with zeros at the bottom or on the right.
 
         Returns:
             (N, C, H, W) with H = ceil(height / P), W = ceil(width / P).
@@ -210,7 +216,8 @@ class ViT(nn.Module):
         patch_h, patch_w = self.patch_size
         if height < patch_h or width < patch_w:
             raise ValueError(
-                f"an image of {height}x{width} pixels is smaller than a patch of {patch_h}x{patch_w}"
+                f"an image of {height}x{width} pixels is smaller than a patch of"
+                f" {patch_h}x{patch_w}"
             )
         if height % patch_h or width % patch_w:
             images = F.pad(images, (0, -width % patch_w, 0, -height % patch_h))

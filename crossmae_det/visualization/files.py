@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` that replaces it if the block does not raise.
-
-    The temporary name keeps the suffix, so that writers which choose a format by suffix do the same
-    for it. When the block raises, the temporary file is removed and ``path`` stays as it was.
-    Missing parent folders are made.
-
-    Args:
-        path: the file to write.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+from crossmae_det.checkpoint import atomic_path
 
 
 def write_json(

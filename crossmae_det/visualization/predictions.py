@@ -1,7 +1,7 @@
 """Drawing predictions and ground truth, alone or side by side.
 
-Colours belong to classes, not to instances: what is drawn in one colour on the ground truth has that
-colour on the predictions.
+Colours belong to classes, not to instances: what is drawn in one colour on the ground truth has
+the same colour on the predictions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils.visualizer import GenericMask, Visualizer, VisImage
+from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
 from matplotlib.transforms import Bbox
 
 from crossmae_det.visualization.files import write_image
@@ -32,7 +32,7 @@ PAPER = 255
 class _Object:
     """One instance to draw: box (x0, y0, x1, y1) in pixels, mask as detectron2's GenericMask."""
 
-    box: tuple[float, float, float, float]
+    box: Sequence[float]
     label: str
     color: tuple[float, float, float]
     mask: GenericMask | None = None
@@ -93,8 +93,8 @@ def draw_ground_truth(
     Raises:
         ValueError: the annotations are for an image of another size.
     """
-    size = (dataset_dict.get("height"), dataset_dict.get("width"))
-    if None not in size:
+    if "height" in dataset_dict and "width" in dataset_dict:
+        size = (dataset_dict["height"], dataset_dict["width"])
         _check_size(str(dataset_dict.get("file_name", "dataset_dict")), size, image_bgr)
     objects = _annotated(dataset_dict, image_bgr.shape[:2], metadata)
     return _draw(image_bgr, objects, _scale(image_bgr) if scale is None else scale)
@@ -133,7 +133,7 @@ def comparison_sheet(
             image_bgr, instances, metadata, score_threshold=score_threshold, scale=scale
         )
         name = os.path.basename(str(dataset_dict.get("file_name", "")))
-        pairs.append((truth, predicted, name))
+        pairs.append([_cell(truth, name), _cell(predicted, "")])
 
     titles = [
         "ground truth",
@@ -142,15 +142,10 @@ def comparison_sheet(
     header = _join([_text(title, 34, 19) for title in titles] * pairs_per_row)
     bands = [_space(header.shape[1], GAP), header]
     for start in range(0, len(pairs), pairs_per_row):
-        group = pairs[start : start + pairs_per_row]
-        # A row is as high as its highest picture: wide images leave no empty band.
-        height = max(picture.shape[0] for pair in group for picture in pair[:2])
-        cells = [_fit(picture, height) for pair in group for picture in pair[:2]]
-        captions = [_text(caption, 24, 13) for pair in group for caption in (pair[2], "")]
-        while len(cells) < 2 * pairs_per_row:
-            cells.append(_space(CELL_SIDE, height))
-            captions.append(_text("", 24, 13))
-        bands += [_join(cells), _join(captions), _space(header.shape[1], GAP)]
+        cells = [cell for pair in pairs[start : start + pairs_per_row] for cell in pair]
+        height = max(cell.shape[0] for cell in cells)
+        cells += [_space(CELL_SIDE, height)] * (2 * pairs_per_row - len(cells))
+        bands += [_join([_pad(cell, height) for cell in cells]), _space(header.shape[1], GAP)]
     write_image(path, np.concatenate(bands))
 
 
@@ -183,7 +178,7 @@ def _predicted(instances: Instances, metadata: Any, score_threshold: float) -> l
         name = _class_name(index, metadata)
         objects.append(
             _Object(
-                tuple(box),
+                box,
                 name if score is None else f"{name} {score:.0%}",
                 class_color(index, metadata),
                 None if masks is None else GenericMask(masks[i], *instances.image_size),
@@ -203,7 +198,7 @@ def _annotated(
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         objects.append(
             _Object(
-                tuple(float(v) for v in box),
+                [float(value) for value in box],
                 _class_name(index, metadata) + (" (crowd)" if crowd else ""),
                 class_color(index, metadata),
                 GenericMask(segmentation, *size) if segmentation else None,
@@ -216,8 +211,9 @@ def _annotated(
 def _draw(image_bgr: np.ndarray, objects: Sequence[_Object], scale: float) -> np.ndarray:
     visualizer = Visualizer(image_bgr[:, :, ::-1], scale=scale)
     output = visualizer.output
-    # Enlarged pixels are blocks otherwise, and reduced ones alias.
-    output.ax.images[0].set_interpolation("bicubic" if scale > 1 else "antialiased")
+    if scale != 1:
+        # With detectron2's nearest pixel, enlarged pixels are blocks and reduced ones alias.
+        output.ax.images[0].set_interpolation("bicubic" if scale > 1 else "antialiased")
     # From the largest to the smallest, so that no object hides another.
     objects = sorted(objects, key=lambda o: -(o.box[2] - o.box[0]) * (o.box[3] - o.box[1]))
     for item in objects:
@@ -245,14 +241,19 @@ def _draw_label(visualizer: Visualizer, item: _Object, placed: Sequence[Bbox]) -
     canvas_width, canvas_height = output.canvas.get_width_height()
     pixels = float(np.clip(min(canvas_height, canvas_width) / 38, 11.5, 20))
     font_size = _points(output, pixels) / output.scale
-    visualizer.draw_text(
-        item.label, item.box[:2], font_size=font_size, color=item.color, horizontal_alignment="left"
-    )
+    visualizer.draw_text(item.label, item.box[:2], font_size=font_size, horizontal_alignment="left")
     text = output.ax.texts[-1]
     text.set_parse_math(False)
-    text.set_bbox({"facecolor": "black", "alpha": 0.72, "pad": pixels / 8, "edgecolor": "none"})
+    luminance = float(np.dot(item.color, (0.299, 0.587, 0.114)))
+    text.set_color("black" if luminance > 0.45 else "white")
+    margin = pixels / 6
+    background = {"facecolor": item.color, "alpha": 0.85, "pad": _points(output, margin)}
+    text.set_bbox({**background, "edgecolor": "none"})
     renderer = output.canvas.get_renderer()
-    extent = text.get_bbox_patch().get_window_extent(renderer)
+    extent = text.get_window_extent(renderer).padded(margin)
+    if extent.width > canvas_width:
+        text.set_fontsize(text.get_fontsize() * 0.97 * canvas_width / extent.width)
+        extent = text.get_window_extent(renderer).padded(margin)
 
     x0, y0, x1, y1 = (value * output.scale for value in item.box)
     candidates = [
@@ -276,12 +277,8 @@ def _draw_label(visualizer: Visualizer, item: _Object, placed: Sequence[Bbox]) -
         if covered == 0:
             break
     assert best is not None
-    # The position is that of the text, in units of the image; the extent includes its background,
-    # and its y axis points up.
-    dx = best.x0 - extent.x0
-    dy = best.y0 - (canvas_height - extent.y1)
-    x, y = text.get_position()
-    text.set_position((x + dx / output.scale, y + dy / output.scale))
+    # The text is anchored at its top left corner, in pixels of the image.
+    text.set_position(((best.x0 + margin) / output.scale, (best.y0 + margin) / output.scale))
     return best
 
 
@@ -309,8 +306,8 @@ def _check_size(what: str, size: Sequence[int], image_bgr: np.ndarray) -> None:
     height, width = image_bgr.shape[:2]
     if tuple(size) != (height, width):
         raise ValueError(
-            f"{what}: made for an image of {size[1]}x{size[0]} pixels, but the image to draw on has "
-            f"{width}x{height}"
+            f"{what}: made for an image of {size[1]}x{size[0]} pixels, but the image to draw on "
+            f"has {width}x{height}"
         )
 
 
@@ -328,12 +325,16 @@ def _space(width: int, height: int) -> np.ndarray:
     return np.full((height, width, 3), PAPER, dtype=np.uint8)
 
 
-def _fit(picture: np.ndarray, height: int) -> np.ndarray:
-    """``picture`` in the middle of a white cell."""
-    cell = _space(CELL_SIDE, height)
-    top, left = (height - picture.shape[0]) // 2, (CELL_SIDE - picture.shape[1]) // 2
-    cell[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return cell
+def _cell(picture: np.ndarray, caption: str) -> np.ndarray:
+    """``picture`` in the middle of the width of a cell, with a line of text below."""
+    cell = _space(CELL_SIDE, picture.shape[0])
+    left = (CELL_SIDE - picture.shape[1]) // 2
+    cell[:, left : left + picture.shape[1]] = picture
+    return np.concatenate([cell, _text(caption, 24, 13)])
+
+
+def _pad(cell: np.ndarray, height: int) -> np.ndarray:
+    return np.concatenate([cell, _space(CELL_SIDE, height - cell.shape[0])])
 
 
 def _join(cells: Sequence[np.ndarray]) -> np.ndarray:

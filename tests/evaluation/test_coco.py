@@ -222,6 +222,28 @@ def test_asked_images_without_detections_lower_the_score(register, backend):
 
 
 @both_backends
+def test_the_size_of_a_mask_is_its_own_and_not_that_of_its_box(register, backend):
+    """A false positive of 800 pixels in a box of 1600 counts among the small masks (below 1024)."""
+    content = make_dataset()
+    content["images"] = content["images"][:1]
+    truth = {"id": 1, "image_id": 10, "category_id": 3, "bbox": [5, 5, 40, 40], "area": 800}
+    truth |= {"iscrowd": 0, "segmentation": [[5, 5, 45, 5, 5, 45]]}
+    content["annotations"] = [truth]
+    name = register(content)
+    triangle = mask_util.decode(mask_util.frPyObjects(truth["segmentation"], HEIGHT, WIDTH))[..., 0]
+    found = instances(
+        [[5, 5, 45, 45], [65, 45, 105, 85]],
+        [0.5, 0.9],
+        [0, 0],
+        [triangle, np.roll(triangle, (40, 60), (0, 1))],
+    )
+    results = run(name, DatasetCatalog.get(name), [{"instances": found}], backend=backend)
+    assert results["segm"]["APs"] == pytest.approx(50)
+    assert results["segm"]["AP"] == pytest.approx(50)
+    assert np.isnan(results["segm"]["APm"])
+
+
+@both_backends
 def test_no_detection_at_all_scores_zero(register, tmp_path, backend):
     name = register(make_dataset())
     inputs = DatasetCatalog.get(name)

@@ -1,6 +1,8 @@
 """ViTDet's Cascade Mask R-CNN on the plain ViT, size B: three box stages instead of one."""
 
 from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.layers import ShapeSpec
 
 from .mask_rcnn_vit import model
 
@@ -12,4 +14,6 @@ _heads.pop("proposal_matcher")
 _heads._target_ = _cascade._target_
 _heads.box_heads = [_box_head] * 3
 _heads.box_predictors = _cascade.box_predictors
+for _predictor in _heads.box_predictors:
+    _predictor.input_shape = L(ShapeSpec)(channels="${model.roi_heads.box_heads[0].fc_dims[0]}")
 _heads.proposal_matchers = _cascade.proposal_matchers

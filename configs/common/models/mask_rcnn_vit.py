@@ -39,7 +39,8 @@ model.backbone = L(SimpleFeaturePyramid)(
     square_pad="${dataloader.image_size}",
 )
 
-# Two convolutions in the RPN, four and one fully connected layer in the box head, LayerNorm in both heads.
+# Two convolutions in the RPN, four and one fully connected layer in the box head, LayerNorm in both
+# heads.
 model.proposal_generator.head.conv_dims = [-1, -1]
 model.proposal_generator.head.in_channels = "${model.backbone.out_channels}"
 _heads = model.roi_heads
@@ -52,6 +53,7 @@ _heads.box_head.input_shape = L(ShapeSpec)(
 _heads.mask_head.input_shape = L(ShapeSpec)(
     channels="${model.backbone.out_channels}", height=14, width=14
 )
+_heads.box_predictor.input_shape = L(ShapeSpec)(channels="${model.roi_heads.box_head.fc_dims[0]}")
 
 # The classes are those of the data; without masks there, it is a Faster R-CNN.
 _heads.num_classes = "${crossmae.count:${dataloader.categories}}"

@@ -1,0 +1,130 @@
+"""A trained detector on images and videos: pictures and COCO results."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.data import Metadata
+from detectron2.data.transforms import AugInput, AugmentationList
+from detectron2.structures import Instances
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from crossmae_det.checkpoint import load
+from crossmae_det.engine.setup import resolve_device
+from crossmae_det.engine.trainer import amp_dtype, autocast
+from crossmae_det.visualization.files import write_image
+from crossmae_det.visualization.inference_io import (
+    ImageSource,
+    PredictionWriter,
+    VideoWriter,
+    iter_inputs,
+    output_paths,
+)
+from crossmae_det.visualization.predictions import draw_predictions
+
+logger = logging.getLogger(__name__)
+
+
+class Predictor:
+    """A detector in evaluation mode, with the resizing and the precision of its config's
+    evaluation.
+
+    Args:
+        cfg: a detection config; ``train.init_checkpoint`` holds the whole detector.
+
+    Raises:
+        ValueError, OSError: there is no checkpoint, or it is not one of this model.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        if not cfg.train.init_checkpoint:
+            raise ValueError("inference needs weights: add train.init_checkpoint=PATH")
+        self.device = resolve_device(cfg.train.device)
+        self.amp_dtype = amp_dtype(cfg.train)
+        self.model = instantiate(cfg.model).eval()
+        load(self.model, cfg.train.init_checkpoint, whole=True)
+        self.model.to(self.device)
+        mapper = cfg.dataloader.test.mapper
+        self.augmentations = AugmentationList(instantiate(mapper.augmentations))
+        self.image_format = mapper.image_format
+        categories = cfg.dataloader.categories
+        self.metadata = Metadata(
+            thing_classes=list(categories.values()),
+            thing_dataset_id_to_contiguous_id={key: i for i, key in enumerate(categories)},
+        )
+
+    @torch.no_grad()
+    def __call__(self, image_bgr: np.ndarray) -> Instances:
+        """Detect in one image.
+
+        Args:
+            image_bgr: (H, W, 3) uint8.
+
+        Returns:
+            Boxes, scores, classes and, where the model has them, masks, in pixels of the image, on
+            the CPU.
+        """
+        image = image_bgr[:, :, ::-1] if self.image_format == "RGB" else image_bgr
+        aug_input = AugInput(image)
+        self.augmentations(aug_input)
+        tensor = torch.as_tensor(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
+        height, width = image.shape[:2]
+        with autocast(self.device, self.amp_dtype):
+            (output,) = self.model([{"image": tensor, "height": height, "width": width}])
+        return output["instances"].to("cpu")
+
+
+def predict_files(
+    cfg: DictConfig, inputs: Sequence[str], output: str, score_threshold: float
+) -> None:
+    """Run a detector over images, folders, globs and videos.
+
+    Pictures and videos with the detections drawn in go to ``output`` under the inputs' names, and
+    the detections themselves to ``predictions.json`` there, in COCO's result format.
+
+    Args:
+        cfg: see :class:`Predictor`.
+        inputs: files, folders or patterns.
+        output: a folder.
+        score_threshold: detections below it are neither drawn nor written; in [0, 1].
+
+    Raises:
+        ValueError, OSError: an input cannot be read, or the output cannot be written.
+    """
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"the score threshold must lie in [0, 1], got {score_threshold}")
+    sources = iter_inputs(inputs)
+    targets = output_paths(sources, output)
+    predictor = Predictor(cfg)
+    total = sum(source.num_frames or 1 for source in sources)
+    with PredictionWriter(output, predictor.metadata) as writer, tqdm(total=total) as progress:
+
+        def detect_and_draw(image: np.ndarray, path: Path, frame: int | None = None) -> np.ndarray:
+            instances = predictor(image)
+            instances = instances[instances.scores >= score_threshold]
+            writer.add(instances, path, frame)
+            progress.update()
+            # The frames of a video keep their size.
+            scale = None if frame is None else 1.0
+            return draw_predictions(
+                image,
+                instances,
+                predictor.metadata,
+                score_threshold=score_threshold,
+                scale=scale,
+            )
+
+        for source, target in zip(sources, targets, strict=True):
+            progress.set_description(source.path.name)
+            if isinstance(source, ImageSource):
+                (image,) = source
+                write_image(target, detect_and_draw(image, source.path))
+                continue
+            with VideoWriter(target, fps=source.fps, size=source.size) as video:
+                for number, image in enumerate(source):
+                    video.write(detect_and_draw(image, source.path, number))
+    logger.info("Pictures and predictions are in %s", output)

@@ -1,0 +1,387 @@
+"""What inference reads and writes: images and videos in, videos and COCO results out."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from PIL import Image, UnidentifiedImageError
+
+from crossmae_det.checkpoint import atomic_path
+from crossmae_det.visualization.files import write_json
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+DEFAULT_FPS = 25.0
+PREDICTIONS_FILE = "predictions.json"
+IMAGES_FILE = "images.json"
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """One image file. Iterating yields its one picture, (H, W, 3) uint8 BGR."""
+
+    path: Path
+    is_video: bool = field(default=False, init=False)
+    num_frames: int | None = field(default=1, init=False)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield read_image(self.path)
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """One video file. Iterating yields its frames, (H, W, 3) uint8 BGR, upright.
+
+    Attributes:
+        fps: frames per second, 25 where the file does not say.
+        size: (width, height) of every frame.
+        num_frames: as the file states it, which need not be what can be decoded; None if it does
+            not.
+    """
+
+    path: Path
+    fps: float
+    size: tuple[int, int]
+    num_frames: int | None
+    is_video: bool = field(default=True, init=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> VideoSource:
+        """Reads the properties of a video and its first frame.
+
+        Raises:
+            ValueError: the file cannot be decoded, or has no frame.
+        """
+        capture = cv2.VideoCapture(str(path))
+        try:
+            decoded, frame = capture.read()
+            if not decoded:
+                raise ValueError(f"{path}: cannot be read as a video; convert it to mp4")
+            fps = capture.get(cv2.CAP_PROP_FPS)
+            count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        finally:
+            capture.release()
+        height, width = frame.shape[:2]
+        return cls(
+            Path(path),
+            fps if math.isfinite(fps) and fps > 0 else DEFAULT_FPS,
+            (width, height),
+            int(count) if math.isfinite(count) and count > 0 else None,
+        )
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        capture = cv2.VideoCapture(str(self.path))
+        number = 0
+        try:
+            while True:
+                decoded, frame = capture.read()
+                if not decoded:
+                    break
+                number += 1
+                yield frame
+        finally:
+            capture.release()
+        if self.num_frames is not None and number < self.num_frames:
+            logger.warning("%s: only %d of %d frames decoded", self.path, number, self.num_frames)
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads an image with OpenCV, turned upright by its EXIF orientation as detectron2 does.
+
+    Args:
+        path: the file, of any format that OpenCV decodes. Grey becomes BGR, an alpha channel is
+            dropped, 16 bits become 8.
+
+    Returns:
+        (H, W, 3) uint8, BGR.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an image that OpenCV can decode.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such image file")
+    try:
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error.err})") from error
+    if image is None or _is_truncated_jpeg(path):
+        raise ValueError(f"{path}: cannot be read as an image; is it complete?")
+    return image
+
+
+def iter_inputs(paths: Sequence[str]) -> list[ImageSource | VideoSource]:
+    """Finds the images and videos that the user named.
+
+    Args:
+        paths: files, folders (the images and videos in them, not in their subfolders) and glob
+            patterns (``**`` goes into subfolders). A named file is a video by its suffix and an
+            image otherwise; from folders and patterns, files of other suffixes are left out.
+
+    Returns:
+        Every file once, in the order of ``paths``, those of a folder or pattern sorted by name.
+        Images are decoded only when they are iterated over.
+
+    Raises:
+        FileNotFoundError: a path matches nothing, or a folder holds no image or video.
+        ValueError: a video cannot be decoded, or ``paths`` is empty.
+    """
+    if not paths:
+        raise ValueError("no input: name at least one image, video, folder or pattern")
+    found: dict[Path, Path] = {}
+    for entry in paths:
+        path = Path(entry).expanduser()
+        if path.is_file():
+            matches = [path]
+        elif path.is_dir():
+            matches = _media(path.iterdir())
+            if not matches:
+                raise FileNotFoundError(f"{entry}: there is no image or video in this folder")
+        elif glob.has_magic(entry):
+            matches = _media(Path(name) for name in glob.iglob(str(path), recursive=True))
+            if not matches:
+                raise FileNotFoundError(f"{entry}: no image or video matches this pattern")
+        else:
+            raise FileNotFoundError(f"{entry}: no such file or folder")
+        for match in matches:
+            found.setdefault(match.resolve(), match)
+    return [
+        VideoSource.open(path) if path.suffix.lower() in VIDEO_SUFFIXES else ImageSource(path)
+        for path in found.values()
+    ]
+
+
+def output_paths(
+    sources: Sequence[ImageSource | VideoSource], folder: str | os.PathLike[str]
+) -> list[Path]:
+    """Where the picture or video drawn for each source goes.
+
+    Args:
+        sources: from ``iter_inputs``.
+        folder: the output folder.
+
+    Returns:
+        A path for each source: the name of its file, ``.mp4`` for videos, ``.png`` for images of
+        any other suffix than ``IMAGE_SUFFIXES``. A name that is taken gets a number (``a.jpg``,
+        ``a_2.jpg``).
+
+    Raises:
+        ValueError: a path is one of the inputs, which would be overwritten.
+    """
+    inputs = {source.path.resolve() for source in sources}
+    taken: set[str] = set()
+    targets = []
+    for source in sources:
+        suffix = source.path.suffix
+        if source.is_video:
+            suffix = ".mp4"
+        elif suffix.lower() not in IMAGE_SUFFIXES:
+            suffix = ".png"
+        name, number = source.path.stem + suffix, 1
+        # Case does not distinguish files everywhere.
+        while name.lower() in taken:
+            number += 1
+            name = f"{source.path.stem}_{number}{suffix}"
+        taken.add(name.lower())
+        target = Path(folder) / name
+        if target.resolve() in inputs:
+            raise ValueError(f"{target}: the output would replace an input; choose another folder")
+        targets.append(target)
+    return targets
+
+
+class VideoWriter:
+    """Writes an mp4 (codec mp4v) under a temporary name and renames it when it is complete.
+
+    A context manager: when its block raises, nothing is left behind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, fps: float, size: tuple[int, int]):
+        """
+        Args:
+            path: the file to write, ``.mp4``.
+            fps: frames per second, as ``VideoSource.fps``.
+            size: (width, height) of the frames, as ``VideoSource.size``. The codec wants even
+                numbers: the last column or row of an odd size is not written.
+        """
+        self._path = Path(path)
+        self._fps = fps
+        self._size = size
+        self._stack = ExitStack()
+        self._writer: cv2.VideoWriter | None = None
+
+    def __enter__(self) -> VideoWriter:
+        """
+        Raises:
+            OSError: the file cannot be written, or this OpenCV cannot encode mp4.
+        """
+        with ExitStack() as stack:
+            temporary = stack.enter_context(atomic_path(self._path))
+            code = cv2.VideoWriter.fourcc(*"mp4v")
+            writer = cv2.VideoWriter(str(temporary), code, self._fps, self._size)
+            stack.callback(writer.release)
+            if not writer.isOpened():
+                raise OSError(f"{self._path}: OpenCV cannot write this video (mp4v)")
+            self._writer = writer
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, frame_bgr: np.ndarray) -> None:
+        """Appends a frame.
+
+        Args:
+            frame_bgr: (height, width, 3) uint8, BGR, of the size of the video.
+
+        Raises:
+            ValueError: the frame is of another size; OpenCV would drop it silently.
+        """
+        assert self._writer is not None, "use VideoWriter in a with statement"
+        height, width = frame_bgr.shape[:2]
+        if (width, height) != self._size:
+            raise ValueError(
+                f"{self._path}: a frame of {width}x{height} pixels in a video of "
+                f"{self._size[0]}x{self._size[1]}"
+            )
+        self._writer.write(frame_bgr)
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._writer = None
+        # Releases the writer, then renames the file, or removes it after an exception.
+        self._stack.__exit__(exception_type, exception, traceback)
+
+
+class PredictionWriter:
+    """Collects predictions and writes them as two COCO files, atomically.
+
+    ``predictions.json`` is a list in COCO's result format: image_id, category_id (that of the data
+    set), bbox (x, y, width, height in pixels), score, and segmentation (RLE) where there are masks.
+    ``images.json`` says which file, and which frame of a video, an image_id stands for; it has the
+    shape of an annotation file without annotations, so that
+    ``COCO("images.json").loadRes("predictions.json")`` works.
+
+    A context manager: the files are written at its end, after an exception too, so that what was
+    predicted until then is kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], metadata: Any):
+        """
+        Args:
+            folder: where the two files go.
+            metadata: detectron2's metadata of the data set that the model was trained on, for
+                ``thing_dataset_id_to_contiguous_id`` and ``thing_classes``; without the first,
+                category ids are class indices.
+        """
+        self._folder = Path(folder)
+        mapping = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        self._category_ids = {index: category_id for category_id, index in mapping.items()}
+        self._class_names = list(metadata.get("thing_classes") or ())
+        self._predictions: list[dict[str, Any]] = []
+        self._images: list[dict[str, Any]] = []
+        self._classes = {*range(len(self._class_names)), *self._category_ids}
+
+    def add(
+        self, instances: Instances, file_name: str | os.PathLike[str], frame: int | None = None
+    ) -> int:
+        """Takes the predictions of one image.
+
+        Args:
+            instances: with ``pred_boxes``, ``scores``, ``pred_classes`` and perhaps ``pred_masks``,
+                in pixels of the image, on any device.
+            file_name: the image or video.
+            frame: number of the frame in a video, from 0.
+
+        Returns:
+            The image_id: images are numbered from 1 in the order in which they come.
+
+        Raises:
+            ValueError: a predicted class is not one of the data set.
+        """
+        image_id = len(self._images) + 1
+        height, width = instances.image_size
+        image = {"id": image_id, "file_name": str(file_name), "height": height, "width": width}
+        predictions = instances_to_coco_json(instances.to("cpu"), image_id)
+        classes = [prediction["category_id"] for prediction in predictions]
+        for prediction in predictions:
+            prediction["category_id"] = self._category_id(prediction["category_id"])
+        self._images.append(image if frame is None else {**image, "frame": frame})
+        self._predictions += predictions
+        self._classes.update(classes)
+        return image_id
+
+    def write(self) -> None:
+        """Writes both files with everything that was added so far.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        categories = [
+            {"id": self._category_id(index), "name": self._class_name(index)}
+            for index in sorted(self._classes)
+        ]
+        content = {"images": self._images, "annotations": [], "categories": categories}
+        write_json(self._folder / IMAGES_FILE, content)
+        write_json(self._folder / PREDICTIONS_FILE, self._predictions)
+
+    def __enter__(self) -> PredictionWriter:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.write()
+
+    def _category_id(self, index: int) -> int:
+        if not self._category_ids:
+            return index
+        if index not in self._category_ids:
+            raise ValueError(
+                f"the model predicts class {index}, but its data set has {len(self._category_ids)} "
+                f"classes; name the data set that it was trained on"
+            )
+        return self._category_ids[index]
+
+    def _class_name(self, index: int) -> str:
+        return self._class_names[index] if index < len(self._class_names) else f"class {index}"
+
+
+def _is_truncated_jpeg(path: str | os.PathLike[str]) -> bool:
+    """OpenCV fills the missing part of a JPEG with grey; PIL, like detectron2's loader, refuses."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "JPEG":
+                # An eighth of the size decodes fast and still reads the whole file.
+                image.draft("L", (image.width // 8, image.height // 8))
+                image.load()
+    except UnidentifiedImageError:
+        return False  # a format that only OpenCV knows
+    except (OSError, SyntaxError):
+        return True
+    return False
+
+
+def _media(paths: Iterator[Path]) -> list[Path]:
+    """The visible images and videos among ``paths``, sorted."""
+    suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+    return sorted(
+        path
+        for path in paths
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+    )

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+
+from crossmae_det.data import shapes
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo():
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder with real COCO images, for the tests that use them."""
+    folder = REPO.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real images are not here: {folder} is missing")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sets(tmp_path_factory):
+    """A training and a validation set of a few shapes, each as ``json:folder``."""
+    root = shapes.build(tmp_path_factory.mktemp("data"), num_train=8, num_val=3, image_size=64)
+    return [
+        f"{root}/annotations/instances_{split}.json:{root}/{split}" for split in ("train", "val")
+    ]
+
+
+@pytest.fixture
+def tiny_overrides(tiny_sets, tmp_path):
+    """What makes any of the COCO configs small enough to train in a test."""
+    train_set, val_set = tiny_sets
+    return [
+        f"dataloader.train.dataset.names='{train_set}'",
+        f"dataloader.test.dataset.names='{val_set}'",
+        "dataloader.image_size=64",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "model.backbone.net.embed_dim=32",
+        "model.backbone.net.depth=4",
+        "model.backbone.net.num_heads=2",
+        "model.backbone.net.pretrain_img_size=64",
+        "model.backbone.out_channels=16",
+        "model.proposal_generator.post_nms_topk=[20,20]",
+        "model.roi_heads.batch_size_per_image=16",
+        "model.roi_heads.mask_head.conv_dims=[16,16]",
+        "train.amp.enabled=False",
+        "train.device=cpu",
+        f"train.output_dir={tmp_path}/output",
+    ]

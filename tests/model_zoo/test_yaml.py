@@ -1,0 +1,81 @@
+import pytest
+import torch
+from detectron2.config import instantiate
+from omegaconf import OmegaConf
+
+from crossmae_det.model_zoo import get_config
+from crossmae_det.model_zoo.yaml import KEYS
+
+B_100 = "coco/mask_rcnn_crossmae_vit_b_100ep"
+
+
+@pytest.mark.parametrize("letter", ["s", "b"])
+def test_a_yaml_config_is_its_lazy_twin(letter):
+    name = f"coco/mask_rcnn_crossmae_vit_{letter}_100ep"
+    lazy, yaml = get_config(f"{name}.py"), get_config(f"{name}.yaml")
+    models = []
+    for cfg in (lazy, yaml):
+        with torch.device("meta"):
+            models.append(instantiate(cfg.model))
+        OmegaConf.resolve(cfg)
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in models]
+    assert shapes[0] == shapes[1]
+    # The same modules with the same settings, in the words of their repr.
+    assert repr(models[0]) == repr(models[1])
+    assert yaml.train.pictures is None
+    lazy.train.pictures = None
+    yaml.dataloader.train.dataset.names = yaml.dataloader.train.dataset.names[0]
+    for key in ("train", "lr_multiplier", "optimizer", "dataloader"):
+        assert str(yaml[key]) == str(lazy[key])
+
+
+def test_values_given_in_yaml_replace_the_rules():
+    cfg = get_config(
+        f"{B_100}.yaml",
+        [
+            *["SOLVER.IMS_PER_BATCH", "16", "SOLVER.EPOCHS", "12", "INPUT.IMAGE_SIZE", "256"],
+            *["SOLVER.STEPS", "(100, 200)", "SOLVER.MAX_ITER", "300", "SEED", "7"],
+            *["SOLVER.ACCUMULATION", "4", "SOLVER.EMA.ENABLED", "True"],
+            *["SOLVER.CLIP_GRADIENTS.ENABLED", "True"],
+        ],
+    )
+    OmegaConf.resolve(cfg)
+    assert cfg.train.max_iter == 300 and cfg.train.seed == 7
+    assert list(cfg.lr_multiplier.milestones) == pytest.approx([1 / 3, 2 / 3])
+    assert cfg.optimizer.lr == pytest.approx(2.5e-5)
+    assert cfg.dataloader.train.mapper.augmentations[1].target_width == 256
+    assert cfg.train.accumulation == 4 and cfg.train.ema.enabled is True
+    assert cfg.train.clip_grad.enabled is True
+    assert get_config(f"{B_100}.yaml", ["SOLVER.AMP.ENABLED", "False"]).train.amp.enabled is False
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["SOLVER.EPOCH", "3"], "unknown config key"),
+        (["SOLVER.EPOCHS"], "must be PATH.KEY VALUE pairs"),
+        (["INPUT.MIN_SIZE_TEST", "600"], "'INPUT.MIN_SIZE_TEST' has no effect"),
+        (
+            ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value"],
+            "2-norm",
+        ),
+        (["DATASETS.TEST", "('a', 'b')"], "DATASETS.TEST must name one data set"),
+    ],
+)
+def test_bad_yaml_settings_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        get_config(f"{B_100}.yaml", overrides)
+
+
+def test_a_file_that_is_no_config_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("just words")
+    with pytest.raises(ValueError, match="is not a yaml config"):
+        get_config(str(path))
+
+
+def test_every_mapped_key_exists_on_both_sides():
+    lazy = get_config(f"{B_100}.py")
+    missing = object()
+    for lazy_key in KEYS.values():
+        assert OmegaConf.select(lazy, lazy_key, default=missing) is not missing, lazy_key
