@@ -1,10 +1,23 @@
+import logging
 from pathlib import Path
 
 import pytest
+from detectron2.utils.logger import _cached_log_stream, setup_logger
 
 from crossmae_det.data import shapes
 
 REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_loggers():
+    """Take away the log files and streams that a run in this process has set up."""
+    yield
+    setup_logger.cache_clear()
+    _cached_log_stream.cache_clear()
+    for name in ("crossmae_det", "detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +61,8 @@ def tiny_overrides(tiny_sets, tmp_path):
         "model.proposal_generator.post_nms_topk=[20,20]",
         "model.roi_heads.batch_size_per_image=16",
         "model.roi_heads.mask_head.conv_dims=[16,16]",
+        "model.roi_heads.box_head.conv_dims=[16]",
+        "model.roi_heads.box_head.fc_dims=[32]",
         "train.amp.enabled=False",
         "train.device=cpu",
         f"train.output_dir={tmp_path}/output",

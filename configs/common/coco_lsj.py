@@ -40,6 +40,7 @@ dataloader.train = L(build_train_loader)(
         image_format="RGB",
         use_instance_mask="${crossmae.has_masks:${dataloader.train.dataset.names}}",
         recompute_boxes="${.use_instance_mask}",  # a crop cuts masks, and so their boxes
+        min_size="${oc.select:model.backbone.net.patch_size,1}",  # refuse smaller images
     ),
     total_batch_size=64,
     num_workers=4,
@@ -56,8 +57,9 @@ dataloader.test = L(build_detection_test_loader)(
             ),
         ],
         image_format="${...train.mapper.image_format}",
+        min_size="${...train.mapper.min_size}",
     ),
     num_workers="${..train.num_workers}",
 )
 
-dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names}")
+dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names}", context={})

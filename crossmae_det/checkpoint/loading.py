@@ -5,6 +5,7 @@ detectron2's ViT and of published MAE files), a pretraining model (``encoder.*``
 inside a detector (``backbone.net.*``). The trunk of any of these fits the trunk of any model.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from crossmae_det.checkpoint.files import read_checkpoint
 from crossmae_det.checkpoint.report import Report
 from crossmae_det.layers.position_embedding import resample_position_embedding
+from crossmae_det.layers.relative_position import resample_table
 from crossmae_det.modeling import ViT
 
 # Where files of a whole model keep the trunk.
 TRUNK_PREFIXES = ("", "encoder.", "backbone.net.", "backbone.")
 # What a trunk's file may lack: the model starts it from its own initial values.
-MAY_BE_INITIALISED = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]$")
+RELATIVE_POSITION = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]$")
 # What a trunk's file may hold beyond the trunk: the class token where the model has none, and the
 # parts of pretraining and classification models that come after the trunk.
 MAY_BE_DROPPED = re.compile(r"(cls_token$|mask_token$|decoder|norm\.|fc_norm\.|head\.|dec_norms\.)")
@@ -32,7 +34,8 @@ def load(model: nn.Module, path: str | Path, *, whole: bool = False) -> Report:
 
     A file with the model's own keys is loaded as a whole. From any other file its trunk is loaded
     into the model's trunk; the rest of the model stays as it is and is listed as initialised, the
-    rest of the file is listed as dropped. A position embedding of another grid is resampled.
+    rest of the file is listed as dropped. Position embeddings and relative-position tables of
+    another size are resampled.
 
     Args:
         model: the model, in place. It must contain one ViT where the file is a trunk's.
@@ -50,12 +53,19 @@ def load(model: nn.Module, path: str | Path, *, whole: bool = False) -> Report:
     target = model.state_dict()
     report = Report(str(path))
     if set(state) == set(target):
-        new = {name: _fitting(name, state[name], target[name], path) for name in state}
-        report.loaded = sorted(new)
+        names = {name: name for name in state}
     elif whole:
         raise ValueError(_difference(state, target, path))
     else:
-        new = _trunk_into(model, state, report)
+        names = _match_trunk(model, state, report)
+    grids = {
+        f"{name}.pos_embed".lstrip("."): trunk.pos_grid for name, trunk in _trunks(model).items()
+    }
+    new = {}
+    for name, source in names.items():
+        new[name] = _fit(source, state[source], target[name], grids.get(name), path)
+        resampled = new[name].shape != state[source].shape
+        (report.resampled if resampled else report.loaded).append(name)
     # Only now, when everything fits: a refused file leaves the model as it was.
     with torch.no_grad():
         for name, tensor in new.items():
@@ -78,65 +88,74 @@ def extract_state_dict(checkpoint: Mapping[str, Any], path: str | Path) -> dict[
     return dict(state)
 
 
-def _trunk_into(model: nn.Module, state: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
-    """The tensors of the file's trunk by their names in the model; fills in the report."""
+def _trunks(model: nn.Module) -> dict[str, ViT]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ViT)}
+
+
+def _match_trunk(model: nn.Module, state: dict[str, Tensor], report: Report) -> dict[str, str]:
+    """Names in the model of the file's trunk -> names in the file; fills in the report's rest."""
     path = report.path
-    trunks = [(name, module) for name, module in model.named_modules() if isinstance(module, ViT)]
+    trunks = _trunks(model)
     source_prefix = next(
-        (p for p in TRUNK_PREFIXES if f"{p}patch_embed.proj.weight" in state), None
+        (prefix for prefix in TRUNK_PREFIXES if f"{prefix}patch_embed.proj.weight" in state), None
     )
     if len(trunks) != 1 or source_prefix is None:
         raise ValueError(_difference(state, model.state_dict(), path))
-    ((trunk_name, trunk),) = trunks
+    ((trunk_name, trunk),) = trunks.items()
     prefix = f"{trunk_name}." if trunk_name else ""
     target = trunk.state_dict()
 
-    new: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        inside = name.removeprefix(source_prefix) if name.startswith(source_prefix) else None
+    names = {}
+    for source, tensor in state.items():
+        inside = source.removeprefix(source_prefix) if source.startswith(source_prefix) else None
         if inside in target:
-            if inside == "pos_embed" and tensor.shape != target[inside].shape:
-                tensor = _resample(tensor, trunk, path)
-                report.resampled.append(prefix + inside)
-            else:
-                report.loaded.append(prefix + inside)
-            new[prefix + inside] = _fitting(name, tensor, target[inside], path)
-        elif source_prefix and inside is None or MAY_BE_DROPPED.match(inside or name):
-            report.dropped.append(name)
+            names[prefix + inside] = source
+        elif inside is None or MAY_BE_DROPPED.match(inside):
+            report.dropped.append(source)
         else:
-            raise ValueError(f"{path}: the trunk has no place for '{name}' {tuple(tensor.shape)}")
+            raise ValueError(f"{path}: the trunk has no place for '{source}' {tuple(tensor.shape)}")
     for name in model.state_dict():
-        if name in new:
+        if name in names:
             continue
         inside = name.removeprefix(prefix) if name.startswith(prefix) else None
-        if inside in target and not MAY_BE_INITIALISED.match(inside):
+        if inside in target and not RELATIVE_POSITION.match(inside):
             raise ValueError(
                 f"{path}: the file has no '{source_prefix}{inside}'"
                 f" for the trunk's {tuple(target[inside].shape)}"
             )
         report.initialised.append(name)
-    return new
+    return names
 
 
-def _resample(embedding: Tensor, trunk: ViT, path: str) -> Tensor:
-    """A square position embedding at the grid of the trunk."""
-    rows = embedding.shape[1] - 1 if embedding.ndim == 3 else 0
-    side = int(rows**0.5)
-    if side < 1 or side * side != rows:
+def _fit(
+    name: str, tensor: Tensor, target: Tensor, grid: tuple[int, int] | None, path: str | Path
+) -> Tensor:
+    """The tensor in the shape of ``target``: as it is, or a position table resampled.
+
+    Args:
+        name: of the tensor in the file.
+        tensor: of the file.
+        target: of the model.
+        grid: (H, W) in patches where the tensor is a trunk's position embedding, else None.
+        path: of the file.
+    """
+    if tensor.shape == target.shape:
+        return tensor
+    channels_fit = tensor.ndim == target.ndim and tensor.shape[-1] == target.shape[-1]
+    if channels_fit and RELATIVE_POSITION.search(name):
+        return resample_table(tensor.float(), (len(target) + 1) // 2)
+    if channels_fit and grid is not None:
+        side = math.isqrt(tensor.shape[1] - 1)
+        if side * side == tensor.shape[1] - 1:
+            return resample_position_embedding(tensor.float(), (side, side), grid)
         raise ValueError(
-            f"{path}: 'pos_embed' {tuple(embedding.shape)} is not that of a square grid with a"
-            f" class token; the trunk has {tuple(trunk.pos_embed.shape)}"
+            f"{path}: '{name}' {tuple(tensor.shape)} is not that of a square grid with a class"
+            f" token; the model has {tuple(target.shape)}"
         )
-    return resample_position_embedding(embedding.float(), (side, side), trunk.pos_grid)
-
-
-def _fitting(name: str, tensor: Tensor, target: Tensor, path: str | Path) -> Tensor:
-    if tensor.shape != target.shape:
-        raise ValueError(
-            f"{path}: '{name}' is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in"
-            " the model; take a model of the checkpoint's size, or its checkpoint"
-        )
-    return tensor
+    raise ValueError(
+        f"{path}: '{name}' is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the"
+        " model; take a model of the checkpoint's size, or its checkpoint"
+    )
 
 
 def _difference(state: Mapping[str, Tensor], target: Mapping[str, Tensor], path: str | Path) -> str:

@@ -122,7 +122,7 @@ class BestCheckpointer(HookBase):
         if iteration <= self.judged_iter or not value > self.best:
             return
         self.judged_iter = iteration
-        self.best = value
+        self.best = value = float(value)  # plain, so that the file can be read safely
         logger.info("%s = %.3f is the best so far", name, value)
         self.checkpointer.save(
             self.NAME, tag=False, iteration=iteration, best_metric=value, metric_name=name

@@ -9,13 +9,14 @@ import os
 from argparse import Namespace
 from typing import Any
 
+import torch
 from detectron2.config import instantiate
 from detectron2.engine import hooks
 from detectron2.engine.defaults import create_ddp_model, default_writers
 from detectron2.evaluation import inference_on_dataset
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from crossmae_det.checkpoint import load
@@ -78,13 +79,23 @@ def evaluate(
         return inference_on_dataset(model, data_loader, evaluator)
 
 
+def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a config over the parameters of ``model``."""
+    cfg.params.model = model
+    optimizer = instantiate(cfg)
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if isinstance(value, ListConfig):  # a checkpoint holds plain values only
+                group[name] = tuple(value)
+    return optimizer
+
+
 def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
     """Train a model and evaluate it along the way; see :func:`run`."""
     options = cfg.train
     if options.compile.enabled:
         model.get_submodule(options.compile.module).compile()
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    optimizer = build_optimizer(cfg.optimizer, model)
     device = next(model.parameters()).device
     ddp = dict(options.ddp)
     if device.type == "cpu":

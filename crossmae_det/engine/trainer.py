@@ -135,10 +135,10 @@ class Trainer(SimpleTrainer):
             share = len(part) / len(batch)
             last = index == len(parts) - 1
             with self._gradient_sync(last):
-                with autocast(self.device, self.amp_dtype):
-                    part_losses = self.model(part)
-                self._check_losses(part_losses, part)
-                self.grad_scaler.scale(share * sum(part_losses.values())).backward()
+                part_losses = self._forward(part)
+                self.grad_scaler.scale(
+                    share * torch.stack([*part_losses.values()]).sum()
+                ).backward()
             for name, loss in part_losses.items():
                 losses[name] = losses.get(name, 0) + share * loss.detach()
         self.after_backward()
@@ -155,16 +155,24 @@ class Trainer(SimpleTrainer):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
-    def _check_losses(self, losses: Mapping[str, Tensor], part: Any) -> None:
-        def describe() -> str:
-            bad = [
-                f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite()
-            ]
-            return f"{', '.join(bad)} (images: {_names(part)})"
+    def _forward(self, part: Any) -> dict[str, Tensor]:
+        """The losses of a part of a batch, all finite."""
+        losses: dict[str, Tensor] = {}
+        reason = ""
+        try:
+            with autocast(self.device, self.amp_dtype):
+                losses = self.model(part)
+            failed = ~torch.stack([loss.detach() for loss in losses.values()]).isfinite()
+        except FloatingPointError as error:  # detectron2's own word for NaN in predicted boxes
+            failed = torch.ones(1, device=self.device)
+            reason = str(error)
 
-        self._stop_if(
-            ~torch.stack([loss.detach() for loss in losses.values()]).isfinite(), describe
-        )
+        def describe() -> str:
+            bad = [f"{key} is {loss.item()}" for key, loss in losses.items() if not loss.isfinite()]
+            return f"{reason or ', '.join(bad)} (images: {_names(part)})"
+
+        self._stop_if(failed, describe)
+        return losses
 
     def _clip_gradient(self, batch: Any) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -15,13 +15,14 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 
 from crossmae_det.evaluation.backends import accumulate, class_names, metrics, resolve_backend
-from crossmae_det.evaluation.results import format_per_class, format_table
+from crossmae_det.evaluation.results import format_per_class, format_table, write_results
 from crossmae_det.visualization.files import write_json
 
 logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm")
-RESULTS_FILE = "coco_instances_results.json"
+DETECTIONS_FILE = "coco_instances_results.json"
+RESULTS_FILE = "results.json"
 
 
 class COCOEvaluator(Detectron2COCOEvaluator):
@@ -35,7 +36,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
       what has no ground truth (a class, a size);
     - annotation ids may start at 0 (COCO's evaluation takes a match with id 0 for none), and
       ``area`` or ``iscrowd`` may be missing;
-    - nothing is written but ``coco_instances_results.json``, atomically.
+    - what is written of instances is ``coco_instances_results.json`` and ``results.json``,
+      atomically.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         *,
         backend: str = "auto",
         max_dets_per_image: int = 100,
+        context: Mapping[str, Any] | None = None,
     ):
         """
         Args:
@@ -54,11 +57,12 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             tasks: some of "bbox" and "segm". None: boxes, and masks where there are any.
             distributed: gather the detections of all processes in the first one, which alone
                 evaluates.
-            output_dir: where the detections are written. None: nowhere.
+            output_dir: where the detections and the results are written. None: nowhere.
             backend: "faster-coco-eval", "pycocotools", or "auto" for the first of them that is
                 installed.
             max_dets_per_image: so many detections of an image and class count, those of the highest
                 scores.
+            context: goes into the results file beside the numbers: the iteration, the checkpoint.
 
         Raises:
             ValueError: an argument is out of range, the backend is not installed, the data set is
@@ -78,6 +82,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._backend = resolve_backend(backend)
         self._max_dets = max_dets_per_image
         self._dataset_name = dataset_name
+        self._context = dict(context or {})
         _materialize(dataset_name)
         try:
             super().__init__(
@@ -155,6 +160,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
 
         self._results: dict[str, dict[str, float]] = {}
         if any("proposals" in prediction for prediction in by_image.values()):
+            if self._output_dir:  # detectron2 writes the proposals there
+                os.makedirs(self._output_dir, exist_ok=True)
             self._eval_box_proposals(list(by_image.values()))
         if any("instances" in prediction for prediction in by_image.values()):
             self._evaluate_instances(by_image, by_image if img_ids is None else img_ids)
@@ -172,7 +179,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             )
         detections = self._detections(by_image)
         if self._output_dir:
-            path = os.path.join(self._output_dir, RESULTS_FILE)
+            path = os.path.join(self._output_dir, DETECTIONS_FILE)
             write_json(path, detections)
             logger.info("Wrote %d detections to %s", len(detections), path)
         if not self._do_evaluation:
@@ -193,6 +200,17 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             format_table(results),
         )
         logger.info("COCO AP of every class:\n%s", format_per_class(results))
+        if self._output_dir:
+            context = {
+                **self._context,
+                "dataset": self._dataset_name,
+                "images": len(image_ids),
+                "backend": self._backend,
+                "max_dets_per_image": self._max_dets,
+            }
+            path = os.path.join(self._output_dir, RESULTS_FILE)
+            write_results(path, results, context=context)
+            logger.info("Results are in %s", path)
 
     def _detections(self, by_image: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """All detections in COCO's result format, with the category ids of the data set."""

@@ -1,6 +1,7 @@
-"""Self-attention over torch's scaled_dot_product_attention.
+"""Self- and cross-attention over torch's scaled_dot_product_attention.
 
-Legend: N images or windows, L tokens, C channels, M heads, D = C / M channels per head.
+Legend: N images or windows, L tokens, C channels, M heads, D = C / M channels per head. In
+cross-attention: Q queries of C channels, K memory tokens of E channels.
 """
 
 import torch
@@ -56,3 +57,41 @@ class Attention(nn.Module):
             bias = decomposed_bias(q, self.rel_pos_h, self.rel_pos_w, grid)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(n, length, channels))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from queries to a memory; the queries do not see each other.
+
+    Args:
+        dim: channels C of a query.
+        memory_dim: channels E of a memory token.
+        num_heads: heads M; must divide ``dim``.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, memory_dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible by {num_heads} attention heads")
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(memory_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """Attend from every query to every memory token.
+
+        Args:
+            queries: (N, Q, C).
+            memory: (N, K, E).
+
+        Returns:
+            (N, Q, C).
+        """
+        q = self.q(queries).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        kv = self.kv(memory).unflatten(-1, (2, self.num_heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))

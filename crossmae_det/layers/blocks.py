@@ -1,6 +1,7 @@
-"""The transformer block of the trunk.
+"""The transformer block of the trunk, and the block of a cross-attention decoder.
 
-Legend: N images, H x W patches, L tokens, C channels.
+Legend: N images, H x W patches, L tokens, C channels. In the decoder: Q queries of C channels, K
+memory tokens of E channels.
 """
 
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from crossmae_det.layers.attention import Attention
+from crossmae_det.layers.attention import Attention, CrossAttention
 from crossmae_det.layers.windows import window_partition, window_unpartition
 
 
@@ -64,3 +65,55 @@ class Block(nn.Module):
             y = window_unpartition(y, size, grid).flatten(1, 2)
         x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class CrossAttentionBlock(nn.Module):
+    """Pre-norm decoder block: the queries attend to a memory, then an MLP.
+
+    The memory is taken as it is: whoever calls normalises it. Without ``self_attention`` every
+    query is transformed on its own, whatever the other queries are.
+
+    Args:
+        dim: channels C of a query.
+        memory_dim: channels E of a memory token.
+        num_heads: attention heads; must divide ``dim``.
+        mlp_ratio: hidden width of the MLP over ``dim``.
+        norm_layer: makes a norm from a number of channels.
+        self_attention: let the queries attend to each other first (CrossMAE's ablation).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        memory_dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        norm_layer: Callable[[int], nn.Module],
+        self_attention: bool = False,
+    ):
+        super().__init__()
+        self.self_attention = self_attention
+        if self_attention:
+            self.self_norm = norm_layer(dim)
+            self.self_attn = Attention(dim, num_heads)
+        self.norm1 = norm_layer(dim)
+        self.cross_attn = CrossAttention(dim, memory_dim, num_heads)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """Transform queries.
+
+        Args:
+            queries: (N, Q, C).
+            memory: (N, K, E), normalised.
+
+        Returns:
+            (N, Q, C).
+        """
+        x = queries
+        if self.self_attention:
+            x = x + self.self_attn(self.self_norm(x))
+        x = x + self.cross_attn(self.norm1(x), memory)
+        return x + self.mlp(self.norm2(x))

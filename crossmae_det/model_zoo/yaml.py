@@ -117,6 +117,7 @@ def to_lazy(cfg: CfgNode, get_config: Callable[[str], DictConfig]) -> DictConfig
         if value not in (0, "", ()) or isinstance(value, bool):
             OmegaConf.update(lazy, lazy_key, value)
     lazy.dataloader.train.dataset.names = list(cfg.DATASETS.TRAIN)
+    lazy.dataloader.train.mapper.min_size = cfg.MODEL.VIT.PATCH_SIZE
     lazy.dataloader.test.dataset.names = cfg.DATASETS.TEST[0]
     if cfg.SOLVER.STEPS:
         steps = [step / lazy.train.max_iter for step in cfg.SOLVER.STEPS]

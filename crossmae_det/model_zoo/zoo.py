@@ -38,6 +38,20 @@ def get_config_file(config_path: str) -> str:
     return str(path)
 
 
+def find_config(config_file: str) -> str:
+    """The path of a config file: the file itself, or the shipped config of that name.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    if Path(config_file).is_file():
+        return config_file
+    try:
+        return get_config_file(config_file)
+    except ValueError as error:
+        raise FileNotFoundError(f"no config file '{config_file}', and {error}") from None
+
+
 def get_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Read a config with its five keys and apply overrides.
 
@@ -52,14 +66,7 @@ def get_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         FileNotFoundError, ValueError: no such file, not a config, or an override of an unknown key.
     """
-    path = config_file if Path(config_file).is_file() else None
-    if path is None:
-        try:
-            path = get_config_file(config_file)
-        except ValueError as error:
-            raise FileNotFoundError(
-                f"config file '{config_file}' does not exist, and {error}"
-            ) from None
+    path = find_config(config_file)
     if path.endswith(".py"):
         return apply_overrides(LazyConfig.load(path), overrides)
     cfg = read_yaml(path, overrides)

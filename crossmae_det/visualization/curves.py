@@ -101,7 +101,8 @@ def plot_metrics(metrics_json: str | os.PathLike[str], png_path: str | os.PathLi
         raise ValueError(f"{metrics_json}: no total_loss, loss_*, lr or */AP in it to draw")
 
     figure = Figure(
-        figsize=(14, 4.6 * math.ceil(len(panels) / 2)),
+        # A little more than the pixels wanted: matplotlib rounds down.
+        figsize=(14.001, 4.6 * math.ceil(len(panels) / 2) + 0.001),
         dpi=100,
         layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15),
     )

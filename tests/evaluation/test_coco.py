@@ -335,7 +335,10 @@ def test_writes_only_plain_coco_results(register, tmp_path):
     inputs, outputs = perturbed(DatasetCatalog.get(name))
     folder = tmp_path / "inference"
     run(name, inputs, outputs, output_dir=str(folder))
-    assert [path.name for path in folder.iterdir()] == ["coco_instances_results.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "coco_instances_results.json",
+        "results.json",
+    ]
     detections = json.loads((folder / "coco_instances_results.json").read_text())
     assert len(detections) == sum(len(output["instances"]) for output in outputs)
     assert {d["category_id"] for d in detections} <= set(CATEGORY_IDS)

@@ -12,7 +12,8 @@ _box_head = _heads.pop("box_head")
 _heads.pop("box_predictor")
 _heads.pop("proposal_matcher")
 _heads._target_ = _cascade._target_
-_heads.box_heads = [_box_head] * 3
+# The second and third stage have the head of the first.
+_heads.box_heads = [_box_head, *["${model.roi_heads.box_heads[0]}"] * 2]
 _heads.box_predictors = _cascade.box_predictors
 for _predictor in _heads.box_predictors:
     _predictor.input_shape = L(ShapeSpec)(channels="${model.roi_heads.box_heads[0].fc_dims[0]}")

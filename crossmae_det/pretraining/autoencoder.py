@@ -1,0 +1,154 @@
+"""What CrossMAE and MAE share: masking, targets and loss, and the ends of a decoder.
+
+Legend: N images, L patches on a grid of H x W, P patch side in pixels, B channels of an image,
+F = P * P * B values of a patch, C channels of the trunk, D channels of the decoder.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossmae_det.layers.patches import patchify
+from crossmae_det.layers.position_embedding import (
+    resample_position_embedding,
+    sincos_position_embedding,
+)
+from crossmae_det.modeling.vit import LAYER_NORM, ViT
+from crossmae_det.pretraining.masking import check_ratios, mask_patches
+from crossmae_det.pretraining.reconstruction import Reconstruction, pixels_to_targets
+
+# Hidden width of a decoder's MLPs over its width, in every published decoder.
+DECODER_MLP_RATIO = 4.0
+
+
+class PixelDecoder(nn.Module):
+    """The ends of a decoder: mask token and positions, final norm and the linear map to pixels.
+
+    A subclass has ``forward(features, masking, grid)``, from the trunk's tokens (depth + 1 tensors
+    (N, 1 + L_visible, C)), the :class:`Masking` and (H, W) to (N, L_predicted, F).
+
+    The positions are a fixed sine-cosine table, a buffer made for the trunk's own grid. On another
+    grid it is resampled, as the trunk's table is, so that both mean the same places.
+
+    Args:
+        encoder: the trunk that is decoded.
+        dim: channels D.
+        depth: number of blocks.
+        num_heads: attention heads; must divide ``dim``.
+
+    Raises:
+        ValueError: a size that is out of range or does not divide.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, encoder: ViT, dim: int, depth: int, num_heads: int):
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"decoder_depth must be at least 1, got {depth}")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"decoder_dim {dim} is not divisible by {num_heads} attention heads")
+        patch_h, patch_w = encoder.patch_size
+        self.pos_grid = encoder.pos_grid
+        self.register_buffer("pos_embed", sincos_position_embedding(dim, self.pos_grid))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.norm = LAYER_NORM(dim)
+        self.pred = nn.Linear(dim, patch_h * patch_w * encoder.patch_embed.proj.in_channels)
+
+    def initialise(self) -> None:
+        """MAE's initialisation, for a subclass to call when it is built."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table for a grid (H, W): (1, 1 + L, D), class token first."""
+        return resample_position_embedding(self.pos_embed, self.pos_grid, grid)
+
+
+class MaskedAutoencoder(nn.Module):
+    """A trunk that sees some of the patches, and a decoder that predicts others.
+
+    Its state dict is ``encoder.*``, the trunk's own, and ``decoder.*``. The trunk's position
+    embedding is kept fixed (it gets no gradient), as in MAE.
+
+    ``mask_ratio`` and ``prediction_ratio`` may be set on a model that is built: no weight depends
+    on them.
+
+    Args:
+        encoder: the trunk, with a class token.
+        decoder: predicts pixels from the trunk's tokens.
+        mask_ratio: fraction of all patches that the encoder does not see, in (0, 1).
+        prediction_ratio: fraction of all patches that are predicted, in (0, mask_ratio].
+        norm_pix_loss: predict each patch normalised by its own mean and deviation, not raw.
+
+    Raises:
+        ValueError: a ratio is out of range, or the trunk has no class token.
+    """
+
+    def __init__(
+        self,
+        encoder: ViT,
+        decoder: PixelDecoder,
+        *,
+        mask_ratio: float,
+        prediction_ratio: float,
+        norm_pix_loss: bool,
+    ):
+        super().__init__()
+        check_ratios(mask_ratio, prediction_ratio)
+        if encoder.cls_token is None:
+            raise ValueError("pretraining needs a trunk with class_token=True")
+        self.mask_ratio = mask_ratio
+        self.prediction_ratio = prediction_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.encoder = encoder
+        self.decoder = decoder
+        encoder.pos_embed.requires_grad_(False)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss of a training step: arguments and errors are those of :meth:`predict`.
+
+        Returns:
+            ``loss_reconstruction``: scalar, the mean squared error of the predicted patches.
+        """
+        result = self.predict(images, noise)
+        # Under autocast the prediction comes in a lower precision; the mean is not taken in it.
+        loss = F.mse_loss(result.pred.float(), result.target.float())
+        return {"loss_reconstruction": loss}
+
+    def predict(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """Mask images, encode what is visible and predict patches that are not.
+
+        Args:
+            images: (N, B, H * P, W * P), normalised; any H and W.
+            noise: (N, L), decides the masking (see :func:`mask_patches`); None draws it uniformly.
+
+        Returns:
+            Predictions, targets and the masking.
+
+        Raises:
+            ValueError: the patch does not divide the image, the noise does not fit it, or the
+                ratios leave no patch visible or predicted.
+        """
+        patches = patchify(images, self.encoder.patch_size)
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], device=images.device)
+        elif noise.shape != patches.shape[:2]:
+            raise ValueError(
+                f"the noise is {tuple(noise.shape)} where the images have"
+                f" {tuple(patches.shape[:2])} patches"
+            )
+        masking = mask_patches(noise, self.mask_ratio, self.prediction_ratio)
+        (height, width), (patch_h, patch_w) = images.shape[-2:], self.encoder.patch_size
+        features = self.encoder.forward_tokens(images, masking.visible)
+        pred = self.decoder(features, masking, (height // patch_h, width // patch_w))
+        target = patches.take_along_dim(masking.predicted[..., None], dim=1)
+        return Reconstruction(
+            pred=pred,
+            target=pixels_to_targets(target, self.norm_pix_loss),
+            visible=masking.visible,
+            predicted=masking.predicted,
+        )

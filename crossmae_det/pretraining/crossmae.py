@@ -1,0 +1,171 @@
+"""CrossMAE: a decoder of cross-attention only (https://arxiv.org/abs/2401.14391).
+
+Legend: N images, L patches on a grid of H x W, T = 1 + L_visible tokens of the trunk, C channels of
+the trunk, D channels of the decoder, K features of the trunk that the decoder reads.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crossmae_det.layers.blocks import CrossAttentionBlock
+from crossmae_det.modeling.vit import LAYER_NORM, ViT
+from crossmae_det.pretraining.autoencoder import (
+    DECODER_MLP_RATIO,
+    MaskedAutoencoder,
+    PixelDecoder,
+)
+from crossmae_det.pretraining.masking import Masking
+
+logger = logging.getLogger(__name__)
+
+
+class CrossAttentionDecoder(PixelDecoder):
+    """Predicts patches from queries that attend to the visible tokens, and not to each other.
+
+    Inter-block attention: each block reads a learnt weighted sum of its own over K features of the
+    trunk (the input of its first block, outputs of its blocks), with a LayerNorm of its own.
+    ``feature_weights`` is (depth, K): row by decoder block, column by feature, in the order of the
+    trunk.
+
+    Args:
+        encoder: the trunk that is decoded.
+        dim: channels D.
+        depth: number of blocks.
+        num_heads: attention heads; must divide ``dim``.
+        feature_blocks: indices of the trunk's blocks whose outputs are read, negative ones counted
+            from the end; None for all.
+        use_input_feature: read the input of the trunk's first block as well.
+        self_attention: let the queries attend to each other in every block: the paper's ablation.
+
+    Raises:
+        ValueError: a size or an index out of range, or no block is read.
+    """
+
+    def __init__(
+        self,
+        encoder: ViT,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        feature_blocks: Sequence[int] | None,
+        use_input_feature: bool,
+        self_attention: bool,
+    ):
+        super().__init__(encoder, dim, depth, num_heads)
+        self.feature_indices = _feature_indices(
+            len(encoder.blocks), feature_blocks, use_input_feature
+        )
+        count = len(self.feature_indices)
+        self.feature_weights = nn.Parameter(torch.empty(depth, count))
+        self.feature_norms = nn.ModuleList(LAYER_NORM(encoder.embed_dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            CrossAttentionBlock(
+                dim,
+                encoder.embed_dim,
+                num_heads,
+                mlp_ratio=DECODER_MLP_RATIO,
+                norm_layer=LAYER_NORM,
+                self_attention=self_attention,
+            )
+            for _ in range(depth)
+        )
+        self.initialise()
+        nn.init.normal_(self.feature_weights, std=count**-0.5)
+
+    def forward(
+        self, features: Sequence[Tensor], masking: Masking, grid: tuple[int, int]
+    ) -> Tensor:
+        """Predict patches.
+
+        Args:
+            features: depth + 1 tensors (N, T, C) of the trunk, class token first.
+            masking: which patches are predicted.
+            grid: (H, W).
+
+        Returns:
+            (N, L_predicted, P * P * B), in the order of ``masking.predicted``.
+        """
+        x = self.mask_token + self.positions(grid)[0, 1:][masking.predicted]
+        read = torch.stack([features[index] for index in self.feature_indices])
+        # One matrix product for all blocks: (depth, K) x (K, N T C).
+        memories = torch.einsum("dk,kntc->dntc", self.feature_weights, read).unbind(0)
+        for block, norm, memory in zip(self.blocks, self.feature_norms, memories, strict=True):
+            x = block(x, norm(memory))
+        return self.pred(self.norm(x))
+
+
+class CrossMAE(MaskedAutoencoder):
+    """CrossMAE on a trunk.
+
+    Args:
+        encoder: the trunk, with a class token; its position embedding is kept fixed.
+        decoder_dim: channels of the decoder, a multiple of 4.
+        decoder_depth: blocks of the decoder.
+        decoder_num_heads: attention heads; must divide ``decoder_dim``.
+        mask_ratio: fraction of all patches that the encoder does not see, in (0, 1).
+        prediction_ratio: fraction of ALL patches that are predicted, in (0, mask_ratio]: 0.75 with
+            a mask of 0.75 predicts every masked patch, 0.25 a third of them.
+        feature_blocks: indices of the encoder blocks that the decoder reads, negative ones counted
+            from the end; None for all.
+        use_input_feature: the decoder also reads the input of the first encoder block.
+        decoder_self_attention: the paper's ablation: queries attend to each other, too.
+        norm_pix_loss: predict each patch normalised by its own mean and deviation, not raw.
+
+    Raises:
+        ValueError: a ratio, a size or an index out of range.
+    """
+
+    def __init__(
+        self,
+        encoder: ViT,
+        *,
+        decoder_dim: int = 512,
+        decoder_depth: int = 12,
+        decoder_num_heads: int = 16,
+        mask_ratio: float = 0.75,
+        prediction_ratio: float = 0.25,
+        feature_blocks: Sequence[int] | None = None,
+        use_input_feature: bool = True,
+        decoder_self_attention: bool = False,
+        norm_pix_loss: bool = True,
+    ):
+        decoder = CrossAttentionDecoder(
+            encoder,
+            decoder_dim,
+            decoder_depth,
+            decoder_num_heads,
+            feature_blocks=feature_blocks,
+            use_input_feature=use_input_feature,
+            self_attention=decoder_self_attention,
+        )
+        super().__init__(
+            encoder,
+            decoder,
+            mask_ratio=mask_ratio,
+            prediction_ratio=prediction_ratio,
+            norm_pix_loss=norm_pix_loss,
+        )
+
+
+def _feature_indices(
+    depth: int, feature_blocks: Sequence[int] | None, use_input_feature: bool
+) -> list[int]:
+    """Ascending indices into the depth + 1 features of a trunk: 0 is the input of block 0."""
+    chosen = range(depth) if feature_blocks is None else feature_blocks
+    for index in chosen:
+        if not -depth <= index < depth:
+            raise ValueError(f"feature block {index} does not exist in a trunk of {depth} blocks")
+    blocks = sorted({index % depth for index in chosen})
+    if not blocks:
+        raise ValueError("feature_blocks is empty: the decoder must read at least one block")
+    if blocks[-1] < depth - 1:
+        logger.warning(
+            "the decoder reads no block after %d: the %d blocks that follow are not trained",
+            blocks[-1],
+            depth - 1 - blocks[-1],
+        )
+    return ([0] if use_input_feature else []) + [index + 1 for index in blocks]

@@ -1,0 +1,111 @@
+"""MAE, the baseline: a decoder of self-attention over all patches (arXiv 2111.06377).
+
+Legend: N images, L patches on a grid of H x W, T = 1 + L_visible tokens of the trunk, C channels of
+the trunk, D channels of the decoder.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crossmae_det.layers.blocks import Block
+from crossmae_det.modeling.vit import LAYER_NORM, ViT
+from crossmae_det.pretraining.autoencoder import (
+    DECODER_MLP_RATIO,
+    MaskedAutoencoder,
+    PixelDecoder,
+)
+from crossmae_det.pretraining.masking import Masking
+
+
+class SelfAttentionDecoder(PixelDecoder):
+    """Predicts patches by self-attention over visible tokens and mask tokens together.
+
+    MAE's encoder ends with a norm, which the trunk has not: it is kept here, as ``encoder_norm``,
+    so that ``encoder.*`` of a pretraining state dict is the trunk and nothing else.
+
+    Args:
+        encoder: the trunk that is decoded.
+        dim: channels D.
+        depth: number of blocks.
+        num_heads: attention heads; must divide ``dim``.
+
+    Raises:
+        ValueError: a size that is out of range or does not divide.
+    """
+
+    def __init__(self, encoder: ViT, dim: int, depth: int, num_heads: int):
+        super().__init__(encoder, dim, depth, num_heads)
+        self.encoder_norm = LAYER_NORM(encoder.embed_dim)
+        self.embed = nn.Linear(encoder.embed_dim, dim)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                num_heads,
+                mlp_ratio=DECODER_MLP_RATIO,
+                drop_path=0.0,
+                norm_layer=LAYER_NORM,
+            )
+            for _ in range(depth)
+        )
+        self.initialise()
+
+    def forward(
+        self, features: Sequence[Tensor], masking: Masking, grid: tuple[int, int]
+    ) -> Tensor:
+        """Predict patches.
+
+        Args:
+            features: depth + 1 tensors (N, T, C) of the trunk, class token first; the last is read.
+            masking: which patches are visible, and which are predicted.
+            grid: (H, W).
+
+        Returns:
+            (N, L_predicted, P * P * B), in the order of ``masking.predicted``.
+        """
+        x = self.embed(self.encoder_norm(features[-1]))
+        n, _, dim = x.shape
+        # Under autocast x comes in a lower precision; scatter wants one for both.
+        patches = self.mask_token.to(x.dtype).expand(n, grid[0] * grid[1], dim)
+        visible = masking.visible[..., None].expand(-1, -1, dim)
+        patches = patches.scatter(1, visible, x[:, 1:])
+        x = torch.cat([x[:, :1], patches], dim=1) + self.positions(grid)
+        for block in self.blocks:
+            x = block(x)
+        predicted = x[:, 1:].take_along_dim(masking.predicted[..., None], dim=1)
+        return self.pred(self.norm(predicted))
+
+
+class MAE(MaskedAutoencoder):
+    """MAE on a trunk; every masked patch is predicted.
+
+    Args:
+        encoder: the trunk, with a class token; its position embedding is kept fixed.
+        decoder_dim: channels of the decoder, a multiple of 4.
+        decoder_depth: blocks of the decoder.
+        decoder_num_heads: attention heads; must divide ``decoder_dim``.
+        mask_ratio: fraction of all patches that the encoder does not see, in (0, 1).
+        norm_pix_loss: predict each patch normalised by its own mean and deviation, not raw.
+
+    Raises:
+        ValueError: a ratio or a size out of range.
+    """
+
+    def __init__(
+        self,
+        encoder: ViT,
+        *,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+    ):
+        super().__init__(
+            encoder,
+            SelfAttentionDecoder(encoder, decoder_dim, decoder_depth, decoder_num_heads),
+            mask_ratio=mask_ratio,
+            prediction_ratio=mask_ratio,
+            norm_pix_loss=norm_pix_loss,
+        )

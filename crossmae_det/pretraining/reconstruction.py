@@ -1,0 +1,143 @@
+"""What a decoder is to predict, and how predictions become pictures.
+
+Legend: N images, L patches on a grid of H x W, P patch side in pixels, B channels of an image,
+F = P * P * B values of a patch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crossmae_det.layers.patches import patchify, unpatchify
+
+# Keeps a patch of one colour finite, as in MAE.
+VARIANCE_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Predictions with what they are compared to.
+
+    Attributes:
+        pred: (N, L_predicted, F), in the order of ``predicted``.
+        target: (N, L_predicted, F), what ``pred`` should be.
+        visible: (N, L_visible) int64, ascending: the patches that the encoder saw.
+        predicted: (N, L_predicted) int64, ascending.
+    """
+
+    pred: Tensor
+    target: Tensor
+    visible: Tensor
+    predicted: Tensor
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch, all its pixels and channels together.
+
+    Args:
+        patches: (N, L, F).
+
+    Returns:
+        Two tensors (N, L, 1). The deviation is that of the unbiased variance plus 1e-6.
+    """
+    variance, mean = torch.var_mean(patches, dim=-1, correction=1, keepdim=True)
+    return mean, (variance + VARIANCE_EPSILON).sqrt()
+
+
+def pixels_to_targets(patches: Tensor, normalised: bool) -> Tensor:
+    """The targets of a decoder for patches (N, L, F) of pixels.
+
+    Args:
+        patches: (N, L, F).
+        normalised: each patch less its mean, over its standard deviation; else the pixels as they
+            are.
+
+    Returns:
+        (N, L, F).
+    """
+    if not normalised:
+        return patches
+    mean, deviation = patch_statistics(patches)
+    return (patches - mean) / deviation
+
+
+def targets_to_pixels(values: Tensor, patches: Tensor, normalised: bool) -> Tensor:
+    """The inverse of :func:`pixels_to_targets`, also for predictions in place of targets.
+
+    Args:
+        values: (N, L, F), targets or predictions.
+        patches: (N, L, F), the true pixels: a normalised target does not hold the mean and the
+            deviation of its patch.
+        normalised: as the targets were made.
+
+    Returns:
+        (N, L, F), pixels.
+    """
+    if not normalised:
+        return values
+    mean, deviation = patch_statistics(patches)
+    return values * deviation + mean
+
+
+def masked_images(images: Tensor, visible: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """What the encoder sees: the visible patches, 0 (the mean colour) elsewhere.
+
+    Args:
+        images: (N, B, H * P, W * P), normalised.
+        visible: (N, L_visible) int64 patch indices.
+        patch_size: (P_h, P_w) in pixels.
+
+    Returns:
+        (N, B, H * P, W * P).
+    """
+    patches = patchify(images, patch_size)
+    seen = _paste(torch.zeros_like(patches), visible, _take(patches, visible))
+    return unpatchify(seen, patch_size, _grid(images, patch_size))
+
+
+def reconstructed_images(
+    images: Tensor,
+    reconstruction: Reconstruction,
+    patch_size: tuple[int, int],
+    *,
+    norm_pix_loss: bool,
+    paste_visible: bool,
+) -> Tensor:
+    """The predicted patches as pixels, in their places.
+
+    Args:
+        images: (N, B, H * P, W * P), normalised: those that were predicted.
+        reconstruction: the predictions for ``images``.
+        patch_size: (P_h, P_w) in pixels.
+        norm_pix_loss: whether the model predicts normalised patches; they are turned back with the
+            mean and the deviation of the true patch.
+        paste_visible: put the visible patches in as well.
+
+    Returns:
+        (N, B, H * P, W * P), normalised as ``images`` are. A patch that was not predicted, and not
+        pasted, is 0: the mean colour.
+    """
+    patches = patchify(images, patch_size)
+    predicted, visible = reconstruction.predicted, reconstruction.visible
+    pixels = targets_to_pixels(reconstruction.pred, _take(patches, predicted), norm_pix_loss)
+    result = _paste(torch.zeros_like(patches), predicted, pixels)
+    if paste_visible:
+        result = _paste(result, visible, _take(patches, visible))
+    return unpatchify(result, patch_size, _grid(images, patch_size))
+
+
+def _take(patches: Tensor, indices: Tensor) -> Tensor:
+    """The patches at (N, K) indices: (N, L, F) -> (N, K, F)."""
+    return patches.take_along_dim(indices[..., None], dim=1)
+
+
+def _paste(patches: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """(N, L, F) with the rows at (N, K) indices replaced by values (N, K, F)."""
+    indices = indices[..., None].expand(-1, -1, patches.shape[-1])
+    # Predictions come in a lower precision under autocast.
+    return patches.scatter(1, indices, values.to(patches.dtype))
+
+
+def _grid(images: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
+    return images.shape[-2] // patch_size[0], images.shape[-1] // patch_size[1]

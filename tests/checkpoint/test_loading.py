@@ -1,0 +1,129 @@
+import pytest
+import torch
+
+from crossmae_det.checkpoint import load, save_checkpoint
+from crossmae_det.detection import SimpleFeaturePyramid, ViTBackbone
+from crossmae_det.modeling import ViT
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+class Detector(torch.nn.Module):
+    def __init__(self, **overrides):
+        super().__init__()
+        trunk = ViTBackbone(**(SIZES | {"use_rel_pos": True} | overrides))
+        self.backbone = SimpleFeaturePyramid(trunk, "last_feat", 4, (1.0, 0.5))
+
+
+def save(tmp_path, state, **beside):
+    path = tmp_path / "weights.pth"
+    save_checkpoint({"model": state, **beside}, path)
+    return path
+
+
+def values(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_whole_model_comes_back_exactly(tmp_path):
+    source, target = Detector(), Detector()
+    assert not equal(values(source), values(target))
+    report = load(target, save(tmp_path, source.state_dict(), iteration=3), whole=True)
+    assert equal(values(source), values(target))
+    assert report.loaded == list(source.state_dict())
+    assert not (report.resampled or report.initialised or report.dropped)
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "backbone.net."])
+def test_a_trunk_goes_into_a_detector_and_all_is_accounted_for(tmp_path, prefix):
+    trunk = ViT(**SIZES)
+    state = {prefix + name: tensor for name, tensor in trunk.state_dict().items()}
+    state["decoder.mask_token"] = torch.zeros(1, 1, 8)
+    model = Detector()
+    before = values(model)
+    report = load(model, save(tmp_path, state))
+    after = values(model)
+    for name, tensor in trunk.state_dict().items():
+        if name != "cls_token":
+            assert torch.equal(after[f"backbone.net.{name}"], tensor)
+    assert set(report.initialised) == {n for n in after if "rel_pos" in n or ".simfp" in n}
+    assert all(torch.equal(after[name], before[name]) for name in report.initialised)
+    assert sorted(report.dropped) == sorted([prefix + "cls_token", "decoder.mask_token"])
+    assert len(report.loaded) + len(report.initialised) == len(after)
+
+
+def test_a_position_embedding_of_another_grid_is_resampled(tmp_path):
+    trunk = ViT(**(SIZES | {"img_size": 64}))
+    model = ViT(**(SIZES | {"img_size": (32, 48)}))
+    report = load(model, save(tmp_path, trunk.state_dict()))
+    assert report.resampled == ["pos_embed"]
+    grid = trunk.pos_embed[:, 1:].view(1, 8, 8, 16).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(grid, size=(4, 6), mode="bicubic")
+    torch.testing.assert_close(model.pos_embed[:, 1:], expected.flatten(2).transpose(1, 2))
+
+
+def test_relative_positions_of_another_size_are_resampled(tmp_path):
+    source, target = Detector(), Detector(img_size=48)
+    torch.nn.init.normal_(source.backbone.net.blocks[1].attn.rel_pos_h)
+    report = load(target, save(tmp_path, source.state_dict()), whole=True)
+    assert (
+        len(report.resampled) == 5
+    )  # two tables in each of two blocks, and the absolute positions
+    table = source.backbone.net.blocks[1].attn.rel_pos_h.detach()
+    expected = torch.nn.functional.interpolate(table.T[None], size=11, mode="linear")[0].T
+    torch.testing.assert_close(target.backbone.net.blocks[1].attn.rel_pos_h.detach(), expected)
+
+
+def broken(kind):
+    state = ViT(**SIZES).state_dict()
+    if kind == "shape":
+        state["blocks.1.mlp.fc1.bias"] = torch.zeros(7)
+    elif kind == "missing":
+        del state["blocks.0.attn.qkv.weight"]
+    elif kind == "unexpected":
+        state["blocks.2.norm1.bias"] = torch.zeros(16)
+    elif kind == "position":
+        state["pos_embed"] = torch.zeros(1, 12, 16)
+    elif kind == "foreign":
+        state = {"conv1.weight": torch.zeros(3)}
+    elif kind == "no tensor":
+        state["blocks.0.norm1.bias"] = 3
+    return state
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("shape", r"'blocks.1.mlp.fc1.bias' is \(7,\) in the file and \(64,\) in the model"),
+        ("missing", r"the file has no 'blocks.0.attn.qkv.weight' for the trunk's \(48, 16\)"),
+        ("unexpected", r"the trunk has no place for 'blocks.2.norm1.bias' \(16,\)"),
+        ("position", r"'pos_embed' \(1, 12, 16\) is not that of a square grid"),
+        ("foreign", "does not hold this model: .* missing .* 1 unexpected"),
+        ("no tensor", "entry 'blocks.0.norm1.bias' is a int, not a tensor"),
+    ],
+)
+def test_a_refused_file_is_named_and_leaves_the_model_as_it_was(tmp_path, kind, message):
+    model = Detector()
+    before = values(model)
+    path = save(tmp_path, broken(kind))
+    with pytest.raises(ValueError, match=message) as error:
+        load(model, path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert equal(values(model), before)
+
+
+def test_evaluation_wants_the_whole_model(tmp_path):
+    with pytest.raises(ValueError, match="does not hold this model"):
+        load(Detector(), save(tmp_path, ViT(**SIZES).state_dict()), whole=True)
+
+
+def test_the_report_counts_and_groups(tmp_path):
+    report = load(Detector(), save(tmp_path, ViT(**SIZES).state_dict()))
+    lines = str(report).splitlines()
+    assert lines[0].startswith("weights from ")
+    counts = {line.split()[0]: int(line.split()[1]) for line in lines[3:]}
+    assert counts == {"loaded": 27, "resampled": 0, "initialised": 16, "dropped": 1}

@@ -1,0 +1,37 @@
+import pytest
+import torch
+from torch import nn
+
+from crossmae_det.engine.checkpointing import Checkpointer
+
+
+class Counter:
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_resume_brings_back_the_model_and_all_beside_it(tmp_path):
+    model, counter = nn.Linear(2, 2), Counter()
+    counter.count = 5
+    Checkpointer(model, str(tmp_path), counter=counter).save("model_0000004")
+    other, fresh = nn.Linear(2, 2), Counter()
+    Checkpointer(other, str(tmp_path), counter=fresh).resume()
+    assert torch.equal(other.weight, model.weight) and fresh.count == 5
+
+
+def test_what_was_not_on_when_the_run_started_cannot_be_resumed(tmp_path):
+    model = nn.Linear(2, 2)
+    Checkpointer(model, str(tmp_path)).save("model_0000004")
+    with pytest.raises(ValueError, match="has no 'ema' to resume"):
+        Checkpointer(model, str(tmp_path), ema=Counter()).resume()
+
+
+def test_a_process_that_does_not_save_writes_nothing(tmp_path):
+    Checkpointer(nn.Linear(2, 2), str(tmp_path), save_to_disk=False).save("model_0000004")
+    assert not list(tmp_path.iterdir())

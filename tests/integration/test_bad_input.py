@@ -1,0 +1,185 @@
+"""What a user can get wrong: one line that says what to do, exit code 2, nothing lost."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+from crossmae_det.checkpoint import save_checkpoint
+from crossmae_det.engine import run_tool
+from crossmae_det.modeling import ViT
+
+CONFIG = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
+
+
+@pytest.fixture
+def tool(repo, monkeypatch, capsys):
+    """Run a tool in this process; the last line that it leaves on standard error."""
+    monkeypatch.syspath_prepend(str(repo / "tools"))
+
+    def call(name, *arguments):
+        spec = importlib.util.spec_from_file_location("tool", repo / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        main = module.main
+        with pytest.raises(SystemExit) as stop:
+            run_tool((lambda: main("")) if "train" in name else main)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert "Traceback" not in error
+        return error.strip().splitlines()[-1]
+
+    return call
+
+
+@pytest.fixture
+def train(tool, tiny_overrides):
+    def call(*overrides, flags=()):
+        options = [*tiny_overrides, "train.max_iter=1", "train.pictures=null", *overrides]
+        return tool("lazyconfig_train_net", "--config-file", CONFIG, *flags, *options)
+
+    return call
+
+
+@pytest.fixture
+def own_set(tiny_sets, tmp_path):
+    """A copy of the training set to spoil: (content of the json, writes it, image folder)."""
+    json_file, _, images = tiny_sets[0].rpartition(":")
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    content = json.loads(Path(json_file).read_text())
+
+    def write(content):
+        path = tmp_path / "own.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return f"dataloader.train.dataset.names='{path}:{folder}'"
+
+    return content, write, folder
+
+
+def test_missing_files_are_named(train, tool, tmp_path):
+    assert "no config file 'nowhere.py'" in tool(
+        "lazyconfig_train_net", "--config-file", "nowhere.py"
+    )
+    line = train("dataloader.train.dataset.names='nowhere.json:images'")
+    assert "nowhere.json" in line and line.startswith("lazyconfig_train_net.py: error: ")
+    line = train("train.init_checkpoint=nowhere.pth")
+    assert "checkpoint nowhere.pth does not exist" in line
+    line = train(flags=["--eval-only"])
+    assert "--eval-only needs weights: add train.init_checkpoint=PATH" in line
+
+
+def test_an_unknown_key_is_named_with_the_nearest(train, tool):
+    assert "unknown config key 'train.epoch'; did you mean 'epochs'?" in train("train.epoch=3")
+    line = tool("train_net", "--config-file", CONFIG.replace(".py", ".yaml"), "SOLVER.EPOCH", "3")
+    assert "unknown config key: Non-existent key: SOLVER.EPOCH" in line
+
+
+def test_a_json_that_is_not_coco_is_named(train, own_set):
+    _, write, _ = own_set
+    for content in ("{'not json", [{"image_id": 1, "bbox": [0, 0, 1, 1]}], {"images": []}):
+        assert "own.json" in train(write(content))
+
+
+def test_annotations_that_point_nowhere_are_named(train, own_set):
+    content, write, folder = own_set
+    annotation = content["annotations"][3]
+    for key in ("image_id", "category_id"):
+        good = annotation[key]
+        annotation[key] = 999
+        line = train(write(content))
+        assert "own.json" in line and str(annotation["id"]) in line and "999" in line
+        annotation[key] = good
+    missing = folder / content["images"][2]["file_name"]
+    missing.unlink()
+    assert missing.name in train(write(content))
+
+
+def test_a_mask_without_area_is_named_and_can_be_skipped(train, own_set):
+    content, write, _ = own_set
+    content["annotations"][3]["segmentation"] = [[5.0, 5.0, 9.0, 5.0, 7.0, 5.0]]
+    line = train(write(content))
+    assert "own.json" in line and str(content["annotations"][3]["id"]) in line
+    assert "dataloader.train.dataset.invalid_annotations=skip" in line
+    # With the key that it names, this fault is gone and the next one is met.
+    line = train(
+        write(content),
+        "dataloader.train.dataset.invalid_annotations=skip",
+        "train.amp.dtype=fp8",
+        "train.amp.enabled=True",
+    )
+    assert "train.amp.dtype must be one of" in line
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_is_named(train, own_set, num_workers):
+    content, write, folder = own_set
+    for image in content["images"]:
+        (folder / image["file_name"]).write_bytes(b"no image")
+    line = train(write(content), f"dataloader.train.num_workers={num_workers}")
+    assert str(folder) in line and "skip_undecodable" in line
+
+
+def test_an_image_smaller_than_a_patch_is_named(train, own_set):
+    content, write, folder = own_set
+    for image in content["images"]:
+        picture = cv2.imread(str(folder / image["file_name"]))
+        cv2.imwrite(str(folder / image["file_name"]), picture[:10])
+        image["height"] = 10
+    content["annotations"] = [
+        {
+            "id": i + 1,
+            "image_id": image["id"],
+            "category_id": 1,
+            "bbox": [1, 1, 5, 5],
+            "area": 25,
+            "iscrowd": 0,
+            "segmentation": [[1, 1, 6, 1, 6, 6, 1, 6]],
+        }
+        for i, image in enumerate(content["images"])
+    ]
+    line = train(write(content))
+    assert str(folder) in line and "64x10" in line or "10x64" in line
+
+
+def test_a_checkpoint_of_another_size_is_named_with_both_shapes(train, tmp_path):
+    path = tmp_path / "other.pth"
+    save_checkpoint({"model": ViT(64, 16, 48, 4, 2).state_dict()}, path)
+    line = train(f"train.init_checkpoint={path}")
+    assert str(path) in line and "'pos_embed' is (1, 17, 48)" in line and "(1, 17, 32)" in line
+
+
+def test_a_device_that_is_not_there_is_named(train):
+    assert "train.device='gpu' is no device that torch knows" in train("train.device=gpu")
+
+
+def test_a_folder_that_cannot_be_written_is_named(train, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert str(blocked) in train(f"train.output_dir={blocked}/output")
+
+
+def test_batches_that_do_not_fit_are_refused(train):
+    assert "total_batch_size" in train("dataloader.train.total_batch_size=0")
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_checkpoint_of_the_state_before(train, tmp_path):
+    line = train("train.max_iter=9", "optimizer.lr=1e30", "lr_multiplier.warmup_iters=0")
+    assert "training stopped at iteration" in line and ".jpg" in line
+    assert "model_before_nonfinite.pth" in line
+    assert (tmp_path / "output" / "model_before_nonfinite.pth").exists()
+
+
+def test_inference_names_what_it_cannot_read(tool, tmp_path, tiny_overrides):
+    arguments = ["--config-file", CONFIG, "--output", tmp_path / "drawn"]
+    line = tool("demo", *arguments, "--input", "nowhere.jpg", "--opts", *tiny_overrides)
+    assert "nowhere.jpg" in line
+    image = tmp_path / "a.jpg"
+    image.write_bytes(b"no image")
+    line = tool("demo", *arguments, "--input", image, "--opts", *tiny_overrides)
+    assert "inference needs weights" in line
