@@ -27,7 +27,7 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
     if dim % 4:
         raise ValueError(f"a 2-D sine-cosine embedding needs a width divisible by 4, got {dim}")
     height, width = grid
-    # float64 first: the table is part of published checkpoints, to the last bit of float32.
+    # In float64 first, so that large positions lose nothing before the sine.
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     y, x = torch.meshgrid(
         torch.arange(height, dtype=torch.float64),

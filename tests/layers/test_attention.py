@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from crossmae_det.layers.attention import Attention
+from crossmae_det.layers.attention import Attention, CrossAttention
 from crossmae_det.layers.relative_position import decomposed_bias
 
 
@@ -41,3 +41,41 @@ def test_equals_the_definition_in_values_and_gradients(table_size, grid):
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="width 10 is not divisible by 3"):
         Attention(10, 3)
+
+
+def naive_cross_attention(attention, queries, memory):
+    """One image, one head and one query at a time."""
+    n, count, channels = queries.shape
+    size = channels // attention.num_heads
+    images = []
+    for i in range(n):
+        q = attention.q(queries[i])
+        k, v = attention.kv(memory[i]).split(channels, dim=1)
+        rows = []
+        for query in range(count):
+            heads = []
+            for head in range(attention.num_heads):
+                part = slice(head * size, (head + 1) * size)
+                weights = (k[:, part] @ q[query, part] / size**0.5).softmax(0)
+                heads.append(weights @ v[:, part])
+            rows.append(torch.cat(heads))
+        images.append(attention.proj(torch.stack(rows)))
+    return torch.stack(images)
+
+
+def test_cross_attention_equals_the_definition_in_values_and_gradients():
+    torch.manual_seed(0)
+    attention = CrossAttention(12, 10, 3)
+    queries = torch.randn(2, 4, 12, requires_grad=True)
+    memory = torch.randn(2, 7, 10, requires_grad=True)
+    inputs = [queries, memory, *attention.parameters()]
+    y, expected = attention(queries, memory), naive_cross_attention(attention, queries, memory)
+    torch.testing.assert_close(y, expected)
+    weight = torch.randn_like(y)
+    gradients = torch.autograd.grad((y * weight).sum(), inputs)
+    torch.testing.assert_close(gradients, torch.autograd.grad((expected * weight).sum(), inputs))
+
+
+def test_heads_must_divide_the_width_of_the_queries():
+    with pytest.raises(ValueError, match="width 10 is not divisible by 3"):
+        CrossAttention(10, 9, 3)

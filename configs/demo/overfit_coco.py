@@ -1,0 +1,26 @@
+"""A check that learning is real: a small model learns eight photographs of COCO by heart.
+
+``tests/integration/overfit_coco.py`` gives it the images.
+"""
+
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+
+from .mask_rcnn import dataloader, lr_multiplier, model, optimizer, train
+
+dataloader.image_size = 320
+dataloader.train.total_batch_size = 4
+# What is to be learnt by heart is shown as it will be asked for.
+dataloader.train.mapper.augmentations = [
+    L(T.ResizeShortestEdge)(
+        short_edge_length="${dataloader.image_size}", max_size="${dataloader.image_size}"
+    )
+]
+model.backbone.net.patch_size = 16
+model.backbone.net.pretrain_img_size = "${dataloader.image_size}"
+model.backbone.scale_factors = (4.0, 2.0, 1.0)
+model.roi_heads.batch_size_per_image = 64
+
+train.output_dir = "./output/overfit_coco"
+train.max_iter = 800
+train.eval_period = 0

@@ -1,0 +1,70 @@
+"""Agreement with the published implementations, on tensors that they have written."""
+
+import pytest
+import torch
+
+from crossmae_det.checkpoint import to_native, to_published
+from crossmae_det.modeling import ViT
+from crossmae_det.pretraining import MAE, CrossMAE
+
+TOLERANCE = dict(rtol=0, atol=1e-5)
+DECODER_OPTIONS = ("decoder_dim", "decoder_depth", "decoder_num_heads", "mask_ratio")
+CROSSMAE_OPTIONS = (
+    "prediction_ratio",
+    "feature_blocks",
+    "use_input_feature",
+    "decoder_self_attention",
+)
+
+
+@pytest.fixture(params=["crossmae", "mae"])
+def published(request, repo):
+    """(name, reference tensors, our model with their weights)."""
+    path = repo.parent / "shared" / "fixtures" / f"{request.param}_tiny.pt"
+    if not path.is_file():
+        pytest.skip(f"the reference tensors are not here: {path} is missing")
+    reference = torch.load(path, weights_only=True)
+    config = reference["config"]
+    sizes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+    encoder = ViT(*(config[name] for name in sizes))
+    kind, names = (CrossMAE, CROSSMAE_OPTIONS) if request.param == "crossmae" else (MAE, ())
+    options = {name: config[name] for name in (*DECODER_OPTIONS, "norm_pix_loss", *names)}
+    model = kind(encoder, **options)
+    tables = {name: model.state_dict()[name].clone() for name in POSITION_TABLES}
+    model.load_state_dict(to_native(reference["state_dict"]))
+    return request.param, reference, model, tables
+
+
+POSITION_TABLES = ("encoder.pos_embed", "decoder.pos_embed")
+
+
+def test_predictions_targets_and_masking_agree(published):
+    name, reference, model, _ = published
+    result = model.predict(reference["images"], reference["noise"])
+    mask = torch.zeros_like(reference["noise"]).scatter(1, result.predicted, 1)
+    assert torch.equal(mask, reference["predicted_mask" if name == "crossmae" else "mask"])
+    if name == "crossmae":
+        torch.testing.assert_close(result.pred, reference["pred"], **TOLERANCE)
+        torch.testing.assert_close(result.target, reference["target"], **TOLERANCE)
+    else:
+        # MAE's file has the visible patches' predictions, too, which no loss sees.
+        pred = reference["pred"].take_along_dim(result.predicted[..., None], dim=1)
+        torch.testing.assert_close(result.pred, pred, **TOLERANCE)
+
+
+def test_loss_and_every_gradient_agree(published):
+    name, reference, model, _ = published
+    loss = model(reference["images"], reference["noise"])["loss_reconstruction"]
+    torch.testing.assert_close(loss, reference["loss"], **TOLERANCE)
+    loss.backward()
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    gradients = to_published(gradients, format=name)
+    assert set(gradients) == set(reference["grads"])
+    for key, expected in reference["grads"].items():
+        torch.testing.assert_close(gradients[key], expected, **TOLERANCE)
+
+
+def test_position_tables_are_the_published_ones(published):
+    _, _, model, tables = published
+    for name, table in tables.items():
+        torch.testing.assert_close(table, model.state_dict()[name], rtol=0, atol=1e-6)
