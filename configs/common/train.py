@@ -14,7 +14,7 @@ train = dict(
     accumulation=1,  # process a batch in so many parts, for memory; the result is the same
     clip_grad=dict(enabled=False, max_norm=1.0),
     ema=dict(enabled=False, decay=0.9999),  # evaluated beside the raw weights
-    compile=dict(enabled=False, module="backbone"),  # torch.compile of this part of the model
+    compile=dict(enabled=False, module="backbone", backend="inductor"),  # torch.compile of a part
     ddp=dict(  # options of DistributedDataParallel
         broadcast_buffers=False,
         find_unused_parameters=False,

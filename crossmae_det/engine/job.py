@@ -94,7 +94,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
     """Train a model and evaluate it along the way; see :func:`run`."""
     options = cfg.train
     if options.compile.enabled:
-        model.get_submodule(options.compile.module).compile()
+        # In place: the names of the parameters, and so the checkpoints, stay as they are.
+        model.get_submodule(options.compile.module).compile(backend=options.compile.backend)
     optimizer = build_optimizer(cfg.optimizer, model)
     device = next(model.parameters()).device
     ddp = dict(options.ddp)

@@ -36,13 +36,22 @@ def run_tool(main: Callable[[], Any]) -> None:
     try:
         main()
     except USER_ERRORS as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = _one_line(error)
         logger.debug("Traceback of the error below", exc_info=True)
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except ProcessExitedException as error:
         # A worker has said it already.
         sys.exit(error.exit_code)
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error in one line; of one from a loader's worker, what it said there."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "DataLoader worker" in lines[0]:
+        # torch puts the worker's traceback into the message: "package.Error: message" ends it.
+        return lines[-1].partition(": ")[2]
+    return " ".join(line.strip() for line in lines)
 
 
 def run_distributed(main: Callable[..., Any], args: Namespace, *main_args: Any) -> None:

@@ -125,6 +125,17 @@ def test_an_image_that_cannot_be_decoded_is_named(train, own_set, num_workers):
     assert str(folder) in line and "skip_undecodable" in line
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_test_image_that_cannot_be_decoded_is_named(train, own_set, num_workers):
+    content, write, folder = own_set
+    broken = folder / content["images"][1]["file_name"]
+    broken.write_bytes(b"no image")
+    option = write(content).replace("dataloader.train", "dataloader.test")
+    line = train(option, f"dataloader.train.num_workers={num_workers}")
+    assert line.startswith(f"lazyconfig_train_net.py: error: {broken}")
+    assert "worker" not in line
+
+
 def test_an_image_smaller_than_a_patch_is_named(train, own_set):
     content, write, folder = own_set
     for image in content["images"]:

@@ -182,6 +182,8 @@ def test_all_switches_together(tiny_overrides, tmp_path):
         *["train.ema.enabled=True", "train.clip_grad.enabled=True", "train.eval_period=2"],
         *["model.backbone.net.use_act_checkpoint=True", "model.backbone.net.freeze_blocks=1"],
     ]
+    # The real backend compiles C++ for minutes; the graphs and the names are the same without it.
+    options += ["train.compile.enabled=True", "train.compile.backend=aot_eager"]
     cfg = get_config(f"{CONFIG}.py", [*tiny_overrides, *options])
     results = run(cfg, Namespace(eval_only=False, resume=False, config_file=""))
     assert {"bbox", "segm", "ema"} == results.keys()
