@@ -21,6 +21,9 @@ def main() -> None:
         "--score-threshold", type=float, default=0.5, help="leave out detections below this score"
     )
     parser.add_argument(
+        "--ema", action="store_true", help="use the averaged weights of the run (train.ema)"
+    )
+    parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],
@@ -28,7 +31,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     cfg = get_config(args.config_file, args.opts)
-    predict_files(cfg, args.input, args.output, args.score_threshold)
+    weights = "ema" if args.ema else "model"
+    predict_files(cfg, args.input, args.output, args.score_threshold, weights)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
 #!/usr/bin/env python3
 """Train or evaluate a lazy config: pretraining, detection, classification."""
 
+from argparse import Namespace
+
 from crossmae_det.engine import argument_parser, run, run_distributed, run_tool
-from crossmae_det.model_zoo import find_config, get_config
+from crossmae_det.model_zoo import get_config
+
+
+def job(args: Namespace) -> None:
+    # In every process anew: a config file may register data sets.
+    run(get_config(args.config_file, args.opts), args)
 
 
 def main(description: str) -> None:
     args = argument_parser(description).parse_args()
-    args.config_file = find_config(args.config_file)
-    cfg = get_config(args.config_file, args.opts)
-    run_distributed(run, args, cfg, args)
+    get_config(args.config_file, args.opts)  # refused before any process starts
+    run_distributed(job, args)
 
 
 if __name__ == "__main__":

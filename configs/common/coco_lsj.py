@@ -18,7 +18,7 @@ dataloader = OmegaConf.create(flags={"allow_objects": True})
 dataloader.image_size = 1024
 
 # Category id -> name, from the training set's json; the number of classes follows.
-dataloader.categories = "${crossmae.categories:${.train.dataset.names},${.test.dataset.names}}"
+dataloader.categories = "${dataset.categories:${.train.dataset.names},${.test.dataset.names}}"
 
 dataloader.train = L(build_train_loader)(
     dataset=L(get_dataset_dicts)(names="coco_2017_train", filter_empty=True),
@@ -37,8 +37,8 @@ dataloader.train = L(build_train_loader)(
                 crop_size=["${dataloader.image_size}", "${dataloader.image_size}"], pad=False
             ),
         ],
-        image_format="RGB",
-        use_instance_mask="${crossmae.has_masks:${dataloader.train.dataset.names}}",
+        image_format="${oc.select:model.input_format,RGB}",
+        use_instance_mask="${dataset.has_masks:${dataloader.train.dataset.names}}",
         recompute_boxes="${.use_instance_mask}",  # a crop cuts masks, and so their boxes
         min_size="${oc.select:model.backbone.net.patch_size,1}",  # refuse smaller images
     ),

@@ -5,13 +5,14 @@ train = dict(
     epochs=100,
     # Iterations follow: epochs x images of the training set / total batch size.
     max_iter=(
-        "${crossmae.iterations:${train.epochs},"
+        "${dataset.iterations:${train.epochs},"
         "${dataloader.train.dataset.names},${dataloader.train.total_batch_size}}"
     ),
     device="auto",  # CUDA where there is one, else the CPU
     seed=0,
+    cudnn_benchmark=False,
     amp=dict(enabled=True, dtype="bf16"),  # training and evaluation; "fp16" for GPUs before Ampere
-    accumulation=1,  # process a batch in so many parts, for memory; the result is the same
+    accumulation=1,  # a batch in so many parts, for memory: as so many processes would train
     clip_grad=dict(enabled=False, max_norm=1.0),
     ema=dict(enabled=False, decay=0.9999),  # evaluated beside the raw weights
     compile=dict(enabled=False, module="backbone", backend="inductor"),  # torch.compile of a part
@@ -20,9 +21,9 @@ train = dict(
         find_unused_parameters=False,
         fp16_compression=False,
     ),
-    checkpointer=dict(period="${crossmae.fraction:${train.max_iter},20}", max_to_keep=2),
+    checkpointer=dict(period="${crossmae.fraction:${train.max_iter},20,100}", max_to_keep=2),
     best_checkpoint=dict(metrics=["segm/AP", "bbox/AP"]),  # the first that the evaluation gives
-    eval_period="${crossmae.fraction:${train.max_iter},20}",
+    eval_period="${crossmae.fraction:${train.max_iter},20,500}",
     log_period=20,
     pictures=None,  # a hook that draws what the model does
 )

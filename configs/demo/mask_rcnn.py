@@ -11,7 +11,7 @@ dataloader.train.dataset.names = "shapes_train"
 dataloader.test.dataset.names = "shapes_val"
 dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = 1
-# Half to full size: the shapes are not as rich in scales as photographs.
+# The shapes are not as rich in scales as photographs.
 dataloader.train.mapper.augmentations[1].update(min_scale=0.7, max_scale=1.4)
 
 # 16 x 16 tokens: neither windows nor position tables are worth their while.

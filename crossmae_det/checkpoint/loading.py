@@ -24,23 +24,35 @@ from crossmae_det.modeling import ViT
 TRUNK_PREFIXES = ("", "encoder.", "backbone.net.", "backbone.")
 # What a trunk's file may lack: the model starts it from its own initial values.
 RELATIVE_POSITION = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]$")
+# Layers of a detector that have a row for every class.
+CLASS_DEPENDENT = re.compile(r"roi_heads\.(box_predictor(s\.\d+)?|mask_head\.predictor)\.")
 # What a trunk's file may hold beyond the trunk: the class token where the model has none, and the
 # parts of pretraining and classification models that come after the trunk.
 MAY_BE_DROPPED = re.compile(r"(cls_token$|mask_token$|decoder|norm\.|fc_norm\.|head\.|dec_norms\.)")
 
 
-def load(model: nn.Module, path: str | Path, *, whole: bool = False) -> Report:
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    whole: bool = False,
+    exact: bool = False,
+    weights: str = "model",
+) -> Report:
     """Load a checkpoint into a model, strictly.
 
-    A file with the model's own keys is loaded as a whole. From any other file its trunk is loaded
-    into the model's trunk; the rest of the model stays as it is and is listed as initialised, the
+    The file's trunk is loaded into the model's trunk. From a file of the same kind of model (a
+    detector into a detector), so is every other part of that name, but for the last layers where
+    the classes are others. The rest of the model stays as it is and is listed as initialised, the
     rest of the file is listed as dropped. Position embeddings and relative-position tables of
     another size are resampled.
 
     Args:
-        model: the model, in place. It must contain one ViT where the file is a trunk's.
+        model: the model, in place. It must contain one ViT where the file is not the whole model's.
         path: a file that :func:`read_checkpoint` reads; the weights may lie under "model".
         whole: refuse a file that does not hold the whole model, as evaluation needs.
+        exact: refuse to resample as well, as resuming needs.
+        weights: "model", or "ema" for the averaged weights of a run.
 
     Returns:
         What was loaded, resampled, initialised and dropped.
@@ -49,21 +61,22 @@ def load(model: nn.Module, path: str | Path, *, whole: bool = False) -> Report:
         FileNotFoundError, ValueError: the file cannot be read, or something in it is missing,
             unexpected or of another shape; the model is then unchanged.
     """
-    state = extract_state_dict(read_checkpoint(path), path)
+    state = extract_state_dict(read_checkpoint(path), path, weights)
     target = model.state_dict()
+    trunks = _trunks(model)
     report = Report(str(path))
-    if set(state) == set(target):
-        names = {name: name for name in state}
-    elif whole:
+    same_names = set(state) == set(target)
+    if whole and not same_names:
         raise ValueError(_difference(state, target, path))
+    if whole or (same_names and len(trunks) != 1):
+        names = {name: name for name in state}
     else:
-        names = _match_trunk(model, state, report)
-    grids = {
-        f"{name}.pos_embed".lstrip("."): trunk.pos_grid for name, trunk in _trunks(model).items()
-    }
+        names = _match_parts(model, state, report)
+    grids = {f"{name}.pos_embed".lstrip("."): trunk.pos_grid for name, trunk in trunks.items()}
     new = {}
     for name, source in names.items():
-        new[name] = _fit(source, state[source], target[name], grids.get(name), path)
+        grid = grids.get(name)
+        new[name] = _fit(source, state[source], target[name], grid, path, exact)
         resampled = new[name].shape != state[source].shape
         (report.resampled if resampled else report.loaded).append(name)
     # Only now, when everything fits: a refused file leaves the model as it was.
@@ -73,13 +86,29 @@ def load(model: nn.Module, path: str | Path, *, whole: bool = False) -> Report:
     return report
 
 
-def extract_state_dict(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The weights in what a checkpoint file holds: under "model", or the file itself.
+def extract_state_dict(
+    checkpoint: Mapping[str, Any], path: str | Path, weights: str = "model"
+) -> dict[str, Tensor]:
+    """The weights in what a checkpoint file holds.
+
+    Args:
+        checkpoint: what the file holds.
+        path: the file, for messages.
+        weights: "model" for what is under that name, or else for the file itself; "ema" for the
+            averaged weights of a run.
 
     Raises:
-        ValueError: there is something else than tensors.
+        ValueError: there are none, or something else than tensors.
     """
-    state = checkpoint.get("model", checkpoint)
+    if weights == "ema":
+        if "ema" not in checkpoint:
+            raise ValueError(
+                f"{path} holds no averaged weights; the run had train.ema.enabled=False"
+            )
+        averaged = checkpoint["ema"].items()
+        state = {key.removeprefix("module."): v for key, v in averaged if key != "n_averaged"}
+    else:
+        state = checkpoint.get("model", checkpoint)
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path} holds no weights, neither under 'model' nor at its top level")
     for name, value in state.items():
@@ -92,15 +121,16 @@ def _trunks(model: nn.Module) -> dict[str, ViT]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ViT)}
 
 
-def _match_trunk(model: nn.Module, state: dict[str, Tensor], report: Report) -> dict[str, str]:
-    """Names in the model of the file's trunk -> names in the file; fills in the report's rest."""
+def _match_parts(model: nn.Module, state: dict[str, Tensor], report: Report) -> dict[str, str]:
+    """Names in the model -> names in the file; lists what is dropped and initialised."""
     path = report.path
     trunks = _trunks(model)
+    whole_target = model.state_dict()
     source_prefix = next(
         (prefix for prefix in TRUNK_PREFIXES if f"{prefix}patch_embed.proj.weight" in state), None
     )
     if len(trunks) != 1 or source_prefix is None:
-        raise ValueError(_difference(state, model.state_dict(), path))
+        raise ValueError(_difference(state, whole_target, path))
     ((trunk_name, trunk),) = trunks.items()
     prefix = f"{trunk_name}." if trunk_name else ""
     target = trunk.state_dict()
@@ -110,11 +140,18 @@ def _match_trunk(model: nn.Module, state: dict[str, Tensor], report: Report) -> 
         inside = source.removeprefix(source_prefix) if source.startswith(source_prefix) else None
         if inside in target:
             names[prefix + inside] = source
-        elif inside is None or MAY_BE_DROPPED.match(inside):
+        elif inside is None:
+            # Beside the trunk: of use where the model is of the same kind.
+            same_part = source_prefix == prefix and source in whole_target
+            if same_part and not _other_classes(source, tensor, whole_target[source]):
+                names[source] = source
+            else:
+                report.dropped.append(source)
+        elif MAY_BE_DROPPED.match(inside):
             report.dropped.append(source)
         else:
             raise ValueError(f"{path}: the trunk has no place for '{source}' {tuple(tensor.shape)}")
-    for name in model.state_dict():
+    for name in whole_target:
         if name in names:
             continue
         inside = name.removeprefix(prefix) if name.startswith(prefix) else None
@@ -127,8 +164,17 @@ def _match_trunk(model: nn.Module, state: dict[str, Tensor], report: Report) -> 
     return names
 
 
+def _other_classes(name: str, tensor: Tensor, target: Tensor) -> bool:
+    return CLASS_DEPENDENT.match(name) is not None and tensor.shape != target.shape
+
+
 def _fit(
-    name: str, tensor: Tensor, target: Tensor, grid: tuple[int, int] | None, path: str | Path
+    name: str,
+    tensor: Tensor,
+    target: Tensor,
+    grid: tuple[int, int] | None,
+    path: str | Path,
+    exact: bool,
 ) -> Tensor:
     """The tensor in the shape of ``target``: as it is, or a position table resampled.
 
@@ -138,13 +184,15 @@ def _fit(
         target: of the model.
         grid: (H, W) in patches where the tensor is a trunk's position embedding, else None.
         path: of the file.
+        exact: refuse to resample.
     """
     if tensor.shape == target.shape:
         return tensor
     channels_fit = tensor.ndim == target.ndim and tensor.shape[-1] == target.shape[-1]
-    if channels_fit and RELATIVE_POSITION.search(name):
+    may_resample = channels_fit and not exact
+    if may_resample and RELATIVE_POSITION.search(name):
         return resample_table(tensor.float(), (len(target) + 1) // 2)
-    if channels_fit and grid is not None:
+    if may_resample and grid is not None:
         side = math.isqrt(tensor.shape[1] - 1)
         if side * side == tensor.shape[1] - 1:
             return resample_position_embedding(tensor.float(), (side, side), grid)

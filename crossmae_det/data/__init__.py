@@ -3,11 +3,8 @@
 from crossmae_det.data import shapes
 from crossmae_det.data.coco import DatasetInfo, describe, get_dataset_dicts, resolve_name
 from crossmae_det.data.loader import TrainLoader, build_train_loader
-from crossmae_det.data.mapper import (
-    DetectionMapper,
-    ImageError,
-    UndecodableImageError,
-)
+from crossmae_det.data.mapper import DetectionMapper
+from crossmae_det.sampling import ImageError, UndecodableImageError
 
 __all__ = [
     "DatasetInfo",

@@ -130,8 +130,7 @@ def register(root: str | os.PathLike[str] | None = None, **parameters: int) -> t
     """Register ``shapes_train`` and ``shapes_val`` in detectron2, to be built when first asked for.
 
     The metadata is there at once; images and annotations are there after ``DatasetCatalog.get``.
-    Masks are run-length encoded, so that a mapper needs ``instance_mask_format="bitmask"``. A later
-    call with other arguments replaces an earlier one.
+    Masks are run-length encoded. A later call with other arguments replaces an earlier one.
 
     Args:
         root: data folder; None as in :func:`folder`, read now.

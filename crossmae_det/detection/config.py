@@ -35,20 +35,25 @@ def add_crossmae_config(cfg: CfgNode) -> None:
 
     # Side in pixels: large-scale jitter, test size, square padding and position tables follow.
     cfg.INPUT.IMAGE_SIZE = 1024
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # from the training set
 
     solver = cfg.SOLVER
     solver.EPOCHS = 100
     solver.MAX_ITER = 0  # from EPOCHS, the training set and IMS_PER_BATCH
     solver.BASE_LR = 0.0  # from IMS_PER_BATCH, by the linear rule
+    solver.WEIGHT_DECAY = 0.1
     solver.LR_DECAY = 0.7  # from one layer of the trunk to the one below
     solver.STEPS = ()  # 8/9 and 26/27 of MAX_ITER
     solver.WARMUP_ITERS = 250
     solver.IMS_PER_BATCH = 64
-    solver.CHECKPOINT_PERIOD = 0  # a twentieth of MAX_ITER
-    cfg.TEST.EVAL_PERIOD = 0  # a twentieth of MAX_ITER
+    solver.CHECKPOINT_PERIOD = 0  # a twentieth of MAX_ITER, at least 100
+    cfg.TEST.EVAL_PERIOD = 0  # a twentieth of MAX_ITER, at least 500
 
     # As in the lazy configs' `train`.
+    solver.AMP.ENABLED = True
     solver.AMP.DTYPE = "bf16"
     solver.ACCUMULATION = 1
     solver.CLIP_GRADIENTS.CLIP_TYPE = "norm"

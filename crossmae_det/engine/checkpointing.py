@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
@@ -52,7 +53,7 @@ class Checkpointer(FvcoreCheckpointer):
             FileNotFoundError, ValueError: it is missing, damaged, or of another model.
         """
         path = self.get_checkpoint_file()
-        load(self.model, path, whole=True)
+        load(self.model, path, whole=True, exact=True)
         checkpoint = read_checkpoint(path)
         for key, item in self.checkpointables.items():
             if key not in checkpoint:
@@ -60,5 +61,8 @@ class Checkpointer(FvcoreCheckpointer):
                     f"{path} has no '{key}' to resume; was it on when the run started?"
                 )
             item.load_state_dict(checkpoint[key])
+        # What a kill during a save may have left.
+        for leftover in Path(self.save_dir).glob(".model_*.pth") if self.save_to_disk else ():
+            leftover.unlink()
         logger.info("Resumed from %s", path)
         return checkpoint

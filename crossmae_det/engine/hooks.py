@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 from tabulate import tabulate
@@ -82,6 +83,14 @@ class LayerLearningRates(HookBase):
                 self.trainer.storage.put_scalar(f"lr/{name}", group["lr"], smoothing_hint=False)
 
 
+class Evaluation(EvalHook):
+    """detectron2's evaluation hook, but not after a run that failed in its last iteration."""
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
 class BestCheckpointer(HookBase):
     """Keep the checkpoint with the highest metric as ``model_best``.
 
@@ -152,7 +161,7 @@ class PredictionPictures(HookBase):
 
     Args:
         output_dir: the run's folder.
-        data_loader: detectron2's test loader, one image a batch.
+        data_loader: detectron2's test loader.
         dataset_name: the registered name of its data set.
         count: number of images: the first ones with annotations.
     """
@@ -167,15 +176,18 @@ class PredictionPictures(HookBase):
         if not comm.is_main_process() or self.trainer.iter < self.trainer.max_iter:
             return
         records = {record["image_id"]: record for record in DatasetCatalog.get(self.dataset_name)}
-        samples = (sample for (sample,) in self.data_loader)
+        samples = itertools.chain.from_iterable(self.data_loader)
         annotated = (sample for sample in samples if records[sample["image_id"]]["annotations"])
         model = unwrap(self.trainer.model)
         rows = []
-        with inference_context(model), torch.no_grad():
+        with inference_context(model), torch.no_grad(), self.trainer.autocast():
             for sample in itertools.islice(annotated, self.count):
                 instances = model([sample])[0]["instances"].to("cpu")
                 image = read_image(sample["file_name"])
                 rows.append((image, records[sample["image_id"]], instances))
+        if not rows:
+            logger.warning("No image of '%s' has annotations to draw", self.dataset_name)
+            return
         comparison_sheet(rows, MetadataCatalog.get(self.dataset_name), self.path)
         logger.info("Predictions beside the ground truth are in %s", self.path)
 

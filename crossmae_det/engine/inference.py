@@ -35,18 +35,19 @@ class Predictor:
 
     Args:
         cfg: a detection config; ``train.init_checkpoint`` holds the whole detector.
+        weights: "model", or "ema" for the averaged weights of the run.
 
     Raises:
         ValueError, OSError: there is no checkpoint, or it is not one of this model.
     """
 
-    def __init__(self, cfg: DictConfig):
+    def __init__(self, cfg: DictConfig, weights: str = "model"):
         if not cfg.train.init_checkpoint:
             raise ValueError("inference needs weights: add train.init_checkpoint=PATH")
         self.device = resolve_device(cfg.train.device)
         self.amp_dtype = amp_dtype(cfg.train)
         self.model = instantiate(cfg.model).eval()
-        load(self.model, cfg.train.init_checkpoint, whole=True)
+        load(self.model, cfg.train.init_checkpoint, whole=True, weights=weights)
         self.model.to(self.device)
         mapper = cfg.dataloader.test.mapper
         self.augmentations = AugmentationList(instantiate(mapper.augmentations))
@@ -79,7 +80,11 @@ class Predictor:
 
 
 def predict_files(
-    cfg: DictConfig, inputs: Sequence[str], output: str, score_threshold: float
+    cfg: DictConfig,
+    inputs: Sequence[str],
+    output: str,
+    score_threshold: float,
+    weights: str = "model",
 ) -> None:
     """Run a detector over images, folders, globs and videos.
 
@@ -87,7 +92,7 @@ def predict_files(
     the detections themselves to ``predictions.json`` there, in COCO's result format.
 
     Args:
-        cfg: see :class:`Predictor`.
+        cfg, weights: see :class:`Predictor`.
         inputs: files, folders or patterns.
         output: a folder.
         score_threshold: detections below it are neither drawn nor written; in [0, 1].
@@ -99,7 +104,7 @@ def predict_files(
         raise ValueError(f"the score threshold must lie in [0, 1], got {score_threshold}")
     sources = iter_inputs(inputs)
     targets = output_paths(sources, output)
-    predictor = Predictor(cfg)
+    predictor = Predictor(cfg, weights)
     total = sum(source.num_frames or 1 for source in sources)
     with PredictionWriter(output, predictor.metadata) as writer, tqdm(total=total) as progress:
 

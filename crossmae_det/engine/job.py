@@ -6,6 +6,7 @@ A config has five keys: ``model``, ``dataloader`` (``train``, ``test``, ``evalua
 
 import logging
 import os
+import re
 from argparse import Namespace
 from typing import Any
 
@@ -21,11 +22,19 @@ from torch import nn
 
 from crossmae_det.checkpoint import load
 from crossmae_det.engine.checkpointing import Checkpointer
-from crossmae_det.engine.hooks import BestCheckpointer, LayerLearningRates, MetricCurves, ModelEMA
+from crossmae_det.engine.hooks import (
+    BestCheckpointer,
+    Evaluation,
+    LayerLearningRates,
+    MetricCurves,
+    ModelEMA,
+)
 from crossmae_det.engine.setup import resolve_device, setup
 from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, autocast
 
 logger = logging.getLogger(__name__)
+
+EMA_FOLDER = "inference_ema"  # beside "inference", which has the evaluation of the raw weights
 
 
 def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
@@ -49,8 +58,14 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
         return train(cfg, model, resume=args.resume)
     if not cfg.train.init_checkpoint:
         raise ValueError("--eval-only needs weights: add train.init_checkpoint=PATH")
-    logger.info(load(model, cfg.train.init_checkpoint, whole=True))
-    return evaluate(cfg, model, checkpoint=cfg.train.init_checkpoint)
+    checkpoint = cfg.train.init_checkpoint
+    logger.info(load(model, checkpoint, whole=True))
+    results = evaluate(cfg, model, checkpoint=checkpoint)
+    if cfg.train.ema.enabled:
+        load(model, checkpoint, whole=True, weights="ema")
+        if averaged := evaluate(cfg, model, name=EMA_FOLDER, checkpoint=checkpoint):
+            results["ema"] = averaged
+    return results
 
 
 def evaluate(
@@ -122,12 +137,13 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
         results.clear()
         results.update(evaluate(cfg, model, iteration=trainer.iter))
         if ema is not None and (
-            averaged := evaluate(cfg, ema.model, name="inference_ema", iteration=trainer.iter)
+            averaged := evaluate(cfg, ema.model, name=EMA_FOLDER, iteration=trainer.iter)
         ):
             results["ema"] = averaged
         return results
 
     main = comm.is_main_process()
+    periodic = hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer)
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
@@ -136,8 +152,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
             hooks.LRScheduler(
                 scheduler=LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), options.max_iter)
             ),
-            hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer) if main else None,
-            hooks.EvalHook(options.eval_period, evaluate_now),
+            periodic if main else None,
+            Evaluation(options.eval_period, evaluate_now),
             BestCheckpointer(checkpointer, options.best_checkpoint.metrics) if main else None,
             hooks.PeriodicWriter(
                 default_writers(options.output_dir, options.max_iter), period=options.log_period
@@ -150,6 +166,12 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
     )
     if resume and checkpointer.has_checkpoint():
         checkpointer.resume()
+        # They count among the last ones to keep.
+        periodic.recent_checkpoints = sorted(
+            path
+            for path in checkpointer.get_all_checkpoint_files()
+            if re.search(r"_\d+\.pth$", path)
+        )
         start_iter = trainer.iter + 1
     else:
         if resume:

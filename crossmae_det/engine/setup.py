@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -9,12 +10,17 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.config import LazyConfig
+from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
-from omegaconf import DictConfig, OmegaConf
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException
 
+from crossmae_det.checkpoint import atomic_path
 from crossmae_det.engine.trainer import NonFiniteError
 
 logger = logging.getLogger(__name__)
@@ -36,9 +42,8 @@ def run_tool(main: Callable[[], Any]) -> None:
     try:
         main()
     except USER_ERRORS as error:
-        message = _one_line(error)
-        logger.debug("Traceback of the error below", exc_info=True)
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        logger.debug("Traceback of the error", exc_info=True)
+        print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except ProcessExitedException as error:
         # A worker has said it already.
@@ -49,37 +54,43 @@ def _one_line(error: Exception) -> str:
     """The message of an error in one line; of one from a loader's worker, what it said there."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "DataLoader worker" in lines[0]:
-        # torch puts the worker's traceback into the message: "package.Error: message" ends it.
-        return lines[-1].partition(": ")[2]
+        # torch puts the worker's traceback into the message; "package.Error: message" ends it.
+        return re.sub(r"^[\w.]+: ", "", lines[-1])
     return " ".join(line.strip() for line in lines)
 
 
-def run_distributed(main: Callable[..., Any], args: Namespace, *main_args: Any) -> None:
-    """Run ``main(*main_args)`` in every process of the job.
+def run_distributed(main: Callable[[Namespace], Any], args: Namespace) -> None:
+    """Run ``main(args)`` in every process of the job.
 
     Under torchrun this process is one of them; otherwise detectron2's launcher starts
     ``args.num_gpus`` processes on this machine (over gloo where there is no GPU).
+
+    Raises:
+        ValueError: there are GPUs, but fewer than processes.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join_torchrun()
-        main(*main_args)
+        main(args)
         torch.distributed.destroy_process_group()
-    else:
-        launch(
-            _worker,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, *main_args),
-        )
+        return
+    gpus = torch.cuda.device_count()
+    if torch.cuda.is_available() and args.num_gpus > gpus:
+        raise ValueError(f"--num-gpus {args.num_gpus}, but this machine has {gpus}")
+    launch(
+        _worker,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(main, args),
+    )
 
 
-def _worker(main: Callable[..., Any], *main_args: Any) -> None:
+def _worker(main: Callable[[Namespace], Any], args: Namespace) -> None:
     if comm.get_world_size() == 1:
-        main(*main_args)
+        main(args)
     else:
-        run_tool(lambda: main(*main_args))
+        run_tool(lambda: main(args))
         torch.distributed.destroy_process_group()
 
 
@@ -88,9 +99,8 @@ def _join_torchrun() -> None:
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(local_rank)
-    torch.distributed.init_process_group(
-        "nccl" if use_cuda else "gloo", timeout=timedelta(minutes=30)
-    )
+    backend = "nccl" if use_cuda else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
@@ -112,22 +122,49 @@ def resolve_device(name: str) -> torch.device:
 
 
 def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
-    """Resolve a config, make the run's folder, start the log and save the config there.
+    """Make the run's folder, start the log, seed this process and resolve the config.
 
-    The saved ``config.yaml`` holds values instead of references: it is a config of its own, for
-    evaluation and inference also where the training data are gone.
+    A training run keeps its config there as ``config.yaml``, with values instead of what follows
+    from the data: it is a config of its own, also where the data are gone.
 
     Returns:
-        The resolved config; the one that was passed in is unchanged.
+        The config without references; the one that was passed in is unchanged.
 
     Raises:
         ValueError, OSError: the config refers to what is not there.
     """
-    cfg = cfg.copy()
-    OmegaConf.resolve(cfg)
-    default_setup(cfg, args)
-    # fvcore and detectron2 have their loggers; ours writes to the same places.
-    ours, theirs = logging.getLogger("crossmae_det"), logging.getLogger("detectron2")
-    ours.handlers, ours.propagate = theirs.handlers, False
-    ours.setLevel(theirs.level)
-    return cfg
+    settled = _settle(cfg.copy())
+    resolved = settled.copy()
+    OmegaConf.resolve(resolved)
+    options = resolved.train
+    rank = comm.get_rank()
+    if comm.is_main_process():
+        os.makedirs(options.output_dir, exist_ok=True)
+    for name in ("fvcore", "detectron2", "crossmae_det"):
+        log = setup_logger(options.output_dir, distributed_rank=rank, name=name)
+        for handler in log.handlers:
+            if type(handler) is logging.StreamHandler and handler.stream is sys.stdout:
+                handler.setLevel(logging.INFO)  # tracebacks of a user's errors go to the file only
+    logger.info("Rank of this process: %d. World size: %d", rank, comm.get_world_size())
+    logger.info("Environment\n%s", collect_env_info())
+    logger.info("Command line arguments: %s", args)
+    if comm.is_main_process() and not args.eval_only:
+        path = os.path.join(options.output_dir, "config.yaml")
+        with atomic_path(path) as temporary:
+            LazyConfig.save(settled, str(temporary))
+        logger.info("The config is in %s", path)
+    seed_all_rng(options.seed + rank)
+    torch.backends.cudnn.benchmark = options.cudnn_benchmark and not args.eval_only
+    return resolved
+
+
+def _settle(node: DictConfig | ListConfig) -> Any:
+    """Put values in place of the references that need the data, in place; the others stay."""
+    keys = list(node) if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
+        if OmegaConf.is_interpolation(node, key):
+            if "${dataset." in str(node._get_node(key)._value()):  # type: ignore[union-attr]
+                node[key] = node[key]
+        elif OmegaConf.is_config(node[key]):
+            _settle(node[key])
+    return node

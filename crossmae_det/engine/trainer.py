@@ -67,8 +67,8 @@ class Trainer(SimpleTrainer):
         optimizer: over the model's parameters.
         seed: non-negative.
         amp_dtype: "bf16", "fp16" or None.
-        accumulation: number of parts that a batch is processed in, for memory; the gradient is that
-            of the whole batch.
+        accumulation: number of parts that a batch is processed in, for memory; the gradient is the
+            mean of those of the parts, as between so many processes.
         clip_norm: largest norm of the gradient; None does not clip.
 
     Raises:
@@ -98,7 +98,7 @@ class Trainer(SimpleTrainer):
         self.accumulation = accumulation
         self.clip_norm = clip_norm
         self.device = next(model.parameters()).device
-        autocast(self.device, amp_dtype)  # refuses an unknown dtype now, not at the first step
+        self.autocast()  # refuses an unknown dtype now, not at the first step
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == "fp16")
 
     def train(self, start_iter: int, max_iter: int) -> None:
@@ -149,6 +149,10 @@ class Trainer(SimpleTrainer):
         self.grad_scaler.update()
         self._write_metrics(losses, data_time)
 
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision that the model is trained in."""
+        return autocast(self.device, self.amp_dtype)
+
     def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients once a batch, with its last part."""
         if isinstance(self.model, DistributedDataParallel) and not last:
@@ -160,7 +164,7 @@ class Trainer(SimpleTrainer):
         losses: dict[str, Tensor] = {}
         reason = ""
         try:
-            with autocast(self.device, self.amp_dtype):
+            with self.autocast():
                 losses = self.model(part)
             failed = ~torch.stack([loss.detach() for loss in losses.values()]).isfinite()
         except FloatingPointError as error:  # detectron2's own word for NaN in predicted boxes
@@ -178,7 +182,8 @@ class Trainer(SimpleTrainer):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         # fp16 overflows now and then by design: the scaler then skips the step and scales less.
-        if not self.grad_scaler.is_enabled():
+        # Where a scale below 1 does not help, it is not the scale.
+        if not self.grad_scaler.is_enabled() or self.grad_scaler.get_scale() < 1:
             self._stop_if(
                 ~norm.isfinite(),
                 lambda: f"the gradient's norm is {norm.item()} (images: {_names(batch)})",
@@ -211,7 +216,8 @@ class Trainer(SimpleTrainer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` gave; the next iteration is ``self.iter + 1``."""
         super().load_state_dict(state_dict)
-        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if state_dict["grad_scaler"]:  # empty where the run was not in fp16
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
 def _names(samples: Any) -> str:

@@ -4,7 +4,7 @@ Importing this module registers them as OmegaConf resolvers. Configs write ``${c
 the arguments are references to other keys, so that a changed key changes all that depends on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -48,9 +48,9 @@ def linear_lr(base_lr: float, batch_size: int, base_batch_size: int) -> float:
     return base_lr * batch_size / base_batch_size
 
 
-def fraction(total: int, parts: int) -> int:
-    """A period that divides a run in about ``parts``; at least 1."""
-    return max(1, total // parts)
+def fraction(total: int, parts: int, at_least: int) -> int:
+    """A period that divides a run in about ``parts``, but no shorter than ``at_least``."""
+    return max(at_least, total // parts)
 
 
 def when(condition: bool, value: Any) -> Any:
@@ -58,6 +58,15 @@ def when(condition: bool, value: Any) -> Any:
     return value if condition else None
 
 
-for _rule in (iterations, categories, has_masks, linear_lr, fraction, when):
-    OmegaConf.register_new_resolver(f"crossmae.{_rule.__name__}", _rule, replace=True)
-OmegaConf.register_new_resolver("crossmae.count", len, replace=True)
+# Those that look at the data have names of their own: a run's saved config keeps their values.
+_RULES: dict[str, Callable] = {
+    "dataset.iterations": iterations,
+    "dataset.categories": categories,
+    "dataset.has_masks": has_masks,
+    "crossmae.linear_lr": linear_lr,
+    "crossmae.fraction": fraction,
+    "crossmae.when": when,
+    "crossmae.count": len,
+}
+for _name, _rule in _RULES.items():
+    OmegaConf.register_new_resolver(_name, _rule, replace=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from crossmae_det.detection import add_crossmae_config
 
-# What the yaml keys are called in the lazy config. A value of 0, "" or () leaves the lazy rule.
+# What the yaml keys are called in the lazy config.
 KEYS = {
     "INPUT.IMAGE_SIZE": "dataloader.image_size",
     "INPUT.FORMAT": "dataloader.train.mapper.image_format",
@@ -39,10 +39,13 @@ KEYS = {
     "SOLVER.CLIP_GRADIENTS.ENABLED": "train.clip_grad.enabled",
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "train.clip_grad.max_norm",
     "TEST.EVAL_PERIOD": "train.eval_period",
+    "CUDNN_BENCHMARK": "train.cudnn_benchmark",
     "OUTPUT_DIR": "train.output_dir",
     "MODEL.WEIGHTS": "train.init_checkpoint",
 }
-# Read by to_lazy itself, by the model, or by detectron2's set-up of a job.
+# Where 0 stands for the rule of the lazy config.
+FOLLOWING = ("SOLVER.MAX_ITER", "SOLVER.BASE_LR", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
+# Read by to_lazy itself or by the model.
 ALSO_READ = (
     "DATASETS.TRAIN",
     "DATASETS.TEST",
@@ -51,7 +54,6 @@ ALSO_READ = (
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
     "TEST.DETECTIONS_PER_IMAGE",
     "SEED",
-    "CUDNN_BENCHMARK",
     "VERSION",
     "MODEL.",
 )
@@ -114,7 +116,7 @@ def to_lazy(cfg: CfgNode, get_config: Callable[[str], DictConfig]) -> DictConfig
     lazy = get_config("common/from_yaml.py")
     for yaml_key, lazy_key in KEYS.items():
         value = _select(cfg, yaml_key)
-        if value not in (0, "", ()) or isinstance(value, bool):
+        if value or yaml_key not in FOLLOWING:
             OmegaConf.update(lazy, lazy_key, value)
     lazy.dataloader.train.dataset.names = list(cfg.DATASETS.TRAIN)
     lazy.dataloader.train.mapper.min_size = cfg.MODEL.VIT.PATCH_SIZE

@@ -38,7 +38,7 @@ def get_config_file(config_path: str) -> str:
     return str(path)
 
 
-def find_config(config_file: str) -> str:
+def _find_config(config_file: str) -> str:
     """The path of a config file: the file itself, or the shipped config of that name.
 
     Raises:
@@ -66,7 +66,7 @@ def get_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         FileNotFoundError, ValueError: no such file, not a config, or an override of an unknown key.
     """
-    path = find_config(config_file)
+    path = _find_config(config_file)
     if path.endswith(".py"):
         return apply_overrides(LazyConfig.load(path), overrides)
     cfg = read_yaml(path, overrides)
@@ -119,7 +119,8 @@ def _apply(cfg: DictConfig, override: Override) -> None:
     if isinstance(node, DictConfig) and not override.is_add():
         known = [str(name) for name in node] + _parameters(node)
         if last not in known:
-            raise ValueError(f"unknown config key '{key}'{_did_you_mean(last, known)}")
+            hint = _did_you_mean(last, known) or f"; +{key}=... adds a key that is not listed"
+            raise ValueError(f"unknown config key '{key}'{hint}")
     OmegaConf.update(cfg, key, override.value(), merge=True)
 
 
@@ -129,7 +130,8 @@ def _parameters(node: DictConfig) -> list[str]:
     if target is None:
         return []
     function: Callable = locate(target) if isinstance(target, str) else target
-    return list(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -78,6 +78,54 @@ def test_relative_positions_of_another_size_are_resampled(tmp_path):
     torch.testing.assert_close(target.backbone.net.blocks[1].attn.rel_pos_h.detach(), expected)
 
 
+class Classifying(Detector):
+    """A detector with the last layers of ``classes`` classes."""
+
+    def __init__(self, classes, **overrides):
+        super().__init__(**overrides)
+        self.roi_heads = torch.nn.ModuleDict(
+            {
+                "box_head": torch.nn.Linear(4, 4),
+                "box_predictor": torch.nn.ModuleDict({"cls_score": torch.nn.Linear(4, classes)}),
+            }
+        )
+
+
+def test_a_detector_fine_tunes_on_other_classes(tmp_path):
+    source, target = Classifying(81), Classifying(4)
+    before = values(target)
+    report = load(target, save(tmp_path, source.state_dict()))
+    last = ["roi_heads.box_predictor.cls_score.weight", "roi_heads.box_predictor.cls_score.bias"]
+    assert report.initialised == report.dropped == last
+    after = values(target)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(after[name], before[name] if name in last else tensor)
+
+
+def test_parts_that_only_one_of_two_detectors_has_are_listed(tmp_path):
+    source, target = Classifying(4), Detector()
+    report = load(target, save(tmp_path, source.state_dict()))
+    assert sorted(report.loaded) == sorted(target.state_dict())
+    assert len(report.dropped) == 4
+
+
+def test_resuming_does_not_resample(tmp_path):
+    path = save(tmp_path, Detector().state_dict())
+    with pytest.raises(ValueError, match=r"pos_embed' is \(1, 17, 16\) in the file and \(1, 37, 16\)"):
+        load(Detector(img_size=48), path, whole=True, exact=True)
+
+
+def test_averaged_weights_are_loaded_by_name(tmp_path):
+    source, averaged, target = Detector(), Detector(), Detector()
+    ema = {f"module.{name}": tensor for name, tensor in averaged.state_dict().items()}
+    ema["n_averaged"] = torch.tensor(3)
+    path = save(tmp_path, source.state_dict(), ema=ema)
+    load(target, path, whole=True, weights="ema")
+    assert equal(values(target), values(averaged))
+    with pytest.raises(ValueError, match="holds no averaged weights"):
+        load(target, save(tmp_path, source.state_dict()), whole=True, weights="ema")
+
+
 def broken(kind):
     state = ViT(**SIZES).state_dict()
     if kind == "shape":

@@ -22,8 +22,8 @@ from crossmae_det.data import (
     TrainLoader,
     UndecodableImageError,
     build_train_loader,
-    loader,
 )
+from crossmae_det.sampling.loader import _Samples
 
 HEIGHT, WIDTH = 24, 32
 SQUARE = [[4.0, 4.0, 20.0, 4.0, 20.0, 16.0, 4.0, 16.0]]
@@ -143,9 +143,10 @@ def test_start_at_maps_nothing_before(records):
 def test_processes_share_the_batch_of_one(records, monkeypatch):
     expected = take(TrainLoader(records, mapper(), 4), 3)
     parts = []
-    monkeypatch.setattr(loader.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     for rank in (0, 1):
-        monkeypatch.setattr(loader.comm, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         parts.append(take(TrainLoader(records, mapper(), 4), 3))
     assert all(len(batch) == 2 for batch in parts[0])
     assert_same([a + b for a, b in zip(*parts, strict=True)], expected)
@@ -273,11 +274,11 @@ def test_file_errors_of_any_mapper_arrive_in_one_line(records):
 
 @pytest.mark.parametrize("error", [KeyError("a bug"), TwoPartError("does not", "pickle")])
 def test_errors_that_torch_must_report_are_raised_in_the_worker(records, error):
-    def fail(record):
+    def fail(record, entropy):
         raise error
 
     with pytest.raises(type(error)):
-        loader._Samples(records, fail, seed=0, skip_undecodable=True)[0, 0]
+        _Samples(records, fail, seed=0, skip_undecodable=True)[0, 0]
 
 
 def test_image_smaller_than_a_patch(records):

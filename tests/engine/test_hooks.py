@@ -8,7 +8,7 @@ from torch import nn
 
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
-from crossmae_det.engine.hooks import BestCheckpointer, LayerLearningRates, ModelEMA
+from crossmae_det.engine.hooks import BestCheckpointer, Evaluation, LayerLearningRates, ModelEMA
 
 
 def test_ema_is_the_recursion():
@@ -62,6 +62,15 @@ def test_the_best_checkpoint_is_kept_also_over_a_restart(tmp_path):
     # A new run in the folder starts its own ranking.
     judge(BestCheckpointer(checkpointer, metrics), [{"bbox/AP": 1.0}])
     assert read_checkpoint(tmp_path / "model_best.pth")["metric_name"] == "bbox/AP"
+
+
+@pytest.mark.parametrize(("iteration", "evaluations"), [(9, 0), (10, 1)])
+def test_a_run_that_failed_in_its_last_iteration_is_not_evaluated(iteration, evaluations):
+    calls = []
+    hook = Evaluation(0, lambda: calls.append(1))
+    hook.trainer = SimpleNamespace(iter=iteration, max_iter=10)
+    hook.after_train()
+    assert len(calls) == evaluations
 
 
 def test_the_rate_of_every_layer_is_logged(caplog):

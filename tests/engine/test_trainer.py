@@ -134,6 +134,23 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(m
     assert torch.equal(model.linear.weight, before)
 
 
+def test_fp16_stops_where_no_scale_helps():
+    model = Regression()
+    model.linear.weight.register_hook(lambda gradient: gradient * math.inf)
+    trainer = Trainer(
+        model, Batches(), torch.optim.AdamW(model.parameters(), lr=0.01), amp_dtype="fp16"
+    )
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", 4.0)
+    with pytest.raises(NonFiniteError, match="iteration 3: the gradient's norm is"):
+        trainer.train(0, 9)
+
+
+def test_a_run_may_resume_in_another_precision():
+    half = train(2)
+    state = {"model": half.model.state_dict(), "trainer": half.state_dict()}
+    assert train(4, start=2, state=state, amp_dtype="fp16").iter == 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -29,9 +29,10 @@ def tool(repo, monkeypatch, capsys):
         main = module.main
         with pytest.raises(SystemExit) as stop:
             run_tool((lambda: main("")) if "train" in name else main)
-        error = capsys.readouterr().err
+        captured = capsys.readouterr()
+        error = captured.err
         assert stop.value.code == 2
-        assert "Traceback" not in error
+        assert "Traceback" not in captured.out + error
         return error.strip().splitlines()[-1]
 
     return call

@@ -45,12 +45,12 @@ train.pictures = None
 """
 
 
-def start(repo, tool, *arguments, launcher=(), **options):
+def start(repo, tool, *arguments, launcher=(), environment=None, **options):
     command = [sys.executable, *launcher, str(repo / "tools" / tool), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
     return subprocess.Popen(
         command,
-        env=environment,
+        env=os.environ | settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -113,7 +113,7 @@ def test_two_processes_train_as_one(repo, tiny_overrides, tmp_path, launcher):
     config.write_text(PROPOSAL_NETWORK.format(config=f"{CONFIG}.py"))
     options = [option for option in tiny_overrides if "roi_heads" not in option]
     one = get_config(str(config), [*options, f"train.output_dir={tmp_path}/one"])
-    run(one, Namespace(eval_only=False, resume=False, config_file=""))
+    run(one, Namespace(eval_only=False, resume=False))
     arguments = ["--config-file", config]
     if launcher == "torchrun":
         module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -176,6 +176,32 @@ def test_yaml_training_evaluation_and_inference(repo, tiny_sets, tmp_path):
     assert detections.dataset["annotations"]
 
 
+def test_the_main_job_on_real_photographs(repo, shared_data, tmp_path):
+    """The COCO config, made small, on COCO's own names: 80 images to train on, 80 to evaluate."""
+    options = [
+        *["dataloader.image_size=64", "dataloader.train.total_batch_size=2", "train.max_iter=2"],
+        *["model.backbone.net.size=tiny", "model.backbone.net.depth=2", "train.amp.enabled=False"],
+        *["model.roi_heads.box_head.conv_dims=[16]", "model.roi_heads.box_head.fc_dims=[32]"],
+        *["dataloader.train.num_workers=0", f"train.output_dir={tmp_path}"],
+    ]
+    environment = {"DETECTRON2_DATASETS": str(shared_data)}
+    arguments = ["--config-file", f"{CONFIG}.py", *options]
+    log = finish(start(repo, "lazyconfig_train_net.py", *arguments, environment=environment))
+    assert "Removed 0 images" in log or "images left" in log
+    assert "COCO AP on 80 of the 80 images of 'coco_2017_val'" in log
+    results = json.loads((tmp_path / "inference" / "results.json").read_text())["results"]
+    assert len([name for name in results["segm"] if name.startswith("AP-")]) == 80
+
+
+def test_averaged_weights_are_evaluated_and_used(repo, tiny_overrides, tiny_sets, tmp_path):
+    options = [*tiny_overrides, "train.max_iter=2", "train.ema.enabled=True", "train.pictures=null"]
+    trained = run(get_config(f"{CONFIG}.py", options), Namespace(eval_only=False, resume=False))
+    checkpoint = f"train.init_checkpoint={tmp_path}/output/model_final.pth"
+    cfg = get_config(str(tmp_path / "output" / "config.yaml"), [checkpoint])
+    again = run(cfg, Namespace(eval_only=True, resume=False))
+    assert json.dumps(again) == json.dumps(trained)
+
+
 def test_all_switches_together(tiny_overrides, tmp_path):
     options = [
         *["train.max_iter=3", "train.amp.enabled=True", "train.accumulation=2"],
@@ -185,7 +211,7 @@ def test_all_switches_together(tiny_overrides, tmp_path):
     # The real backend compiles C++ for minutes; the graphs and the names are the same without it.
     options += ["train.compile.enabled=True", "train.compile.backend=aot_eager"]
     cfg = get_config(f"{CONFIG}.py", [*tiny_overrides, *options])
-    results = run(cfg, Namespace(eval_only=False, resume=False, config_file=""))
+    results = run(cfg, Namespace(eval_only=False, resume=False))
     assert {"bbox", "segm", "ema"} == results.keys()
     folder = tmp_path / "output"
     assert {"curves.png", "predictions.png", "model_final.pth", "model_best.pth"} <= {
@@ -217,7 +243,7 @@ def test_a_box_only_set_trains_a_faster_rcnn(tiny_sets, tiny_overrides, tmp_path
         "train.max_iter=2",
     ]
     cfg = get_config(f"{CONFIG}.py", options)
-    results = run(cfg, Namespace(eval_only=False, resume=False, config_file=""))
+    results = run(cfg, Namespace(eval_only=False, resume=False))
     assert results.keys() == {"bbox"}
     names = weights(tmp_path / "output")
     assert not any("mask_head" in name for name in names)

@@ -18,6 +18,7 @@ LAZY = sorted(
 YAML = sorted(
     p.relative_to(CHECKOUT_CONFIGS).as_posix() for p in CHECKOUT_CONFIGS.glob("coco/*.yaml")
 )
+DEMO = ["demo/mask_rcnn.py", "demo/overfit_coco.py"]
 LETTERS = {name[0]: name for name in ("small", "base", "large", "huge")}
 B_100 = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
 
@@ -47,7 +48,7 @@ def test_every_config_trains_two_iterations_and_evaluates(name, tiny_overrides):
     if "cascade" in name:
         tiny_overrides = [option.replace("box_head.", "box_heads.0.") for option in tiny_overrides]
     cfg = get_config(name, [*tiny_overrides, "train.max_iter=2", "train.pictures=null"])
-    results = run(cfg, Namespace(eval_only=False, resume=False, config_file=""))
+    results = run(cfg, Namespace(eval_only=False, resume=False))
     assert {"bbox", "segm"} <= results.keys()
     assert 0 <= results["segm"]["AP"] <= 100
 
@@ -128,6 +129,7 @@ def test_one_key_changes_all_that_depends_on_it(tiny_sets):
         ),
         ("model.backbone.net.window=7", "unknown config key .* did you mean 'window_size'"),
         ("train.epochs", "cannot parse the overrides"),
+        ("model.backbone.net.overrides=3", "adds a key that is not listed"),
         ("~train.epochs", "cannot be deleted"),
     ],
 )
@@ -149,11 +151,40 @@ def test_an_unknown_config_is_refused_with_a_hint():
         get_config("coco/mask_rcnn_crossmae_vit_b_100.py")
 
 
-def test_the_config_that_a_run_saves_is_a_config_without_references(tiny_overrides, tmp_path):
-    args = Namespace(eval_only=False, resume=False, config_file="")
+def test_the_config_that_a_run_saves_needs_no_data_and_follows_overrides(tiny_overrides, tmp_path):
+    args = Namespace(eval_only=False, resume=False)
     setup(get_config(B_100, tiny_overrides), args)
     saved = tmp_path / "output" / "config.yaml"
-    assert "${" not in saved.read_text()
-    cfg = get_config(str(saved), ["train.max_iter=7"])
-    assert cfg.train.max_iter == 7
+    assert "${dataset." not in saved.read_text()
+    other = "dataloader.test.dataset.names=other.json:images"
+    cfg = get_config(str(saved), ["train.max_iter=700", "dataloader.image_size=128", other])
+    OmegaConf.resolve(cfg)
+    assert cfg.lr_multiplier.max_iter == 700
+    assert cfg.dataloader.evaluator.dataset_name == "other.json:images"
+    assert cfg.train.pictures.dataset_name == "other.json:images"
+    assert cfg.model.backbone.square_pad == 128
+    assert cfg.dataloader.test.mapper.augmentations[0].max_size == 128
     assert instantiate(cfg.model).roi_heads.num_classes == 6
+
+
+def test_evaluation_does_not_touch_the_config_of_the_run(tiny_overrides, tmp_path):
+    cfg = get_config(B_100, tiny_overrides)
+    setup(cfg, Namespace(eval_only=True, resume=False))
+    assert not (tmp_path / "output" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("name", DEMO)
+def test_the_demos_build_train_and_evaluate(name, tiny_sets, tmp_path):
+    train_set, val_set = tiny_sets
+    options = [
+        f"dataloader.train.dataset.names='{train_set}'",
+        f"dataloader.test.dataset.names='{val_set}'",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "dataloader.image_size=64",
+        "train.max_iter=2",
+        f"train.output_dir={tmp_path}",
+    ]
+    results = run(get_config(name, options), Namespace(eval_only=False, resume=False))
+    assert {"bbox", "segm"} <= results.keys()
+    assert (tmp_path / "predictions.png").exists()

@@ -1,8 +1,11 @@
+from argparse import Namespace
+
 import pytest
 import torch
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
+from crossmae_det.engine import run
 from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.yaml import KEYS
 
@@ -47,6 +50,49 @@ def test_values_given_in_yaml_replace_the_rules():
     assert cfg.train.accumulation == 4 and cfg.train.ema.enabled is True
     assert cfg.train.clip_grad.enabled is True
     assert get_config(f"{B_100}.yaml", ["SOLVER.AMP.ENABLED", "False"]).train.amp.enabled is False
+
+
+def test_zero_is_a_value_where_it_can_be_one():
+    cfg = get_config(
+        f"{B_100}.yaml",
+        [
+            *["DATALOADER.NUM_WORKERS", "0", "SOLVER.WARMUP_ITERS", "0"],
+            *["SOLVER.WEIGHT_DECAY", "0.0", "CUDNN_BENCHMARK", "True"],
+        ],
+    )
+    assert cfg.dataloader.train.num_workers == cfg.lr_multiplier.warmup_iters == 0
+    assert cfg.optimizer.weight_decay == 0
+    assert cfg.train.cudnn_benchmark is True
+
+
+def test_a_yaml_with_nothing_but_the_model_has_the_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "MODEL:\n  BACKBONE:\n    NAME: build_crossmae_vit_pyramid_backbone\n"
+        "DATASETS:\n  TRAIN: ('coco_2017_train',)\n  TEST: ('coco_2017_val',)\n"
+    )
+    mine, lazy = get_config(str(path)), get_config(f"{B_100}.py")
+    for cfg in (mine, lazy):
+        OmegaConf.resolve(cfg)
+    lazy.train.pictures = None
+    assert str(mine.train) == str(lazy.train)
+    assert str(mine.optimizer) == str(lazy.optimizer)
+    assert mine.dataloader.train.mapper.image_format == "RGB"
+
+
+@pytest.mark.parametrize("letter", ["s", "b"])
+def test_every_yaml_config_trains_two_iterations_and_evaluates(letter, tiny_sets, tmp_path):
+    train_set, val_set = tiny_sets
+    options = [
+        *["DATASETS.TRAIN", f"('{train_set}',)", "DATASETS.TEST", f"('{val_set}',)"],
+        *["INPUT.IMAGE_SIZE", "64", "MODEL.VIT.EMBED_DIM", "32", "MODEL.VIT.DEPTH", "4"],
+        *["MODEL.VIT.NUM_HEADS", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2"],
+        *["MODEL.ROI_BOX_HEAD.CONV_DIM", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
+        *["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"],
+    ]
+    cfg = get_config(f"coco/mask_rcnn_crossmae_vit_{letter}_100ep.yaml", options)
+    results = run(cfg, Namespace(eval_only=False, resume=False))
+    assert {"bbox", "segm"} == results.keys()
 
 
 @pytest.mark.parametrize(
