@@ -14,4 +14,5 @@ train.pictures = L(PredictionPictures)(
     data_loader="${dataloader.test}",
     dataset_name="${dataloader.test.dataset.names}",
     count=8,
+    score_threshold=0.5,
 )

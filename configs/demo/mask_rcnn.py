@@ -45,6 +45,8 @@ optimizer.params.update(lr_decay=1.0, trunk_lr_factor=0.5)
 lr_multiplier = L(cosine_schedule)(max_iter="${train.max_iter}", warmup_iters=150)
 
 train.output_dir = "./output/demo"
+# After so few iterations a detector is seldom sure, also where it is right.
+train.pictures.score_threshold = 0.25
 train.max_iter = 900
 train.clip_grad.enabled = True
 train.eval_period = 450

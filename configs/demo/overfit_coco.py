@@ -21,6 +21,7 @@ model.backbone.net.pretrain_img_size = "${dataloader.image_size}"
 model.backbone.scale_factors = (4.0, 2.0, 1.0)
 model.roi_heads.batch_size_per_image = 64
 
+train.pictures.score_threshold = 0.5
 train.output_dir = "./output/overfit_coco"
 train.max_iter = 800
 train.eval_period = 0

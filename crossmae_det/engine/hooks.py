@@ -164,13 +164,22 @@ class PredictionPictures(HookBase):
         data_loader: detectron2's test loader.
         dataset_name: the registered name of its data set.
         count: number of images: the first ones with annotations.
+        score_threshold: predictions below it are not drawn; in [0, 1].
     """
 
-    def __init__(self, output_dir: str, data_loader: DataLoader, dataset_name: str, count: int):
+    def __init__(
+        self,
+        output_dir: str,
+        data_loader: DataLoader,
+        dataset_name: str,
+        count: int,
+        score_threshold: float,
+    ):
         self.path = os.path.join(output_dir, "predictions.png")
         self.data_loader = data_loader
         self.dataset_name = dataset_name
         self.count = count
+        self.score_threshold = score_threshold
 
     def after_train(self) -> None:
         if not comm.is_main_process() or self.trainer.iter < self.trainer.max_iter:
@@ -188,7 +197,12 @@ class PredictionPictures(HookBase):
         if not rows:
             logger.warning("No image of '%s' has annotations to draw", self.dataset_name)
             return
-        comparison_sheet(rows, MetadataCatalog.get(self.dataset_name), self.path)
+        comparison_sheet(
+            rows,
+            MetadataCatalog.get(self.dataset_name),
+            self.path,
+            score_threshold=self.score_threshold,
+        )
         logger.info("Predictions beside the ground truth are in %s", self.path)
 
 

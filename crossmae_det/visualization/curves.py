@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Series = dict[str, dict[int, float]]
 
 SMOOTHING = 0.02  # of the number of points, on either side
-MAX_NAMES_IN_LEGEND = 12
+MAX_NAMES_IN_LEGEND = 4
 
 
 def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:

@@ -111,7 +111,9 @@ def test_parts_that_only_one_of_two_detectors_has_are_listed(tmp_path):
 
 def test_resuming_does_not_resample(tmp_path):
     path = save(tmp_path, Detector().state_dict())
-    with pytest.raises(ValueError, match=r"pos_embed' is \(1, 17, 16\) in the file and \(1, 37, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"pos_embed' is \(1, 17, 16\) in the file and \(1, 37, 16\)"
+    ):
         load(Detector(img_size=48), path, whole=True, exact=True)
 
 
