@@ -9,7 +9,7 @@ from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader
 from omegaconf import OmegaConf
 
-from crossmae_det.data import DetectionMapper, build_train_loader, get_dataset_dicts
+from crossmae_det.data import DetectionMapper, TrainLoader, get_dataset_dicts
 from crossmae_det.evaluation import COCOEvaluator
 from crossmae_det.model_zoo import resolvers
 
@@ -20,7 +20,7 @@ dataloader.image_size = 1024
 # Category id -> name, from the training set's json; the number of classes follows.
 dataloader.categories = "${dataset.categories:${.train.dataset.names},${.test.dataset.names}}"
 
-dataloader.train = L(build_train_loader)(
+dataloader.train = L(TrainLoader)(
     dataset=L(get_dataset_dicts)(names="coco_2017_train", filter_empty=True),
     mapper=L(DetectionMapper)(
         is_train=True,

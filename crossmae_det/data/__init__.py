@@ -2,7 +2,7 @@
 
 from crossmae_det.data import shapes
 from crossmae_det.data.coco import DatasetInfo, describe, get_dataset_dicts, resolve_name
-from crossmae_det.data.loader import TrainLoader, build_train_loader
+from crossmae_det.data.loader import TrainLoader
 from crossmae_det.data.mapper import DetectionMapper
 from crossmae_det.sampling import ImageError, UndecodableImageError
 
@@ -12,7 +12,6 @@ __all__ = [
     "ImageError",
     "TrainLoader",
     "UndecodableImageError",
-    "build_train_loader",
     "describe",
     "get_dataset_dicts",
     "resolve_name",

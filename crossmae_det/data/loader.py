@@ -10,16 +10,7 @@ from detectron2.data import DatasetFromList
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import Dataset
 
-from crossmae_det.data.mapper import DetectionMapper
-from crossmae_det.sampling import ImageError, ResumableLoader, UndecodableImageError
-
-__all__ = [
-    "DetectionMapper",
-    "ImageError",
-    "TrainLoader",
-    "UndecodableImageError",
-    "build_train_loader",
-]
+from crossmae_det.sampling import ResumableLoader
 
 
 class TrainLoader(ResumableLoader):
@@ -32,7 +23,6 @@ class TrainLoader(ResumableLoader):
         total_batch_size: images per iteration over all processes.
         num_workers: worker processes of each process; 0 loads in the process itself.
         seed: any number >= 0, the same in every process.
-        shuffle: False goes through the data set in its own order.
         skip_undecodable: replace an `UndecodableImageError` by another image, rather than raise it.
 
     Raises:
@@ -46,7 +36,6 @@ class TrainLoader(ResumableLoader):
         total_batch_size: int,
         num_workers: int = 0,
         seed: int = 0,
-        shuffle: bool = True,
         skip_undecodable: bool = False,
     ):
         if isinstance(dataset, list) and dataset:  # one buffer that worker processes share
@@ -57,31 +46,8 @@ class TrainLoader(ResumableLoader):
             total_batch_size,
             num_workers=num_workers,
             seed=seed,
-            shuffle=shuffle,
             skip_undecodable=skip_undecodable,
         )
-
-
-def build_train_loader(
-    dataset: Sequence[dict] | Dataset,
-    *,
-    mapper: Callable[[dict], dict | None],
-    total_batch_size: int,
-    num_workers: int = 2,
-    seed: int = 0,
-    shuffle: bool = True,
-    skip_undecodable: bool = False,
-) -> TrainLoader:
-    """Build the training loader, for ``dataloader.train`` of a lazy config. See `TrainLoader`."""
-    return TrainLoader(
-        dataset,
-        mapper,
-        total_batch_size,
-        num_workers=num_workers,
-        seed=seed,
-        shuffle=shuffle,
-        skip_undecodable=skip_undecodable,
-    )
 
 
 class _SeededMapper:

@@ -6,41 +6,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.structures import PolygonMasks
 
 from crossmae_det.sampling import ImageError, UndecodableImageError
 
 
 class DetectionMapper(DatasetMapper):
-    """detectron2's ``DatasetMapper`` for boxes, masks and keypoints, with three differences.
+    """detectron2's ``DatasetMapper`` for boxes and masks, with three differences.
 
     - An image that cannot be decoded, is not of the annotated size, or is smaller than `min_size`
       raises an `ImageError` that names the file.
     - Polygons and run-length masks may be mixed: an image with a run-length mask gets ``BitMasks``
-      whatever `instance_mask_format` says. Pixels that an augmentation pads are outside of every
-      mask (detectron2 marks them with 255, which its ``BitMasks`` take for inside).
+      and any other ``PolygonMasks``. Pixels that an augmentation pads are outside of every mask
+      (detectron2 marks them with 255, which its ``BitMasks`` take for inside).
     - An image without a target gets empty ``gt_boxes`` and ``gt_masks`` like any other.
-
-    Like its base it takes either these arguments or a ``CfgNode`` (and ``is_train``, ``min_size``).
 
     Args:
         is_train: False leaves out the annotations.
         augmentations: detectron2 augmentations or transforms, applied in order.
         image_format: "RGB" or "BGR", or any other that ``read_image`` knows.
         use_instance_mask: whether to give masks.
-        instance_mask_format: "polygon" or "bitmask".
         recompute_boxes: make the boxes tight around the masks after augmentation.
-        use_keypoint: whether to give keypoints.
-        keypoint_hflip_indices: see detectron2's ``create_keypoint_hflip_indices``.
         min_size: smallest height and width, in pixels, of an image file that can be used; configs
             give the patch size.
     """
 
-    @configurable
     def __init__(
         self,
         is_train: bool,
@@ -48,16 +41,9 @@ class DetectionMapper(DatasetMapper):
         augmentations: Sequence[T.Augmentation | T.Transform],
         image_format: str,
         use_instance_mask: bool = False,
-        instance_mask_format: str = "polygon",
         recompute_boxes: bool = False,
-        use_keypoint: bool = False,
-        keypoint_hflip_indices: np.ndarray | None = None,
         min_size: int = 1,
     ):
-        if instance_mask_format not in ("polygon", "bitmask"):
-            raise ValueError(
-                f"instance_mask_format={instance_mask_format!r}: choose polygon or bitmask"
-            )
         if recompute_boxes and not use_instance_mask:
             raise ValueError("recompute_boxes=True needs use_instance_mask=True")
         super().__init__(
@@ -65,10 +51,7 @@ class DetectionMapper(DatasetMapper):
             augmentations=list(augmentations),
             image_format=image_format,
             use_instance_mask=use_instance_mask,
-            instance_mask_format=instance_mask_format,
             recompute_boxes=recompute_boxes,
-            use_keypoint=use_keypoint,
-            keypoint_hflip_indices=keypoint_hflip_indices,
         )
         self.min_size = min_size
 
@@ -132,27 +115,17 @@ class DetectionMapper(DatasetMapper):
                 continue
             if not self.use_instance_mask:
                 annotation.pop("segmentation", None)
-            if not self.use_keypoint:
-                annotation.pop("keypoints", None)
-            utils.transform_instance_annotations(
-                annotation,
-                transforms,
-                image_shape,
-                keypoint_hflip_indices=self.keypoint_hflip_indices,
-            )
+            annotation.pop("keypoints", None)
+            utils.transform_instance_annotations(annotation, transforms, image_shape)
             if isinstance(annotation.get("segmentation"), np.ndarray):
                 annotation["segmentation"] = annotation["segmentation"] == 1  # 255 is padding
             annotations.append(annotation)
 
         run_lengths = any(isinstance(a.get("segmentation"), np.ndarray) for a in annotations)
-        mask_format = "bitmask" if run_lengths else self.instance_mask_format
+        mask_format = "bitmask" if run_lengths else "polygon"
         instances = utils.annotations_to_instances(annotations, image_shape, mask_format)
         if self.use_instance_mask and not annotations:
-            instances.gt_masks = (
-                PolygonMasks([])
-                if mask_format == "polygon"
-                else BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
-            )
+            instances.gt_masks = PolygonMasks([])
         if self.recompute_boxes and instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         dataset_dict["instances"] = utils.filter_empty_instances(instances)
