@@ -63,6 +63,7 @@ setup(
         "tabulate>=0.8",
         "tensorboard>=2.10",  # torch.utils.tensorboard writes with it
         "tqdm>=4.60",
+        "webdataset>=0.2.86",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources
     ],
     extras_require={"dev": ["mypy", "pre-commit", "pytest>=7", "pytest-xdist", "ruff"]},

@@ -6,7 +6,6 @@ weights load without renaming. Legend: N images, C channels, P patch side, S str
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -15,7 +14,7 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
-from crossmae_det.modeling import SIZES, ViT
+from crossmae_det.modeling import ViT, size_arguments
 
 
 class ViTBackbone(ViT, Backbone):
@@ -60,11 +59,8 @@ def vit_backbone(size: str = "base", **overrides: Any) -> ViTBackbone:
     Raises:
         ValueError: an unknown size, or an argument out of range.
     """
-    if size not in SIZES:
-        raise ValueError(f"unknown backbone size '{size}'; sizes are {', '.join(SIZES)}")
-    arguments = asdict(SIZES[size]) | {"patch_size": 16}
-    arguments |= {name: value for name, value in overrides.items() if value is not None}
-    return ViTBackbone(**arguments)
+    patch_size = overrides.pop("patch_size", None) or 16
+    return ViTBackbone(**size_arguments(size, patch_size=patch_size, **overrides))
 
 
 class SimpleFeaturePyramid(Backbone):

@@ -1,7 +1,8 @@
 """Run a lazy config: train a model, or evaluate one.
 
-A config has five keys: ``model``, ``dataloader`` (``train``, ``test``, ``evaluator``),
-``optimizer``, ``lr_multiplier`` and ``train``. What each holds is documented in ``configs/common``.
+A config has five keys: ``model``, ``dataloader`` (``train`` and, for a task that is evaluated,
+``test`` and ``evaluator``), ``optimizer``, ``lr_multiplier`` and ``train``. What each holds is
+documented in ``configs/common``.
 """
 
 import logging
@@ -56,6 +57,8 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     model = instantiate(cfg.model).to(resolve_device(cfg.train.device))
     if not args.eval_only:
         return train(cfg, model, resume=args.resume)
+    if "evaluator" not in cfg.dataloader:
+        raise ValueError("--eval-only: the config has no dataloader.evaluator to evaluate with")
     if not cfg.train.init_checkpoint:
         raise ValueError("--eval-only needs weights: add train.init_checkpoint=PATH")
     checkpoint = cfg.train.init_checkpoint
@@ -153,7 +156,9 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
                 scheduler=LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), options.max_iter)
             ),
             periodic if main else None,
-            Evaluation(options.eval_period, evaluate_now),
+            Evaluation(options.eval_period, evaluate_now)
+            if "evaluator" in cfg.dataloader
+            else None,
             BestCheckpointer(checkpointer, options.best_checkpoint.metrics) if main else None,
             hooks.PeriodicWriter(
                 default_writers(options.output_dir, options.max_iter), period=options.log_period

@@ -20,6 +20,10 @@ from crossmae_det.pretraining.reconstruction import Reconstruction, pixels_to_ta
 # Hidden width of a decoder's MLPs over its width, in every published decoder.
 DECODER_MLP_RATIO = 4.0
 
+# ImageNet's colours, RGB in 0 to 255: what every published model normalises with.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
 
 class PixelDecoder(nn.Module):
     """The ends of a decoder: mask token and positions, final norm and the linear map to pixels.
@@ -75,7 +79,7 @@ class MaskedAutoencoder(nn.Module):
     embedding is kept fixed (it gets no gradient), as in MAE.
 
     ``mask_ratio`` and ``prediction_ratio`` may be set on a model that is built: no weight depends
-    on them.
+    on them. Images are normalised by the model where they come as bytes: see :meth:`normalise`.
 
     Args:
         encoder: the trunk, with a class token.
@@ -87,6 +91,9 @@ class MaskedAutoencoder(nn.Module):
     Raises:
         ValueError: a ratio is out of range, or the trunk has no class token.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,
@@ -107,6 +114,25 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         encoder.pos_embed.requires_grad_(False)
+        for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            buffer = torch.tensor(values).view(-1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Normalise images that are bytes, on the model's device; others are taken as they are.
+
+        Args:
+            images: (N, 3, height, width) uint8 in RGB on any device, or (N, B, height, width)
+                floats, normalised already.
+
+        Returns:
+            Floats of the same shape; of bytes, with ImageNet's mean 0 and standard deviation 1.
+        """
+        if images.dtype != torch.uint8:
+            return images
+        # Moved as they are: as floats there would be four times as much to move.
+        images = images.to(self.pixel_mean.device, non_blocking=True)
+        return (images - self.pixel_mean) / self.pixel_std
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """The loss of a training step: arguments and errors are those of :meth:`predict`.
@@ -123,7 +149,7 @@ class MaskedAutoencoder(nn.Module):
         """Mask images, encode what is visible and predict patches that are not.
 
         Args:
-            images: (N, B, H * P, W * P), normalised; any H and W.
+            images: (N, B, H * P, W * P), bytes or normalised: see :meth:`normalise`; any H and W.
             noise: (N, L), decides the masking (see :func:`mask_patches`); None draws it uniformly.
 
         Returns:
@@ -133,6 +159,7 @@ class MaskedAutoencoder(nn.Module):
             ValueError: the patch does not divide the image, the noise does not fit it, or the
                 ratios leave no patch visible or predicted.
         """
+        images = self.normalise(images)
         patches = patchify(images, self.encoder.patch_size)
         if noise is None:
             noise = torch.rand(patches.shape[:2], device=images.device)

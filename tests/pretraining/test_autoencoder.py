@@ -226,7 +226,8 @@ def test_only_the_position_tables_are_fixed(kind):
     model = make_model(kind)
     fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert fixed == ["encoder.pos_embed"]
-    assert [name for name, _ in model.named_buffers()] == ["decoder.pos_embed"]
+    buffers = [name for name, _ in model.named_buffers()]
+    assert buffers == ["pixel_mean", "pixel_std", "decoder.pos_embed"]
 
 
 @pytest.mark.parametrize("kind", [CrossMAE, MAE])
@@ -295,3 +296,25 @@ def test_bad_input(kind):
 def test_a_trunk_without_a_class_token_is_refused(kind):
     with pytest.raises(ValueError, match="class_token=True"):
         kind(ViT(16, 8, embed_dim=12, depth=1, num_heads=3, class_token=False))
+
+
+@pytest.mark.parametrize("kind", [CrossMAE, MAE])
+def test_bytes_are_normalised_and_floats_are_not(kind):
+    model = make_model(kind)
+    images = torch.randint(256, (2, 3, 16, 24), dtype=torch.uint8)
+    noise = torch.rand(2, 24)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    usual = torch.stack(
+        [(images[:, i] / 255 - mean[i]) / std[i] for i in range(3)],  # torchvision's, on 0 to 1
+        dim=1,
+    )
+    torch.testing.assert_close(model.normalise(images), usual, atol=1e-5, rtol=1e-5)
+    assert model.normalise(usual) is usual
+    expected = model.predict(usual, noise)
+    result = model.predict(images, noise)
+    torch.testing.assert_close(result.pred, expected.pred, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.target, expected.target, atol=1e-4, rtol=1e-4)
+    # The constants are no weights: checkpoints do not have them.
+    assert not [
+        name for name in model.state_dict() if not name.startswith(("encoder.", "decoder."))
+    ]

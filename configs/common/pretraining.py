@@ -1,0 +1,63 @@
+"""The published recipe of pretraining: data, optimizer and schedule, for CrossMAE and for MAE.
+
+The free keys are ``dataloader.image_size``, ``dataloader.train.dataset.name`` and
+``total_batch_size``, ``train.epochs``, and of the model ``encoder.size`` and ``prediction_ratio``.
+A data set is a name ("imagenet_train", or one registered in detectron2), a folder of images, a list
+file, ``annotations.json:image_folder``, or tar shards: ``shards/{000..127}.tar``.
+"""
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import CosineParamScheduler
+
+from crossmae_det.model_zoo.resolvers import image_set
+from crossmae_det.pretraining import build_pretraining_loader, weight_decay_param_groups
+
+from .train import train
+
+dataloader = dict(
+    image_size=224,
+    train=L(build_pretraining_loader)(
+        dataset=L(image_set)(name="imagenet_train"),
+        image_size="${dataloader.image_size}",
+        total_batch_size=4096,
+        crop_scale=(0.2, 1.0),
+        flip=True,
+        num_workers=8,
+        seed="${train.seed}",
+    ),
+)
+
+optimizer = L(torch.optim.AdamW)(
+    # The model is set when it is built.
+    params=L(weight_decay_param_groups)(weight_decay="${..weight_decay}"),
+    # 1.5e-4 for 256 images, times the fraction of the masked patches that is predicted; MAE
+    # predicts them all.
+    lr=(
+        "${crossmae.pretraining_lr:1.5e-4,${dataloader.train.total_batch_size},"
+        "${oc.select:model.prediction_ratio,${model.mask_ratio}},${model.mask_ratio}}"
+    ),
+    betas=(0.9, 0.95),
+    weight_decay=0.05,
+)
+
+# 40 of 800 epochs of warm-up, then half a cosine from 1 to 0 over the other 760.
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
+    warmup_factor=0.001,
+    warmup_length=40 / 800,
+    rescale_interval=True,
+)
+
+train.update(
+    epochs=800,
+    # 800 epochs x 1,281,167 images of ImageNet / 4096 = 250,228 iterations.
+    max_iter=(
+        "${dataset.image_iterations:${train.epochs},"
+        "${dataloader.train.dataset.name},${dataloader.train.total_batch_size}}"
+    ),
+    eval_period=0,
+)
+train.best_checkpoint.metrics = []
+train.compile.module = ""  # the whole model

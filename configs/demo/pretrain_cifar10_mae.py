@@ -1,0 +1,8 @@
+"""MAE beside demo/pretrain_cifar10.py: all but the model's method is the same."""
+
+from ..common.models.mae_vit import model
+from .pretrain_cifar10 import dataloader, lr_multiplier, optimizer, train
+from .pretrain_cifar10 import model as _crossmae
+
+model.encoder = _crossmae.encoder
+model.update(decoder_dim=128, decoder_depth=4, decoder_num_heads=4)

@@ -1,0 +1,260 @@
+"""Random crops of unlabelled images, as bytes: what the trunk is pretrained on.
+
+Legend: N images of a batch, H x W pixels of a crop, all colours in the order RGB.
+
+The crops are those of the published recipe (torchvision's ``RandomResizedCrop``), made faster: a
+JPEG that is far larger than what is needed of it is decoded at a half, a quarter or an eighth of
+its size, only the crop is resized, and what leaves the loader is uint8. The model normalises it, on
+its own device. EXIF orientation is not looked at, as in the usual pipeline.
+"""
+
+import io
+import math
+import random
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from timm.layers import to_2tuple
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from crossmae_det.pretraining.images import StoredImage, find_images
+from crossmae_det.sampling import ResumableLoader, UndecodableImageError
+
+# Width over height of a crop, before it is resized to the wanted shape.
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+# How often a crop is drawn that does not fit the image, before a central one is taken.
+CROP_ATTEMPTS = 10
+
+# A crop that is made smaller, up to AREA_FROM times, is blurred first so that nothing is aliased:
+# over three pixels, with a deviation of BLUR pixels for each one that goes into a new one. Next to
+# Pillow's bicubic filter, COCO's photographs made 1.05 to 2.5 times smaller then have a PSNR of 51
+# to 41 dB; averaged over areas, which takes twice as long, 38 to 43 dB.
+BLUR = 0.37
+AREA_FROM = 2.5
+
+# First and last bytes of what OpenCV decodes. Of a file that was cut short OpenCV 4 makes up the
+# rest in grey, without a word; so all others are left to Pillow, which refuses those.
+JPEG = (b"\xff\xd8", b"\xff\xd9")
+PNG = (b"\x89PNG", b"IEND\xaeB`\x82")
+# Markers of a JPEG's frame header, which has its size.
+FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+REDUCED_COLOR = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+
+def random_crop(
+    height: int, width: int, scale: Sequence[float], rng: random.Random
+) -> tuple[int, int, int, int]:
+    """Draw the box of a crop as torchvision's ``RandomResizedCrop`` does.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        scale: least and greatest area of the crop over that of the image.
+        rng: what is drawn from.
+
+    Returns:
+        (top, left, height, width) in pixels, inside the image and not empty.
+    """
+    low, high = map(math.log, ASPECT_RATIOS)
+    for _ in range(CROP_ATTEMPTS):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        crop_w, crop_h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_w <= width and 0 < crop_h <= height:
+            top, left = rng.randint(0, height - crop_h), rng.randint(0, width - crop_w)
+            return top, left, crop_h, crop_w
+    # Long and thin: the largest central crop of a permitted aspect.
+    crop_w = min(width, max(1, round(height * ASPECT_RATIOS[1])))
+    crop_h = min(height, max(1, round(width / ASPECT_RATIOS[0])))
+    return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
+
+
+def read_size(data: bytes) -> tuple[int, int]:
+    """Height and width of an encoded image, in pixels, from its header.
+
+    Raises:
+        Exception: of almost any class, for data that is damaged or no image.
+    """
+    place = 2
+    # Pillow reads all of a JPEG's header, which takes a twentieth of the time of decoding it.
+    while data.startswith(JPEG[0]) and data[place] == 0xFF and data[place + 1] != 0xFF:
+        if data[place + 1] in FRAME_MARKERS:
+            size = data[place + 5 : place + 9]
+            return int.from_bytes(size[:2], "big"), int.from_bytes(size[2:], "big")
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    with Image.open(io.BytesIO(data)) as header:
+        return header.height, header.width
+
+
+def decode(data: bytes, reduction: int = 1) -> np.ndarray:
+    """Decode an image, a JPEG at a fraction of its size for a fraction of the time.
+
+    Args:
+        data: the encoded image.
+        reduction: 1, 2, 4 or 8: the size of the image over the size that will do.
+
+    Returns:
+        (height, width, 3) uint8 in the order BGR; of the full size, or a JPEG's reduced.
+
+    Raises:
+        Exception: of almost any class, for data that is damaged or no image.
+    """
+    if not data.startswith(JPEG[0]):
+        reduction = 1  # OpenCV would decode all and then leave pixels out
+    if any(data.startswith(first) and data.endswith(last) for first, last in (JPEG, PNG)):
+        flags = REDUCED_COLOR[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if pixels is not None:
+            return pixels
+    with Image.open(io.BytesIO(data)) as image:
+        return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize to a given shape, close to Pillow's bicubic filter at a fifth of its time.
+
+    Args:
+        pixels: (rows, columns, 3) uint8.
+        height: rows wanted.
+        width: columns wanted.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    rows, columns = pixels.shape[0] / height, pixels.shape[1] / width
+    if max(rows, columns) > AREA_FROM:
+        return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    if max(rows, columns) > 1:
+        # OpenCV's bicubic filter reads four pixels a side however many there are to each new one.
+        taps = (3 if columns > 1 else 1, 3 if rows > 1 else 1)
+        pixels = cv2.GaussianBlur(
+            pixels, taps, sigmaX=BLUR * columns, sigmaY=BLUR * rows, borderType=cv2.BORDER_REPLICATE
+        )
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+class RandomCrops:
+    """Makes a crop of an image: a random part of it at the wanted size, flipped or not.
+
+    A part that is smaller than that is enlarged, and so is an image smaller than the crop.
+
+    Args:
+        image_size: side of the crop in pixels, int or (H, W).
+        scale: least and greatest area of the part over that of the image, in (0, 1].
+        flip: mirror every second crop, at random.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        scale: Sequence[float] = (0.2, 1.0),
+        flip: bool = True,
+    ):
+        self.height, self.width = to_2tuple(image_size)
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"crop_scale must be two ascending numbers in (0, 1], got {scale}")
+        self.scale = tuple(scale)
+        self.flip = flip
+
+    def __call__(self, image: StoredImage, entropy: Sequence[int]) -> Tensor:
+        """Make a crop.
+
+        Args:
+            image: where the image is.
+            entropy: numbers that decide the crop.
+
+        Returns:
+            (3, H, W) uint8.
+
+        Raises:
+            UndecodableImageError: the image cannot be read or decoded.
+        """
+        # The seed is a string because the hash of one is the same everywhere. NumPy's generator
+        # takes ten times as long for a few numbers.
+        rng = random.Random(" ".join(map(str, entropy)))
+        try:
+            data = image.read()
+            height, width = read_size(data)
+            top, left, crop_h, crop_w = random_crop(height, width, self.scale, rng)
+            enough = max(1, min(crop_h // self.height, crop_w // self.width))
+            pixels = decode(data, max(r for r in REDUCED_COLOR if r <= enough))
+        except Exception as error:  # decoders meet damaged files with almost any exception
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UndecodableImageError(
+                f"{image}: the image cannot be decoded ({reason})", str(image)
+            ) from error
+        scale_y, scale_x = pixels.shape[0] / height, pixels.shape[1] / width
+        top, crop_h = round(top * scale_y), max(1, round(crop_h * scale_y))
+        left, crop_w = round(left * scale_x), max(1, round(crop_w * scale_x))
+        part = resize(pixels[top : top + crop_h, left : left + crop_w], self.height, self.width)
+        if self.flip and rng.random() < 0.5:
+            part = cv2.flip(part, 1)
+        crop = np.empty((3, self.height, self.width), np.uint8)
+        cv2.split(part, list(crop[::-1]))
+        return torch.from_numpy(crop)
+
+
+def build_pretraining_loader(
+    dataset: str,
+    *,
+    image_size: int | tuple[int, int],
+    total_batch_size: int,
+    crop_scale: Sequence[float] = (0.2, 1.0),
+    flip: bool = True,
+    num_workers: int = 2,
+    seed: int = 0,
+) -> ResumableLoader:
+    """Build the training loader, for ``dataloader.train`` of a lazy config.
+
+    Batch i depends on (seed, i) and the names of the images alone: not on workers, on the number of
+    processes, of which each gets its slice, or on whether the run was resumed. An epoch shows every
+    image once, those of tar shards ``images.SHARDS_AT_A_TIME`` shards at a time. Images that cannot
+    be decoded are replaced by others, named once each in the log, and counted in ``skipped``.
+
+    Args:
+        dataset: names the images, see :mod:`crossmae_det.pretraining.images`.
+        image_size: side of the crops in pixels, int or (H, W); smaller images are enlarged.
+        total_batch_size: images per iteration over all processes.
+        crop_scale: least and greatest area of a crop over that of its image, in (0, 1].
+        flip: mirror every second crop, at random.
+        num_workers: worker processes of each process; 0 loads in the process itself.
+        seed: any number >= 0, the same in every process.
+
+    Returns:
+        An endless iterable of (N, 3, H, W) uint8 tensors in RGB with ``start_at(iteration)``.
+
+    Raises:
+        ValueError: there is no image, or an argument is out of range; while loading: none of the
+            images drawn could be decoded.
+        FileNotFoundError: a file or a folder does not exist.
+    """
+    return ResumableLoader(
+        find_images(dataset),
+        RandomCrops(image_size, crop_scale, flip),
+        total_batch_size,
+        num_workers=num_workers,
+        seed=seed,
+        skip_undecodable=True,
+        collate=default_collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init=_use_one_thread,
+    )
+
+
+def _use_one_thread(worker: int) -> None:
+    """Workers share the cores between them; OpenCV's own threads would only be in their way."""
+    cv2.setNumThreads(0)
