@@ -35,6 +35,15 @@ def shared_data():
 
 
 @pytest.fixture(scope="session")
+def fixtures():
+    """The folder with reference tensors of the published models."""
+    folder = REPO.parent / "shared" / "fixtures"
+    if not folder.is_dir():
+        pytest.skip(f"the reference tensors are not here: {folder} is missing")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_sets(tmp_path_factory):
     """A training and a validation set of a few shapes, each as ``json:folder``."""
     root = shapes.build(tmp_path_factory.mktemp("data"), num_train=8, num_val=3, image_size=64)

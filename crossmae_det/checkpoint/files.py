@@ -3,6 +3,7 @@
 import os
 import pickle
 import zipfile
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        # Published training checkpoints hold their command line in a Namespace.
+        with torch.serialization.safe_globals([Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from error

@@ -28,7 +28,9 @@ RELATIVE_POSITION = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]$")
 CLASS_DEPENDENT = re.compile(r"roi_heads\.(box_predictor(s\.\d+)?|mask_head\.predictor)\.")
 # What a trunk's file may hold beyond the trunk: the class token where the model has none, and the
 # parts of pretraining and classification models that come after the trunk.
-MAY_BE_DROPPED = re.compile(r"(cls_token$|mask_token$|decoder|norm\.|fc_norm\.|head\.|dec_norms\.)")
+MAY_BE_DROPPED = re.compile(
+    r"(cls_token$|mask_token$|decoder|dec_norms\.|wfm\.|norm\.|fc_norm\.|head\.)"
+)
 
 
 def load(

@@ -78,6 +78,19 @@ def test_relative_positions_of_another_size_are_resampled(tmp_path):
     torch.testing.assert_close(target.backbone.net.blocks[1].attn.rel_pos_h.detach(), expected)
 
 
+def test_a_published_training_checkpoint_gives_its_trunk(fixtures):
+    path = fixtures / "crossmae_tiny_training_checkpoint.pth"
+    state = torch.load(fixtures / "crossmae_tiny.pt", weights_only=True)
+    config, published = state["config"], state["state_dict"]
+    sizes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+    trunk = ViT(**{name: config[name] for name in sizes})
+    report = load(trunk, path)
+    assert sorted(report.loaded) == sorted(trunk.state_dict())
+    assert {"mask_token", "wfm.linear.weight"} <= set(report.dropped)
+    for name, tensor in trunk.state_dict().items():
+        assert torch.equal(tensor, published[name]), name
+
+
 class Classifying(Detector):
     """A detector with the last layers of ``classes`` classes."""
 
