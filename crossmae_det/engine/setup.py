@@ -52,6 +52,8 @@ def run_tool(main: Callable[[], Any]) -> None:
 
 def _one_line(error: Exception) -> str:
     """The message of an error in one line; of one from a loader's worker, what it said there."""
+    while isinstance(error, OmegaConfBaseException) and isinstance(error.__context__, USER_ERRORS):
+        error = error.__context__  # what a reference met, without OmegaConf's words around it
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "DataLoader worker" in lines[0]:
         # torch puts the worker's traceback into the message; "package.Error: message" ends it.
