@@ -25,22 +25,24 @@ def repo():
     return REPO
 
 
+def shared(name, what):
+    """A folder beside the repository that the project must do without: skips where it is absent."""
+    folder = REPO.parent / "shared" / name
+    if not folder.is_dir():
+        pytest.skip(f"{what} are not here: {folder} is missing")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder with real COCO images, for the tests that use them."""
-    folder = REPO.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"the real images are not here: {folder} is missing")
-    return folder
+    return shared("data", "the real images")
 
 
 @pytest.fixture(scope="session")
 def fixtures():
     """The folder with reference tensors of the published models."""
-    folder = REPO.parent / "shared" / "fixtures"
-    if not folder.is_dir():
-        pytest.skip(f"the reference tensors are not here: {folder} is missing")
-    return folder
+    return shared("fixtures", "the reference tensors")
 
 
 @pytest.fixture(scope="session")
