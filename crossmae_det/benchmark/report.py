@@ -1,0 +1,118 @@
+"""Results with what they were measured on: for the terminal, for a README and for programs."""
+
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from crossmae_det.checkpoint import atomic_path
+from crossmae_det.visualization.files import write_json
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of a report.
+
+    Attributes:
+        key: its name in the JSON.
+        title: what was measured.
+        headers: of the columns; the first column names the rows.
+        rows: of as many texts as there are headers.
+        notes: sentences below the table: units, and how it was measured.
+        values: the same results with all their digits, for the JSON.
+    """
+
+    key: str
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+    values: Any
+
+    def table(self, style: str) -> str:
+        """The table in one of tabulate's styles."""
+        alignment = ["left", *["right"] * (len(self.headers) - 1)]
+        # The numbers are text by now: tabulate must not format them anew.
+        return tabulate(
+            self.rows,
+            headers=self.headers,
+            tablefmt=style,
+            colalign=alignment,
+            disable_numparse=True,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables, and what they were measured on.
+
+    Attributes:
+        command: the command line that makes it.
+        environment: from :func:`environment`.
+        sections: the tables.
+    """
+
+    command: str
+    environment: Mapping[str, Any]
+    sections: Sequence[Section]
+
+    def __str__(self) -> str:
+        """For the terminal."""
+        parts = [
+            "\n".join([section.title, "", section.table("simple"), "", *section.notes])
+            for section in self.sections
+        ]
+        return "\n\n".join([*parts, f"{self.command}\n{self._machine()}"])
+
+    def write_markdown(self, path: str | os.PathLike[str]) -> None:
+        """Write the tables for a README.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        parts = [
+            f"**{section.title}**\n\n{section.table('pipe')}\n\n{' '.join(section.notes)}"
+            for section in self.sections
+        ]
+        text = "\n\n".join([*parts, f"`{self.command}` on {self._machine()}.\n"])
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def write_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the results with all their digits.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        results = {section.key: section.values for section in self.sections}
+        content = {"command": self.command, "environment": dict(self.environment)} | results
+        write_json(path, content, indent=2)
+
+    def _machine(self) -> str:
+        return ", ".join(f"{name}: {value}" for name, value in self.environment.items())
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What results depend on beside the code: CPU, cores, torch's threads and version, device."""
+    return {
+        "CPU": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        text = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()

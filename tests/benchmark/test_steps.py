@@ -1,0 +1,103 @@
+"""Steps of a tiny model. Nothing here depends on how long anything took."""
+
+import pytest
+import torch
+from torch import nn
+
+from crossmae_det.benchmark import PRECISIONS, Candidate, step_section, time_steps
+from crossmae_det.benchmark.gemm import GemmRate, Shape, largest_linear_shapes
+from crossmae_det.benchmark.steps import StepComparison, StepTimes, Timing, training_step
+from crossmae_det.modeling import ViT
+from crossmae_det.pretraining import MAE, CrossMAE
+
+CPU = torch.device("cpu")
+
+
+def candidate(kind=CrossMAE):
+    def build():
+        encoder = ViT(32, 8, embed_dim=48, depth=2, num_heads=3)
+        return kind(encoder, decoder_dim=16, decoder_depth=1, decoder_num_heads=2)
+
+    return Candidate(kind.__name__, build, lambda model: torch.optim.AdamW(model.parameters()), 32)
+
+
+class Recorder(nn.Module):
+    """Notes its name, mode, batch and precision when it is called, but on the meta device."""
+
+    def __init__(self, name, calls):
+        super().__init__()
+        self.name, self.calls = name, calls
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, images):
+        product = self.linear(images.float().mean(dim=(2, 3)))
+        if images.device.type != "meta":
+            self.calls.append((self.name, self.training, tuple(images.shape), product.dtype))
+            assert images.dtype == torch.uint8
+        return {"loss_a": product.float().sum(), "loss_b": product.float().pow(2).sum()}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_steps_of_several_models_in_turns(precision):
+    calls = []
+    compared = [
+        Candidate(
+            name,
+            lambda name=name: Recorder(name, calls),
+            lambda model: torch.optim.AdamW(model.parameters()),
+            (8, 6),
+        )
+        for name in "ab"
+    ]
+    result = time_steps(compared, batch_size=5, precision=precision, repeats=2, device=CPU)
+    assert calls == [(name, True, (5, 3, 8, 6), PRECISIONS[precision]) for name in "ababab"]
+    assert [step.name for step in result.steps] == ["a", "b"]
+    assert result.gemm_shapes == ["5x3x4"]
+    assert result.gemm_rate.low > 0
+    for step in result.steps:
+        assert step.flops == 2 * 2 * 5 * 3 * 4  # no gradient of the images
+        assert len(step.timings) == 2
+        assert min(step.seconds) > 0 and step.efficiency.low > 0
+
+
+@pytest.mark.parametrize("kind", [MAE, CrossMAE])
+def test_a_step_trains_and_leaves_no_gradients(kind):
+    compared = candidate(kind)
+    model = compared.build()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    training_step(model, compared.optimizer(model), compared.images(2, "cpu"), "fp32")
+    changed = {name for name, value in model.named_parameters() if not value.equal(before[name])}
+    assert before.keys() - changed == {"encoder.pos_embed"}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_products_measured_are_those_of_the_largest_maps():
+    # Of 16 patches 4 are visible, and the class token: the MLP of the trunk, for 3 images.
+    assert largest_linear_shapes(candidate(), 3) == [Shape(15, 48, 192), Shape(15, 192, 48)]
+    assert Shape(15, 48, 192).flops == 2 * 15 * 48 * 192
+    rate = GemmRate([Shape(4, 3, 2), Shape(5, 6, 7), Shape(4, 3, 2)], CPU, torch.float32)
+    assert rate.shapes == [Shape(4, 3, 2), Shape(5, 6, 7)]
+    assert rate() > 0
+
+
+def test_the_table_of_steps():
+    steps = [
+        StepTimes("slow", 60, [Timing(2.0, 40.0), Timing(4.0, 20.0), Timing(2.0, 40.0)]),
+        StepTimes("fast", 30, [Timing(1.0, 40.0), Timing(2.0, 20.0), Timing(1.5, 40.0)]),
+    ]
+    section = step_section(StepComparison(8, "fp32", ["4x3x2"], steps))
+    slow, fast = section.values["steps"]
+    assert slow["ratio_to_first"] == {"median": 1, "low": 1, "high": 1}
+    assert fast["ratio_to_first"] == {"median": 0.5, "low": 0.5, "high": 0.75}
+    # 60 FLOPs at 40 a second are 1.5 s, of a step of 2 s.
+    assert slow["efficiency"] == {"median": 0.75, "low": 0.75, "high": 0.75}
+    assert (slow["median_seconds"], slow["images_per_second"]) == (2, 4)
+    assert slow["p90_seconds"] == pytest.approx(3.6)
+    assert section.values["gemm_flops_per_second"] == {"median": 40, "low": 20, "high": 40}
+    assert section.rows[1][0] == "fast" and "0.500 (0.500 to 0.750)" in section.rows[1]
+    assert "batch of 8" in section.title
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
+        time_steps([candidate()], batch_size=0, precision="fp32", repeats=1, device=CPU)

@@ -1,0 +1,153 @@
+"""The benchmark as a user starts it. Nothing here depends on how long anything took."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from crossmae_det.engine import run_tool
+
+MAE = "pretraining/mae_vit_b_800ep.py"
+CROSSMAE = "pretraining/crossmae_vit_b_800ep.py"
+TINY = [
+    "--opts",
+    "dataloader.image_size=32",
+    "model.encoder.embed_dim=24",
+    "model.encoder.depth=2",
+    "model.encoder.num_heads=2",
+    "model.decoder_dim=16",
+    "model.decoder_depth=2",
+    "model.decoder_num_heads=2",
+]
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        cv2.imwrite(str(folder / f"{index}.jpg"), rng.integers(0, 256, (40, 50, 3), np.uint8))
+    return folder
+
+
+@pytest.fixture
+def benchmark(repo, monkeypatch):
+    """Run the tool in this process."""
+    path = repo / "tools" / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("benchmark_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
+        run_tool(module.main)
+
+    return call
+
+
+@pytest.fixture
+def refusal(benchmark, capsys):
+    """Run the tool on bad input; its last line on standard error."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            benchmark(*arguments)
+        captured = capsys.readouterr()
+        assert stop.value.code == 2
+        assert captured.out == "" and "Traceback" not in captured.err
+        return captured.err.strip().splitlines()[-1]
+
+    return call
+
+
+def test_everything_in_one_command(repo, tmp_path, images):
+    command = [
+        *(sys.executable, "tools/benchmark.py", "--pretraining", MAE, CROSSMAE, "--step"),
+        *("--data", images, "--batch-size", 2, "--repeats", 2, "--device", "cpu"),
+        *("--json", tmp_path / "results.json", "--markdown", tmp_path / "table.md", *TINY),
+    ]
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=repo,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "training steps: 100%" in done.stderr and "images: 100%" in done.stderr
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["command"].startswith("python tools/benchmark.py --pretraining")
+    assert results["environment"]["device"] == "cpu"
+    mae, crossmae = results["pretraining"]
+    assert (mae["name"], crossmae["name"]) == ("mae_vit_b_800ep", "crossmae_vit_b_800ep")
+    assert crossmae["ratio_to_MAE"]["total_flops"] == (crossmae["total_flops"] / mae["total_flops"])
+    step = results["step"]
+    assert (step["batch_size"], step["precision"]) == (2, "fp32")
+    assert [(s["name"], len(s["timings"])) for s in step["steps"]] == [
+        ("mae_vit_b_800ep", 2),
+        ("crossmae_vit_b_800ep", 2),
+    ]
+    assert results["data"]["images"] == 3 and results["data"]["image_size"] == 224
+    assert results["data"]["ratio"]["low"] > 0
+
+    markdown = (tmp_path / "table.md").read_text()
+    for text in (done.stdout, markdown):
+        assert "2 FLOPs for each multiply-add" in text
+        assert "GFLOP/s" in text and "images/s" in text and str(images) in text
+        assert results["environment"]["CPU"] in text and results["command"] in text
+    assert "| crossmae_vit_b_800ep " in markdown
+
+
+def test_flops_of_vit_base_are_those_of_the_paper(benchmark, tmp_path, capsys):
+    crossmae_75 = CROSSMAE.replace(".py", "_pred75.py")
+    benchmark("--pretraining", MAE, CROSSMAE, crossmae_75, "--json", tmp_path / "results.json")
+    costs = json.loads((tmp_path / "results.json").read_text())["pretraining"]
+    # The paper: about 10 GFLOPs against 4.1.
+    decoders = [round(cost["decoder_flops"] / 1e9, 1) for cost in costs]
+    assert decoders == [10.7, 4.1, 10.5]
+    assert [cost["prediction_ratio"] for cost in costs] == [0.75, 0.25, 0.75]
+    assert "10.71" in capsys.readouterr().out
+
+
+def test_without_configs_mae_and_crossmae_of_three_sizes_are_compared(benchmark, capsys):
+    benchmark("--pretraining", *TINY)
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if "_800ep" in line.split(" ")[0]]
+    assert names == [
+        name.format(size)
+        for size in "sbl"
+        for name in ("mae_vit_{}_800ep", "crossmae_vit_{}_800ep", "crossmae_vit_{}_800ep_pred75")
+    ]
+
+
+def test_bad_input_ends_in_one_line(refusal, tmp_path):
+    assert "nothing to measure: name --pretraining or --data" in refusal()
+    assert "--step times the configs of --pretraining" in refusal("--step", "--data", tmp_path)
+    line = refusal("--pretraining", "pretraining/mae_vit_b_800epochs.py")
+    assert line.startswith("benchmark.py: error: no config file 'pretraining/mae_vit_b_800epochs")
+    assert "did you mean 'pretraining/mae_vit_b_800ep.py'?" in line
+    line = refusal("--pretraining", MAE, "--opts", "model.prediction_ratio=0.5")
+    assert "unknown config key 'model.prediction_ratio'" in line
+    assert "no device" in refusal("--pretraining", MAE, "--device", "abacus")
+    assert "there is no image" in refusal("--data", tmp_path)
+    assert "nowhere: no such folder" in refusal("--data", "nowhere")
+    (tmp_path / "0.jpg").write_bytes(b"no image")
+    assert "0.jpg: the image cannot be decoded" in refusal("--data", tmp_path)
+
+
+def test_a_gpu_that_is_not_there_is_refused(refusal, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "torch sees no GPU here" in refusal("--pretraining", MAE, "--device", "cuda")
+
+
+@pytest.mark.parametrize("flag, name", [("--batch-size", "batch size"), ("--repeats", "repeats")])
+def test_numbers_that_must_be_positive(refusal, flag, name):
+    line = refusal("--pretraining", MAE, "--step", "--device", "cpu", flag, 0, *TINY)
+    assert f"{name} must be at least 1, got 0" in line
