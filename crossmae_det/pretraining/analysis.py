@@ -1,0 +1,322 @@
+"""What a trained decoder looks at: the analysis that CrossMAE rests on (arXiv 2401.14391).
+
+Of an MAE, how much of the mask tokens' self-attention goes to visible patches and how much to other
+masked ones (the paper's introduction and figure 1). Of a CrossMAE, which features of the trunk each
+decoder block reads (its section on inter-block attention).
+
+Legend: N images, L patches of which V are visible and Q = L - V masked, T = 1 + L tokens of MAE's
+decoder, M heads, D channels per head, K features of the trunk that CrossMAE's decoder reads, depth
+blocks of a decoder.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from crossmae_det.layers.attention import Attention
+from crossmae_det.pretraining.autoencoder import MaskedAutoencoder
+from crossmae_det.pretraining.crossmae import CrossAttentionDecoder
+from crossmae_det.pretraining.mae import SelfAttentionDecoder
+from crossmae_det.pretraining.masking import Masking, mask_patches
+
+# What the mask tokens of an MAE attend to, in the order of the columns.
+KEY_GROUPS = ("visible", "masked", "class token")
+
+# Images that go through a model at a time, and attention weights that are held at a time (64 MB).
+BATCH_SIZE = 8
+MAX_WEIGHTS = 2**24
+
+
+@dataclass(frozen=True)
+class DecoderAttention:
+    """Where the mask tokens of an MAE attend, by decoder block: see :func:`decoder_attention`.
+
+    Attributes:
+        mass: (depth, 3), probability that goes to each of ``KEY_GROUPS``; a row sums to 1.
+        keys: tokens in each group: (V, Q, 1).
+        num_images: images averaged over.
+    """
+
+    mass: Tensor
+    keys: tuple[int, int, int]
+    num_images: int
+
+    @property
+    def relative(self) -> Tensor:
+        """(depth, 3): the mass over the one that uniform attention would give, V / T, Q / T, 1 / T.
+
+        So it is the mean weight of a key of the group, times T: 1 for a key that gets its even
+        share. Weighted by their shares of the tokens, the three average to 1.
+        """
+        keys = torch.tensor(self.keys)
+        return self.mass * keys.sum() / keys
+
+    def table(self) -> str:
+        """Both measures by decoder block, and their means, for the terminal.
+
+        The last column is a visible patch's weight over that of a masked one.
+        """
+        both = torch.cat([self.mass, self.relative], dim=1)
+        rows = [(str(index), *row) for index, row in enumerate(both.tolist())]
+        rows.append(("mean", *both.mean(0).tolist()))
+        visible, masked = (1 + len(KEY_GROUPS) + index for index in (0, 1))
+        return tabulate(
+            [(*row, row[visible] / max(row[masked], torch.finfo().tiny)) for row in rows],
+            headers=[
+                "decoder block",
+                *(f"to {name}" for name in KEY_GROUPS),
+                *(f"{name} x uniform" for name in KEY_GROUPS),
+                "visible / masked",
+            ],
+            floatfmt=".3f",
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "method": "MAE",
+            "num_images": self.num_images,
+            "keys": dict(zip(KEY_GROUPS, self.keys, strict=True)),
+            "mass": _by_group(self.mass),
+            "relative_to_uniform": _by_group(self.relative),
+        }
+
+
+@dataclass(frozen=True)
+class FeatureUsage:
+    """What each decoder block of a CrossMAE reads: see :func:`feature_usage`.
+
+    Attributes:
+        weights: (depth, K), as learnt, with their signs.
+        deviation: (K,), of the features: what a weight is multiplied with.
+        names: of the K features: "input" (of the trunk's first block), "block 0", ...
+        num_images: images averaged over.
+    """
+
+    weights: Tensor
+    deviation: Tensor
+    names: Sequence[str]
+    num_images: int
+
+    @property
+    def weight_share(self) -> Tensor:
+        """(depth, K): magnitudes of the weights; a row sums to 1."""
+        return F.normalize(self.weights, p=1, dim=1).abs()
+
+    @property
+    def contribution(self) -> Tensor:
+        """(depth, K): magnitudes of the weights times the features' deviations; a row sums to 1."""
+        return F.normalize(self.weights * self.deviation, p=1, dim=1).abs()
+
+    def table(self) -> str:
+        """Contributions in percent for the terminal: a row by feature, a column by block."""
+        rows = (100 * self.contribution.T).tolist()
+        return tabulate(
+            [(name, *row) for name, row in zip(self.names, rows, strict=True)],
+            headers=["% in decoder block", *map(str, range(len(self.weights)))],
+            floatfmt=".1f",
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "method": "CrossMAE",
+            "num_images": self.num_images,
+            "features": list(self.names),
+            "deviation": self.deviation.tolist(),
+            "weights": self.weights.tolist(),
+            "weight_share": self.weight_share.tolist(),
+            "contribution": self.contribution.tolist(),
+        }
+
+
+@torch.no_grad()
+def decoder_attention(
+    model: MaskedAutoencoder, images: Tensor, noise: Tensor | None = None
+) -> DecoderAttention:
+    """Measure where the mask tokens of an MAE's decoder attend.
+
+    In each block, for each head, each mask token as the query: the softmax of its scores with all T
+    tokens, itself among them, is summed over the visible patches, over the masked patches and over
+    the class token. The three sums are averaged over queries, heads and images, which gives the
+    mass; over the mass of uniform attention, it is relative.
+
+    The paper reports 1.42 for visible and 0.39 for masked patches, on ImageNet's validation images.
+    How these are normalised is not known to us. They are no masses, which cannot exceed 1. The
+    relative measure has their scale: at a mask of 0.75 of 196 patches they would be 49 / 197 x 1.42
+    + 147 / 197 x 0.39 = 0.64 of the attention, which leaves 0.36 for the class token. Their ratio,
+    3.6, can be compared if they are means over keys, whatever the unit.
+
+    Args:
+        model: an MAE in evaluation mode.
+        images: (N, B, H * P, W * P), N at least 1, as for :meth:`MaskedAutoencoder.predict`.
+        noise: (N, L) on the model's device, decides the masking; None draws it uniformly, the same
+            in every call.
+
+    Returns:
+        The measures, on the CPU.
+
+    Raises:
+        ValueError: the model is not an MAE, or the images or the noise do not fit it.
+    """
+    decoder = model.decoder
+    if not isinstance(decoder, SelfAttentionDecoder):
+        raise ValueError(
+            "attention between mask tokens and visible tokens is measured in an MAE's decoder;"
+            f" got a model of class {type(model).__name__}"
+        )
+    attentions = [module for module in decoder.blocks.modules() if isinstance(module, Attention)]
+    masses = []
+    for part, part_noise in _batches(model, images, noise):
+        with _outputs([attention.qkv for attention in attentions]) as outputs:
+            model.predict(part, part_noise)
+        # A patch that is not visible is a mask token in the decoder, whether predicted or not.
+        masking = mask_patches(part_noise, model.mask_ratio, model.mask_ratio)
+        received = [
+            _attention_received(qkv, attention.num_heads, 1 + masking.predicted)
+            for attention, qkv in zip(attentions, outputs, strict=True)
+        ]
+        masses.append(torch.stack([_sum_by_group(weights, masking) for weights in received]))
+    return DecoderAttention(
+        mass=torch.cat(masses, dim=1).mean(dim=1).cpu(),
+        keys=(masking.visible.shape[1], masking.predicted.shape[1], 1),
+        num_images=len(images),
+    )
+
+
+@torch.no_grad()
+def feature_usage(
+    model: MaskedAutoencoder, images: Tensor, noise: Tensor | None = None
+) -> FeatureUsage:
+    """Measure which features of the trunk each decoder block of a CrossMAE reads.
+
+    A decoder block attends to the LayerNorm of a weighted sum of the features. That norm takes away
+    each token's mean over the channels and divides by the deviation of the sum: of a block's
+    weights only the ratios count, and of a feature only its deviation from the token's mean. So the
+    contribution of a feature is its weight's magnitude times the root mean square of that deviation
+    over images, tokens (visible ones and the class token) and channels, over the sum of the
+    same for all features of the block.
+
+    Features of neighbouring blocks are alike, since each is the one before plus something: weights
+    of opposite sign take the difference, which contributions, without signs, do not show. Look at
+    both.
+
+    Args:
+        model: a CrossMAE in evaluation mode.
+        images: (N, B, H * P, W * P), N at least 1, as for :meth:`MaskedAutoencoder.predict`.
+        noise: (N, L) on the model's device, decides the masking; None draws it uniformly, the same
+            in every call.
+
+    Returns:
+        The measures, on the CPU.
+
+    Raises:
+        ValueError: the model is not a CrossMAE, or the images or the noise do not fit it.
+    """
+    decoder = model.decoder
+    if not isinstance(decoder, CrossAttentionDecoder):
+        raise ValueError(
+            "the features that decoder blocks read are weighted in a CrossMAE;"
+            f" got a model of class {type(model).__name__}"
+        )
+    indices = decoder.feature_indices
+    variances = []
+    for part, part_noise in _batches(model, images, noise):
+        with _inputs(decoder) as inputs:
+            model.predict(part, part_noise)
+        features = inputs[0]
+        variances.append(
+            torch.stack([features[i].var(dim=2, correction=0).mean(dim=1) for i in indices], dim=1)
+        )
+    return FeatureUsage(
+        weights=decoder.feature_weights.detach().cpu(),
+        deviation=torch.cat(variances).mean(dim=0).sqrt().cpu(),
+        names=["input" if index == 0 else f"block {index - 1}" for index in indices],
+        num_images=len(images),
+    )
+
+
+def _attention_received(qkv: Tensor, num_heads: int, queries: Tensor) -> Tensor:
+    """How much attention each token gets, from the mean of some queries and all heads.
+
+    Args:
+        qkv: (N, T, 3 * M * D), what :class:`Attention` projects its input to.
+        num_heads: M.
+        queries: (N, Q) int64 indices of the tokens that ask.
+
+    Returns:
+        (N, T) probabilities; a row sums to 1.
+    """
+    q, k, _ = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q = q.take_along_dim(queries[:, None, :, None], dim=2).flatten(0, 1)
+    k = k.flatten(0, 1)
+    # The weights are N M Q T numbers in all: gigabytes for large images.
+    size = max(1, MAX_WEIGHTS // (q.shape[1] * k.shape[1]))
+    received = torch.cat(
+        [
+            (q_part @ k_part.mT / q.shape[2] ** 0.5).softmax(dim=2).mean(dim=1)
+            for q_part, k_part in zip(q.split(size), k.split(size), strict=True)
+        ]
+    )
+    return received.unflatten(0, (-1, num_heads)).mean(dim=1)
+
+
+def _sum_by_group(weights: Tensor, masking: Masking) -> Tensor:
+    """The attention that tokens get (N, T), added up by group: (N, 3), as in ``KEY_GROUPS``."""
+    to_class, to_patches = weights[:, 0], weights[:, 1:]
+    to_visible = to_patches.take_along_dim(masking.visible, dim=1).sum(dim=1)
+    to_masked = to_patches.take_along_dim(masking.predicted, dim=1).sum(dim=1)
+    return torch.stack([to_visible, to_masked, to_class], dim=1)
+
+
+def _batches(
+    model: MaskedAutoencoder, images: Tensor, noise: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of the images with their noise; without one, noise that is the same in every call."""
+    if noise is None:
+        (height, width), (patch_h, patch_w) = images.shape[-2:], model.encoder.patch_size
+        shape = len(images), (height // patch_h) * (width // patch_w)
+        # Drawn on the CPU, whose numbers are the same on every machine.
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        noise = noise.to(model.pixel_mean.device)
+    return zip(images.split(BATCH_SIZE), noise.split(BATCH_SIZE), strict=True)
+
+
+@contextmanager
+def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What the modules return while the context is open, in the order in which they run."""
+    outputs: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        for module in modules
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _inputs(module: nn.Module) -> Iterator[list[Any]]:
+    """The positional arguments that a module is called with while the context is open."""
+    arguments: list[Any] = []
+    hook = module.register_forward_pre_hook(lambda _module, inputs: arguments.extend(inputs))
+    try:
+        yield arguments
+    finally:
+        hook.remove()
+
+
+def _by_group(values: Tensor) -> dict[str, Any]:
+    """(depth, 3) as the values by decoder block, and their mean, of each of ``KEY_GROUPS``."""
+    return {
+        name: {"blocks": column.tolist(), "mean": column.mean().item()}
+        for name, column in zip(KEY_GROUPS, values.T, strict=True)
+    }
