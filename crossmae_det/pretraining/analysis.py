@@ -69,10 +69,10 @@ class DecoderAttention:
         return tabulate(
             [(*row, row[visible] / max(row[masked], torch.finfo().tiny)) for row in rows],
             headers=[
-                "decoder block",
-                *(f"to {name}" for name in KEY_GROUPS),
-                *(f"{name} x uniform" for name in KEY_GROUPS),
-                "visible / masked",
+                "decoder\nblock",
+                *(f"to\n{name}" for name in KEY_GROUPS),
+                *(f"{name},\nx uniform" for name in KEY_GROUPS),
+                "visible\n/ masked",
             ],
             floatfmt=".3f",
         )

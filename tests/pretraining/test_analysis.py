@@ -207,7 +207,7 @@ def test_nothing_is_left_on_the_model(images, kind, analyse):
 def test_tables_and_json(images, noise):
     attention = decoder_attention(make_model(MAE), images, noise)
     lines = attention.table().splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["0", "1", "mean"]
+    assert [line.split()[0] for line in lines[3:]] == ["0", "1", "mean"]
     numbers = [float(number) for number in lines[-1].split()[1:]]
     visible, masked, _ = attention.relative.mean(0).tolist()
     expected = [*attention.mass.mean(0).tolist(), *attention.relative.mean(0).tolist()]
