@@ -13,7 +13,7 @@ from detectron2.structures import Instances
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from crossmae_det.checkpoint import load
+from crossmae_det.engine.pretrained import load_pretrained
 from crossmae_det.engine.setup import resolve_device
 from crossmae_det.engine.trainer import amp_dtype, autocast
 from crossmae_det.visualization.files import write_image
@@ -42,13 +42,9 @@ class Predictor:
     """
 
     def __init__(self, cfg: DictConfig, weights: str = "model"):
-        if not cfg.train.init_checkpoint:
-            raise ValueError("inference needs weights: add train.init_checkpoint=PATH")
+        self.model = load_pretrained(cfg, weights)
         self.device = resolve_device(cfg.train.device)
         self.amp_dtype = amp_dtype(cfg.train)
-        self.model = instantiate(cfg.model).eval()
-        load(self.model, cfg.train.init_checkpoint, whole=True, weights=weights)
-        self.model.to(self.device)
         mapper = cfg.dataloader.test.mapper
         self.augmentations = AugmentationList(instantiate(mapper.augmentations))
         self.image_format = mapper.image_format

@@ -9,9 +9,10 @@ its own device. EXIF orientation is not looked at, as in the usual pipeline.
 """
 
 import io
+import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -23,6 +24,8 @@ from torch.utils.data import default_collate
 
 from crossmae_det.pretraining.images import StoredImage, find_images
 from crossmae_det.sampling import ResumableLoader, UndecodableImageError
+
+logger = logging.getLogger(__name__)
 
 # Width over height of a crop, before it is resized to the wanted shape.
 ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -142,6 +145,100 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
+def read_part(
+    image: StoredImage,
+    choose: Callable[[int, int], tuple[int, int, int, int]],
+    size: tuple[int, int],
+) -> np.ndarray:
+    """Decode a part of an image and resize it; no more is decoded than the size needs.
+
+    Args:
+        image: where the image is.
+        choose: height and width of the image -> (top, left, height, width) of the part, in pixels.
+        size: (H, W) wanted.
+
+    Returns:
+        (H, W, 3) uint8 in the order BGR.
+
+    Raises:
+        UndecodableImageError: the image cannot be read or decoded.
+    """
+    try:
+        data = image.read()
+        height, width = read_size(data)
+        top, left, part_h, part_w = choose(height, width)
+        enough = max(1, min(part_h // size[0], part_w // size[1]))
+        pixels = decode(data, max(r for r in REDUCED_COLOR if r <= enough))
+    except Exception as error:  # decoders meet damaged files with almost any exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UndecodableImageError(
+            f"{image}: the image cannot be decoded ({reason})", str(image)
+        ) from error
+    scale_y, scale_x = pixels.shape[0] / height, pixels.shape[1] / width
+    top, part_h = round(top * scale_y), max(1, round(part_h * scale_y))
+    left, part_w = round(left * scale_x), max(1, round(part_w * scale_x))
+    return resize(pixels[top : top + part_h, left : left + part_w], *size)
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 in the order BGR -> (3, H, W) uint8 in RGB."""
+    planes = np.empty((3, *pixels.shape[:2]), np.uint8)
+    cv2.split(pixels, list(planes[::-1]))
+    return torch.from_numpy(planes)
+
+
+def load_image(image: StoredImage, image_size: int | tuple[int, int]) -> Tensor:
+    """The largest central part of an image at the wanted shape, for a look at what a model does.
+
+    Args:
+        image: where the image is.
+        image_size: side in pixels, int or (H, W); a smaller image is enlarged.
+
+    Returns:
+        (3, H, W) uint8 in RGB.
+
+    Raises:
+        UndecodableImageError: the image cannot be read or decoded.
+    """
+    size = to_2tuple(image_size)
+
+    def central(height: int, width: int) -> tuple[int, int, int, int]:
+        scale = min(height / size[0], width / size[1])
+        part_h, part_w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+        return (height - part_h) // 2, (width - part_w) // 2, part_h, part_w
+
+    return to_tensor(read_part(image, central, size))
+
+
+def load_images(dataset: str, image_size: int | tuple[int, int], count: int) -> Tensor:
+    """A few images of a set, evenly spread over it: the same ones every time.
+
+    Args:
+        dataset: names the images, see :mod:`crossmae_det.pretraining.images`; or one image file.
+        image_size: side in pixels, int or (H, W), see :func:`load_image`.
+        count: how many; all of them where there are fewer.
+
+    Returns:
+        (N, 3, H, W) uint8 in RGB. Images that cannot be decoded are left out, and named in the log.
+
+    Raises:
+        ValueError: ``count`` is not positive, there is no image, or none can be decoded.
+        FileNotFoundError: a file or a folder does not exist.
+    """
+    if count < 1:
+        raise ValueError(f"the number of images must be at least 1, got {count}")
+    images = find_images(dataset)
+    loaded = []
+    for index in np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int):
+        try:
+            loaded.append(load_image(images[index], image_size))
+        except UndecodableImageError as error:
+            logger.warning("Left out: %s", error)
+    if not loaded:
+        raise ValueError(f"{dataset}: none of the images looked at can be decoded")
+    return torch.stack(loaded)
+
+
 class RandomCrops:
     """Makes a crop of an image: a random part of it at the wanted size, flipped or not.
 
@@ -186,26 +283,14 @@ class RandomCrops:
         # The seed is a string because the hash of one is the same everywhere. NumPy's generator
         # takes ten times as long for a few numbers.
         rng = random.Random(" ".join(map(str, entropy)))
-        try:
-            data = image.read()
-            height, width = read_size(data)
-            top, left, crop_h, crop_w = random_crop(height, width, self.scale, rng)
-            enough = max(1, min(crop_h // self.height, crop_w // self.width))
-            pixels = decode(data, max(r for r in REDUCED_COLOR if r <= enough))
-        except Exception as error:  # decoders meet damaged files with almost any exception
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UndecodableImageError(
-                f"{image}: the image cannot be decoded ({reason})", str(image)
-            ) from error
-        scale_y, scale_x = pixels.shape[0] / height, pixels.shape[1] / width
-        top, crop_h = round(top * scale_y), max(1, round(crop_h * scale_y))
-        left, crop_w = round(left * scale_x), max(1, round(crop_w * scale_x))
-        part = resize(pixels[top : top + crop_h, left : left + crop_w], self.height, self.width)
+        part = read_part(
+            image,
+            lambda height, width: random_crop(height, width, self.scale, rng),
+            (self.height, self.width),
+        )
         if self.flip and rng.random() < 0.5:
             part = cv2.flip(part, 1)
-        crop = np.empty((3, self.height, self.width), np.uint8)
-        cv2.split(part, list(crop[::-1]))
-        return torch.from_numpy(crop)
+        return to_tensor(part)
 
 
 def build_pretraining_loader(

@@ -2,6 +2,7 @@
 
 =====================  ============================================================================
 ``photos/``            a folder: every image in it, at any depth, so class folders too
+``photo.jpg``          one image file
 ``photos.txt``         a list of image files, one a line, relative to the list's own folder
 ``set.json:photos/``   the images of a COCO json, relative to the folder
 ``set/{00..63}.tar``   tar shards in WebDataset's format: a pattern with braces, or wildcards
@@ -139,7 +140,8 @@ def find_images(dataset: str) -> ImageFiles | ShardedImages:
     """Find the images of a set. A set is looked for once in the life of a process.
 
     Args:
-        dataset: a folder, a list file, ``JSON:FOLDER`` or tar shards: see the head of this module.
+        dataset: a folder, an image, a list file, ``JSON:FOLDER`` or tar shards: see the head of
+            this module.
 
     Returns:
         :class:`StoredImage` by index, in an order that depends on the names alone.
@@ -194,7 +196,8 @@ def _walk(folder: str) -> Iterator[str]:
 
 def _listed_images(path: str) -> ImageFiles:
     if path.lower().endswith(IMAGE_SUFFIXES):
-        raise ValueError(f"{path}: this is one image; name its folder, or a list of images")
+        folder, name = os.path.split(path)
+        return ImageFiles(folder, [name])
     if path.lower().endswith(".json"):
         raise ValueError(f"data set '{path}': add the image folder, as in {path}:FOLDER")
     try:

@@ -194,4 +194,4 @@ def test_inference_names_what_it_cannot_read(tool, tmp_path, tiny_overrides):
     image = tmp_path / "a.jpg"
     image.write_bytes(b"no image")
     line = tool("demo", *arguments, "--input", image, "--opts", *tiny_overrides)
-    assert "inference needs weights" in line
+    assert "this needs weights" in line

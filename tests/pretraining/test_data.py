@@ -16,7 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 from webdataset import TarWriter
 
 from crossmae_det.pretraining import build_pretraining_loader, data, images
-from crossmae_det.pretraining.data import RandomCrops, random_crop, resize
+from crossmae_det.pretraining.data import RandomCrops, load_images, random_crop, resize
 from crossmae_det.pretraining.images import ShardedImages, StoredImage, find_images
 from crossmae_det.sampling import UndecodableImageError
 
@@ -184,7 +184,6 @@ def test_an_epoch_of_shards_reads_a_few_at_a_time(tmp_path, monkeypatch):
         ("empty.txt", "", ValueError, "empty.txt: there is no image"),
         ("wrong.txt", "a/b.jpg", FileNotFoundError, "a/b.jpg: no such image, though .*wrong.txt"),
         ("binary.txt", b"\xff\xfe", ValueError, "binary.txt: not a list of images"),
-        ("one.png", "", ValueError, "this is one image; name its folder"),
         ("a.json", "{}", ValueError, r"add the image folder, as in .*a.json:FOLDER"),
         ("a.json:.", "{}", ValueError, "a.json: not a COCO json"),
         ("a.json:.", '{"images": [{"file_name": "0.jpg"}]}', FileNotFoundError, "0.jpg: no such"),
@@ -461,3 +460,28 @@ def test_nothing_but_bad_images_ends_in_one_line(folder, num_workers):
     with pytest.raises(ValueError) as error:
         take(loader(folder, num_workers=num_workers), 1)
     assert ".png: none of 10 images drawn could be decoded; check the data" in one_line(error)
+
+
+def test_a_look_at_a_set_takes_images_from_all_over_it(tmp_path):
+    for index in range(9):
+        Image.fromarray(np.full((20, 40, 3), 20 * index, np.uint8)).save(tmp_path / f"{index}.png")
+    images = load_images(str(tmp_path), 8, 3)
+    assert images.shape == (3, 3, 8, 8)
+    assert images[:, 0, 0, 0].tolist() == [0, 80, 160]
+    assert len(load_images(str(tmp_path), 8, 20)) == 9
+    (tmp_path / "4.png").write_bytes(b"no image")
+    assert load_images(str(tmp_path), 8, 3)[:, 0, 0, 0].tolist() == [0, 160]
+    with pytest.raises(ValueError, match=r"4\.png: none of the images looked at can be decoded"):
+        load_images(str(tmp_path / "4.png"), 8, 3)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        load_images(str(tmp_path), 8, 0)
+
+
+def test_an_image_is_looked_at_in_its_middle(tmp_path):
+    pixels = np.zeros((30, 60, 3), np.uint8)
+    pixels[:, 15:45] = 200  # the central square
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    (image,) = load_images(str(tmp_path / "one.png"), 30, 1)
+    assert (image == 200).all()
+    wide = load_images(str(tmp_path / "one.png"), (10, 20), 1)
+    assert wide.shape == (1, 3, 10, 20) and (wide == 0).any()
