@@ -54,7 +54,7 @@ def add_crossmae_config(cfg: CfgNode) -> None:
 
     # As in the lazy configs' `train`.
     solver.AMP.ENABLED = True
-    solver.AMP.DTYPE = "bf16"
+    solver.AMP.DTYPE = "auto"
     solver.ACCUMULATION = 1
     solver.CLIP_GRADIENTS.CLIP_TYPE = "norm"
     solver.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9999})

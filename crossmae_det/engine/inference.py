@@ -44,7 +44,7 @@ class Predictor:
     def __init__(self, cfg: DictConfig, weights: str = "model"):
         self.model = load_pretrained(cfg, weights)
         self.device = resolve_device(cfg.train.device)
-        self.amp_dtype = amp_dtype(cfg.train)
+        self.amp_dtype = amp_dtype(cfg.train, self.device)
         mapper = cfg.dataloader.test.mapper
         self.augmentations = AugmentationList(instantiate(mapper.augmentations))
         self.image_format = mapper.image_format

@@ -93,7 +93,7 @@ def evaluate(
     data_loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(evaluator_cfg)
     device = next(model.parameters()).device
-    with autocast(device, amp_dtype(cfg.train)):
+    with autocast(device, amp_dtype(cfg.train, device)):
         return inference_on_dataset(model, data_loader, evaluator)
 
 
@@ -116,6 +116,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
         model.get_submodule(options.compile.module).compile(backend=options.compile.backend)
     optimizer = build_optimizer(cfg.optimizer, model)
     device = next(model.parameters()).device
+    precision = amp_dtype(options, device)
+    logger.info("Precision: %s", precision or "float32")
     ddp = dict(options.ddp)
     if device.type == "cpu":
         ddp["device_ids"] = None
@@ -124,7 +126,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
         instantiate(cfg.dataloader.train),
         optimizer,
         seed=options.seed,
-        amp_dtype=amp_dtype(cfg.train),
+        amp_dtype=precision,
         accumulation=options.accumulation,
         clip_norm=options.clip_grad.max_norm if options.clip_grad.enabled else None,
     )

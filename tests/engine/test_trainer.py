@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from crossmae_det.engine.trainer import NonFiniteError, Trainer, split_batch
+from crossmae_det.engine import trainer as trainer_module
+from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, split_batch
 
 
 class Regression(nn.Module):
@@ -157,7 +158,7 @@ def test_a_run_may_resume_in_another_precision():
         ({"accumulation": 0}, "train.accumulation must be at least 1, got 0"),
         ({"seed": -1}, "train.seed must not be negative"),
         ({"clip_norm": 0.0}, "train.clip_grad.max_norm must be positive"),
-        ({"amp_dtype": "fp8"}, "train.amp.dtype must be one of bf16, fp16, got 'fp8'"),
+        ({"amp_dtype": "fp8"}, "train.amp.dtype must be one of auto, bf16, fp16, got 'fp8'"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -171,3 +172,21 @@ def test_split_batch_keeps_the_order_and_loses_nothing():
     parts = split_batch(torch.arange(6).view(3, 2), 2)
     assert [tuple(part.shape) for part in parts] == [(1, 2), (2, 2)]
     assert torch.equal(torch.cat(parts), torch.arange(6).view(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [(["fpu", "avx2"], None), (["avx512_bf16"], "bf16"), ([], None)]
+)
+def test_the_precision_follows_the_cpu(monkeypatch, flags, expected):
+    monkeypatch.setattr(trainer_module, "_cpu_flags", lambda: flags)
+    cpu = torch.device("cpu")
+    assert amp_dtype({"amp": {"enabled": True, "dtype": "auto"}}, cpu) == expected
+    assert amp_dtype({"amp": {"enabled": True, "dtype": "fp16"}}, cpu) == "fp16"
+    assert amp_dtype({"amp": {"enabled": False, "dtype": "auto"}}, cpu) is None
+
+
+@pytest.mark.parametrize(("ampere", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_the_precision_follows_the_gpu(monkeypatch, ampere, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: ampere)
+    options = {"amp": {"enabled": True, "dtype": "auto"}}
+    assert amp_dtype(options, torch.device("cuda")) == expected

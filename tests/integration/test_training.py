@@ -204,7 +204,8 @@ def test_averaged_weights_are_evaluated_and_used(repo, tiny_overrides, tiny_sets
 
 def test_all_switches_together(tiny_overrides, tmp_path):
     options = [
-        *["train.max_iter=3", "train.amp.enabled=True", "train.accumulation=2"],
+        *["train.max_iter=3", "train.amp.enabled=True", "train.amp.dtype=bf16"],
+        *["train.accumulation=2"],
         *["train.ema.enabled=True", "train.clip_grad.enabled=True", "train.eval_period=2"],
         *["model.backbone.net.use_act_checkpoint=True", "model.backbone.net.freeze_blocks=1"],
     ]

@@ -187,7 +187,7 @@ def build(cfg):
         model,
         instantiate(cfg.dataloader.train),
         build_optimizer(cfg.optimizer, model),
-        amp_dtype=cfg.train.amp.dtype,
+        amp_dtype="bf16",
     )
     return trainer, model
 
