@@ -5,6 +5,7 @@ detectron2's ViT and of published MAE files), a pretraining model (``encoder.*``
 inside a detector (``backbone.net.*``). The trunk of any of these fits the trunk of any model.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from crossmae_det.checkpoint.files import read_checkpoint
+from crossmae_det.checkpoint.published import to_native
 from crossmae_det.checkpoint.report import Report
 from crossmae_det.layers.position_embedding import resample_position_embedding
 from crossmae_det.layers.relative_position import resample_table
@@ -63,8 +65,8 @@ def load(
         FileNotFoundError, ValueError: the file cannot be read, or something in it is missing,
             unexpected or of another shape; the model is then unchanged.
     """
-    state = extract_state_dict(read_checkpoint(path), path, weights)
     target = model.state_dict()
+    state = _native_names(extract_state_dict(read_checkpoint(path), path, weights), target)
     trunks = _trunks(model)
     report = Report(str(path))
     same_names = set(state) == set(target)
@@ -74,7 +76,7 @@ def load(
         names = {name: name for name in state}
     else:
         names = _match_parts(model, state, report)
-    grids = {f"{name}.pos_embed".lstrip("."): trunk.pos_grid for name, trunk in trunks.items()}
+    grids = _position_grids(model)
     new = {}
     for name, source in names.items():
         grid = grids.get(name)
@@ -119,6 +121,23 @@ def extract_state_dict(
     return dict(state)
 
 
+def _native_names(state: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names here, where a published file goes into a pretraining model."""
+    if "patch_embed.proj.weight" in state and "encoder.patch_embed.proj.weight" in target:
+        with contextlib.suppress(ValueError):  # a classifier's file, say: its trunk will do
+            return to_native(state)
+    return state
+
+
+def _position_grids(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(H, W) in patches of every table of positions, of a trunk or of a decoder, by its name."""
+    return {
+        f"{name}.pos_embed".lstrip("."): module.pos_grid
+        for name, module in model.named_modules()
+        if hasattr(module, "pos_grid")
+    }
+
+
 def _trunks(model: nn.Module) -> dict[str, ViT]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ViT)}
 
@@ -137,6 +156,9 @@ def _match_parts(model: nn.Module, state: dict[str, Tensor], report: Report) -> 
     prefix = f"{trunk_name}." if trunk_name else ""
     target = trunk.state_dict()
 
+    # CrossMAE's decoder and MAE's share names, but not what they stand for: all of it or nothing.
+    same_kind = source_prefix == prefix and _decoder(state) in (_decoder(whole_target), set())
+
     names = {}
     for source, tensor in state.items():
         inside = source.removeprefix(source_prefix) if source.startswith(source_prefix) else None
@@ -144,7 +166,7 @@ def _match_parts(model: nn.Module, state: dict[str, Tensor], report: Report) -> 
             names[prefix + inside] = source
         elif inside is None:
             # Beside the trunk: of use where the model is of the same kind.
-            same_part = source_prefix == prefix and source in whole_target
+            same_part = same_kind and source in whole_target
             if same_part and not _other_classes(source, tensor, whole_target[source]):
                 names[source] = source
             else:
@@ -166,6 +188,10 @@ def _match_parts(model: nn.Module, state: dict[str, Tensor], report: Report) -> 
     return names
 
 
+def _decoder(state: Mapping[str, Tensor]) -> set[str]:
+    return {name for name in state if name.startswith("decoder.")}
+
+
 def _other_classes(name: str, tensor: Tensor, target: Tensor) -> bool:
     return CLASS_DEPENDENT.match(name) is not None and tensor.shape != target.shape
 
@@ -184,7 +210,7 @@ def _fit(
         name: of the tensor in the file.
         tensor: of the file.
         target: of the model.
-        grid: (H, W) in patches where the tensor is a trunk's position embedding, else None.
+        grid: (H, W) in patches where the tensor is a position embedding, else None.
         path: of the file.
         exact: refuse to resample.
     """
@@ -212,6 +238,13 @@ def _difference(state: Mapping[str, Tensor], target: Mapping[str, Tensor], path:
     """One line on how the keys of a file differ from those of a model."""
     missing = sorted(set(target) - set(state))
     unexpected = sorted(set(state) - set(target))
+    parts_there = {name.partition(".")[0] for name in state}
+    parts_missing = {name.partition(".")[0] for name in missing}
+    if not unexpected and not parts_missing & parts_there:
+        return (
+            f"{path} has no weights of the {' and the '.join(sorted(parts_missing))}: take the"
+            " checkpoint of a whole model"
+        )
     parts = [
         f"{len(names)} {what} (first: '{names[0]}')"
         for names, what in ((missing, "tensors of the model missing"), (unexpected, "unexpected"))

@@ -15,7 +15,14 @@ from crossmae_det.layers.position_embedding import (
 )
 from crossmae_det.modeling.vit import LAYER_NORM, ViT
 from crossmae_det.pretraining.masking import check_ratios, mask_patches
-from crossmae_det.pretraining.reconstruction import Reconstruction, pixels_to_targets
+from crossmae_det.pretraining.reconstruction import (
+    Panels,
+    Reconstruction,
+    masked_images,
+    pixels_to_targets,
+    psnr,
+    reconstructed_images,
+)
 
 # Hidden width of a decoder's MLPs over its width, in every published decoder.
 DECODER_MLP_RATIO = 4.0
@@ -145,12 +152,62 @@ class MaskedAutoencoder(nn.Module):
         loss = F.mse_loss(result.pred.float(), result.target.float())
         return {"loss_reconstruction": loss}
 
-    def predict(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+    def denormalise(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`: (N, 3, height, width) floats -> uint8 in RGB."""
+        return (images * self.pixel_std + self.pixel_mean).round().clamp(0, 255).to(torch.uint8)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Panels:
+        """Predict every masked patch, whatever the ``prediction_ratio``, and make pictures of it.
+
+        Args:
+            images: (N, 3, H * P, W * P), see :meth:`normalise`.
+            noise: (N, L), see :meth:`predict`.
+
+        Returns:
+            Pictures on the model's device. Where the targets are normalised, a predicted patch has
+            the mean and the deviation of the true one: the model does not predict them.
+
+        Raises:
+            ValueError: as :meth:`predict`.
+        """
+        images = self.normalise(images)
+        result = self.predict(images, noise, prediction_ratio=self.mask_ratio)
+        size = self.encoder.patch_size
+        original = self.denormalise(images)
+        masked = masked_images(images, result.visible, size)
+        predicted, pasted = (
+            self.denormalise(
+                reconstructed_images(
+                    images,
+                    result,
+                    size,
+                    norm_pix_loss=self.norm_pix_loss,
+                    paste_visible=paste_visible,
+                )
+            )
+            for paste_visible in (False, True)
+        )
+        ones = torch.ones_like(images[:, :1])
+        hidden = masked_images(ones, result.visible, size) == 0
+        return Panels(
+            original=original,
+            masked=self.denormalise(masked),
+            predicted=predicted,
+            pasted=pasted,
+            psnr=psnr(pasted, original, hidden),
+            loss=F.mse_loss(result.pred.float(), result.target.float()).item(),
+        )
+
+    def predict(
+        self, images: Tensor, noise: Tensor | None = None, prediction_ratio: float | None = None
+    ) -> Reconstruction:
         """Mask images, encode what is visible and predict patches that are not.
 
         Args:
             images: (N, B, H * P, W * P), bytes or normalised: see :meth:`normalise`; any H and W.
             noise: (N, L), decides the masking (see :func:`mask_patches`); None draws it uniformly.
+            prediction_ratio: fraction of all patches that are predicted; None for the model's own.
 
         Returns:
             Predictions, targets and the masking.
@@ -168,7 +225,9 @@ class MaskedAutoencoder(nn.Module):
                 f"the noise is {tuple(noise.shape)} where the images have"
                 f" {tuple(patches.shape[:2])} patches"
             )
-        masking = mask_patches(noise, self.mask_ratio, self.prediction_ratio)
+        if prediction_ratio is None:
+            prediction_ratio = self.prediction_ratio
+        masking = mask_patches(noise, self.mask_ratio, prediction_ratio)
         (height, width), (patch_h, patch_w) = images.shape[-2:], self.encoder.patch_size
         features = self.encoder.forward_tokens(images, masking.visible)
         pred = self.decoder(features, masking, (height // patch_h, width // patch_w))

@@ -32,6 +32,43 @@ class Reconstruction:
     predicted: Tensor
 
 
+@dataclass(frozen=True)
+class Panels:
+    """What a model makes of images, as pictures.
+
+    Attributes:
+        original: (N, 3, H * P, W * P) uint8 in RGB.
+        masked: the same shape: the visible patches on the mean colour.
+        predicted: the predicted patches on the mean colour.
+        pasted: the predicted and the visible patches together.
+        psnr: (N,) peak signal-to-noise ratio of the predicted patches, in dB; see :func:`psnr`.
+        loss: mean squared error of the predictions against the targets.
+    """
+
+    original: Tensor
+    masked: Tensor
+    predicted: Tensor
+    pasted: Tensor
+    psnr: Tensor
+    loss: float
+
+
+def psnr(pictures: Tensor, others: Tensor, where: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of 8-bit pictures over some of their pixels.
+
+    Args:
+        pictures: (N, B, height, width) uint8.
+        others: the same shape and type.
+        where: (N, 1, height, width) bool: the pixels that count.
+
+    Returns:
+        (N,) in dB, infinite where they are equal.
+    """
+    error = (pictures.float() - others.float()).square() * where
+    count = where.sum(dim=(1, 2, 3)) * pictures.shape[1]
+    return 10 * torch.log10(255**2 * count / error.sum(dim=(1, 2, 3)))
+
+
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each patch, all its pixels and channels together.
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from crossmae_det.checkpoint import load, save_checkpoint
+from crossmae_det.checkpoint import load, save_checkpoint, to_published
 from crossmae_det.detection import SimpleFeaturePyramid, ViTBackbone
 from crossmae_det.modeling import ViT
+from crossmae_det.pretraining import MAE, CrossMAE
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -190,3 +191,53 @@ def test_the_report_counts_and_groups(tmp_path):
     assert lines[0].startswith("weights from ")
     counts = {line.split()[0]: int(line.split()[1]) for line in lines[3:]}
     assert counts == {"loaded": 27, "resampled": 0, "initialised": 16, "dropped": 1}
+
+
+def autoencoder(**sizes):
+    return CrossMAE(
+        ViT(**(SIZES | sizes)), decoder_dim=8, decoder_depth=2, decoder_num_heads=2, mask_ratio=0.5
+    )
+
+
+def test_pretraining_continues_at_another_size(tmp_path):
+    source, target = autoencoder(), autoencoder(img_size=(48, 64))
+    report = load(target, save(tmp_path, source.state_dict()))
+    assert sorted(report.resampled) == ["decoder.pos_embed", "encoder.pos_embed"]
+    assert not report.initialised and not report.dropped
+    # Both mean the same places still: the decoder's table is what it would resample to by itself.
+    expected = source.decoder.positions((6, 8))
+    torch.testing.assert_close(target.decoder.pos_embed, expected)
+
+
+@pytest.mark.parametrize("format", ["crossmae", "mae"])
+def test_a_published_file_of_a_whole_model_loads_as_it_is(tmp_path, format):
+    def build():
+        return autoencoder() if format == "crossmae" else MAE(ViT(**SIZES), decoder_depth=1)
+
+    source, target = build(), build()
+    path = save(tmp_path, to_published(source.state_dict(), format))
+    report = load(target, path, whole=True)
+    assert equal(values(source), values(target))
+    assert sorted(report.loaded) == sorted(source.state_dict())
+
+
+def test_a_file_without_a_decoder_is_refused_by_name(tmp_path):
+    model = autoencoder()
+    before = values(model)
+    trunk = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
+    for state in (trunk, model.encoder.state_dict()):
+        path = save(tmp_path, state)
+        with pytest.raises(ValueError, match="weights.pth has no weights of the decoder: take the"):
+            load(model, path, whole=True)
+    assert equal(values(model), before)
+
+
+def test_the_decoder_of_the_other_method_is_dropped(tmp_path):
+    source, target = MAE(ViT(**SIZES), decoder_dim=8, decoder_num_heads=2), autoencoder()
+    before = values(target)
+    report = load(target, save(tmp_path, source.state_dict()))
+    assert sorted(report.loaded) == sorted(n for n in before if n.startswith("encoder."))
+    assert sorted(report.initialised) == sorted(n for n in before if n.startswith("decoder."))
+    assert sorted(report.dropped) == sorted(
+        n for n in source.state_dict() if n.startswith("decoder.")
+    )
