@@ -11,8 +11,13 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
+from crossmae_det.engine.hooks import ReconstructionPictures
 from crossmae_det.model_zoo.resolvers import image_set
-from crossmae_det.pretraining import build_pretraining_loader, weight_decay_param_groups
+from crossmae_det.pretraining import (
+    build_pretraining_loader,
+    load_images,
+    weight_decay_param_groups,
+)
 
 from .train import train
 
@@ -61,3 +66,10 @@ train.update(
 )
 train.best_checkpoint.metrics = []
 train.compile.module = ""  # the whole model
+train.pictures = L(ReconstructionPictures)(
+    output_dir="${train.output_dir}",
+    images=L(load_images)(
+        dataset="${dataloader.train.dataset}", image_size="${dataloader.image_size}", count=8
+    ),
+    period="${train.checkpointer.period}",
+)

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -13,14 +14,16 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
+from torchvision.utils import make_grid
 
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
 from crossmae_det.visualization.curves import plot_metrics
+from crossmae_det.visualization.grids import picture_grid
 from crossmae_det.visualization.inference_io import read_image
 from crossmae_det.visualization.predictions import comparison_sheet
 
@@ -204,6 +207,52 @@ class PredictionPictures(HookBase):
             score_threshold=self.score_threshold,
         )
         logger.info("Predictions beside the ground truth are in %s", self.path)
+
+
+class ReconstructionPictures(HookBase):
+    """Draw what a pretraining model makes of fixed images under a fixed masking, every so often.
+
+    The pictures are ``reconstructions/ITERATION.png`` in the run's folder, and
+    "reconstructions" in TensorBoard, a row for each image: original, masked, prediction, prediction
+    with the visible patches pasted in.
+
+    Args:
+        output_dir: the run's folder.
+        images: (N, 3, height, width) uint8 in RGB.
+        period: in iterations; the last iteration is drawn in any case.
+        seed: decides the masking.
+    """
+
+    NAME = "reconstructions"
+
+    def __init__(self, output_dir: str, images: Tensor, period: int, seed: int = 0):
+        self.folder = os.path.join(output_dir, self.NAME)
+        self.images = images
+        self.period = period
+        self.seed = seed
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter + 1
+        if iteration == self.trainer.max_iter or (self.period and iteration % self.period == 0):
+            self._draw(iteration)
+
+    def _draw(self, iteration: int) -> None:
+        # Any model with MaskedAutoencoder's two methods.
+        model: Any = unwrap(self.trainer.model)
+        noise = model.fixed_noise(self.images, self.seed)
+        with inference_context(model), self.trainer.autocast():
+            # Every process takes part: the model's parts may be spread over them.
+            panels = model.reconstruct(self.images, noise)
+        if not comm.is_main_process():
+            return
+        captions = [f"PSNR {value:.1f} dB" for value in panels.psnr.tolist()]
+        path = os.path.join(self.folder, f"{iteration:07d}.png")
+        picture_grid(panels.columns, captions, path)
+        rows = torch.stack([*panels.columns.values()], dim=1).flatten(0, 1).cpu()
+        grid = make_grid(rows, nrow=len(panels.columns), pad_value=255)
+        self.trainer.storage.put_image(self.NAME, grid)
+        self.trainer.storage.put_scalar("reconstruction_psnr", panels.psnr.mean().item())
+        logger.info("Reconstructions after %d iterations are in %s", iteration, path)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

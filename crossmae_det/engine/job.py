@@ -162,13 +162,13 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
             if "evaluator" in cfg.dataloader
             else None,
             BestCheckpointer(checkpointer, options.best_checkpoint.metrics) if main else None,
+            instantiate(options.pictures),  # before the writers, which write what it shows
             hooks.PeriodicWriter(
                 default_writers(options.output_dir, options.max_iter), period=options.log_period
             )
             if main
             else None,
             MetricCurves(options.output_dir),
-            instantiate(options.pictures),
         ]
     )
     if resume and checkpointer.has_checkpoint():

@@ -280,11 +280,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts of the images with their noise; without one, noise that is the same in every call."""
     if noise is None:
-        (height, width), (patch_h, patch_w) = images.shape[-2:], model.encoder.patch_size
-        shape = len(images), (height // patch_h) * (width // patch_w)
-        # Drawn on the CPU, whose numbers are the same on every machine.
-        noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        noise = noise.to(model.pixel_mean.device)
+        noise = model.fixed_noise(images)
     return zip(images.split(BATCH_SIZE), noise.split(BATCH_SIZE), strict=True)
 
 

@@ -156,6 +156,22 @@ class MaskedAutoencoder(nn.Module):
         """The inverse of :meth:`normalise`: (N, 3, height, width) floats -> uint8 in RGB."""
         return (images * self.pixel_std + self.pixel_mean).round().clamp(0, 255).to(torch.uint8)
 
+    def fixed_noise(self, images: Tensor, seed: int = 0) -> Tensor:
+        """Noise that is the same in every call and on any device, for a masking to compare by.
+
+        Args:
+            images: (N, B, H * P, W * P).
+            seed: decides the noise.
+
+        Returns:
+            (N, L), uniform in [0, 1), on the model's device.
+        """
+        height, width = images.shape[-2:]
+        patch_h, patch_w = self.encoder.patch_size
+        shape = len(images), (height // patch_h) * (width // patch_w)
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        return noise.to(self.pixel_mean.device)
+
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Panels:
         """Predict every masked patch, whatever the ``prediction_ratio``, and make pictures of it.

@@ -211,15 +211,23 @@ def load_image(image: StoredImage, image_size: int | tuple[int, int]) -> Tensor:
 
 
 def load_images(dataset: str, image_size: int | tuple[int, int], count: int) -> Tensor:
+    """The images of :func:`named_images`, with its arguments and errors: (N, 3, H, W) uint8."""
+    return torch.stack([image for _, image in named_images(dataset, image_size, count)])
+
+
+def named_images(
+    dataset: str, image_size: int | tuple[int, int], count: int
+) -> list[tuple[str, Tensor]]:
     """A few images of a set, evenly spread over it: the same ones every time.
 
     Args:
-        dataset: names the images, see :mod:`crossmae_det.pretraining.images`; or one image file.
+        dataset: names the images, see :mod:`crossmae_det.pretraining.images`.
         image_size: side in pixels, int or (H, W), see :func:`load_image`.
         count: how many; all of them where there are fewer.
 
     Returns:
-        (N, 3, H, W) uint8 in RGB. Images that cannot be decoded are left out, and named in the log.
+        The name of each image, and the image: (3, H, W) uint8 in RGB. Images that cannot be decoded
+        are left out, and named in the log.
 
     Raises:
         ValueError: ``count`` is not positive, there is no image, or none can be decoded.
@@ -231,12 +239,12 @@ def load_images(dataset: str, image_size: int | tuple[int, int], count: int) -> 
     loaded = []
     for index in np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int):
         try:
-            loaded.append(load_image(images[index], image_size))
+            loaded.append((str(images[index]), load_image(images[index], image_size)))
         except UndecodableImageError as error:
             logger.warning("Left out: %s", error)
     if not loaded:
         raise ValueError(f"{dataset}: none of the images looked at can be decoded")
-    return torch.stack(loaded)
+    return loaded
 
 
 class RandomCrops:

@@ -52,6 +52,16 @@ class Panels:
     psnr: Tensor
     loss: float
 
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """The pictures by their titles."""
+        return {
+            "original": self.original,
+            "masked": self.masked,
+            "prediction": self.predicted,
+            "with visible patches": self.pasted,
+        }
+
 
 def psnr(pictures: Tensor, others: Tensor, where: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of 8-bit pictures over some of their pixels.

@@ -318,3 +318,37 @@ def test_bytes_are_normalised_and_floats_are_not(kind):
     assert not [
         name for name in model.state_dict() if not name.startswith(("encoder.", "decoder."))
     ]
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("kind", [CrossMAE, MAE])
+def test_a_reconstruction_shows_every_patch_that_is_masked(kind, normalised):
+    model = make_model(kind, norm_pix_loss=normalised).eval()
+    images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+    noise = model.fixed_noise(images, seed=1)
+    assert torch.equal(noise, model.fixed_noise(images, seed=1))
+    assert not torch.equal(noise, model.fixed_noise(images, seed=2))
+    panels = model.reconstruct(images, noise)
+    assert torch.equal(panels.original, images)
+    mean_colour = model.denormalise(torch.zeros(1, 3, 1, 1))
+    visible = (panels.masked != mean_colour).any(1, keepdim=True)
+    # 6 of 24 patches of 16 pixels are visible; a random pixel is seldom of the mean colour.
+    assert visible.sum() == 2 * 6 * 16
+    assert torch.equal(panels.masked, torch.where(visible, images, mean_colour))
+    assert torch.equal(panels.pasted, torch.where(visible, images, panels.predicted))
+    assert torch.equal(panels.predicted, torch.where(visible, mean_colour, panels.predicted))
+
+    # The prediction itself, by the definition of a target.
+    result = model.predict(images, noise, prediction_ratio=0.75)
+    assert result.predicted.shape == (2, 18)
+    values = result.pred[1, 5]
+    row, column = divmod(result.predicted[1, 5].item(), 6)
+    cell = (1, slice(None), slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4))
+    if normalised:
+        pixels = model.normalise(images)[cell]
+        values = values * (pixels.var() + 1e-6).sqrt() + pixels.mean()
+    expected = model.denormalise(values.view(4, 4, 3).permute(2, 0, 1)[None])[0]
+    assert torch.equal(panels.predicted[cell], expected)
+    error = (panels.pasted.double() - images.double()).square().sum(dim=(1, 2, 3)) / (3 * 18 * 16)
+    torch.testing.assert_close(panels.psnr.double(), 10 * torch.log10(255**2 / error))
+    assert panels.loss == pytest.approx(((result.pred - result.target) ** 2).mean().item())

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from crossmae_det.pretraining.reconstruction import (
     Reconstruction,
     masked_images,
     pixels_to_targets,
+    psnr,
     reconstructed_images,
     targets_to_pixels,
 )
@@ -94,3 +97,15 @@ def test_masked_images_show_the_visible_patches():
             expected = patch_of(images[n], index)
             expected = expected if index in visible[n] else torch.zeros_like(expected)
             assert torch.equal(patch_of(result[n], index), expected)
+
+
+def test_psnr_counts_the_chosen_pixels_alone():
+    first = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    second = first.clone()
+    second[0, :, 0, 0] = 51  # a fifth of the range
+    second[0, :, 3, 3] = 255
+    where = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    where[:, :, 0, 0] = True
+    result = psnr(first, second, where)
+    assert result[0].item() == pytest.approx(20 * math.log10(5))
+    assert result[1].item() == math.inf
