@@ -23,6 +23,8 @@ train = dict(
         find_unused_parameters=False,
         fp16_compression=False,
     ),
+    # FSDP2: weights, gradients, optimizer in parts over the processes; for jobs without evaluation
+    fsdp=dict(enabled=False),
     checkpointer=dict(period="${crossmae.fraction:${train.max_iter},20,100}", max_to_keep=2),
     best_checkpoint=dict(metrics=["segm/AP", "bbox/AP"]),  # the first that the evaluation gives
     eval_period="${crossmae.fraction:${train.max_iter},20,500}",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from crossmae_det.checkpoint.files import read_checkpoint
 from crossmae_det.checkpoint.published import to_native
 from crossmae_det.checkpoint.report import Report
+from crossmae_det.checkpoint.sharded import distribute_like
 from crossmae_det.layers.position_embedding import resample_position_embedding
 from crossmae_det.layers.relative_position import resample_table
 from crossmae_det.modeling import ViT
@@ -86,7 +87,7 @@ def load(
     # Only now, when everything fits: a refused file leaves the model as it was.
     with torch.no_grad():
         for name, tensor in new.items():
-            target[name].copy_(tensor)
+            target[name].copy_(distribute_like(tensor, target[name]))
     return report
 
 

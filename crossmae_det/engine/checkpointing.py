@@ -9,6 +9,7 @@ from typing import Any
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 
 from crossmae_det.checkpoint import atomic_path, load, read_checkpoint, save_checkpoint
+from crossmae_det.checkpoint.sharded import gather
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ class Checkpointer(FvcoreCheckpointer):
     """
 
     def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
-        """Write ``name``.pth in the run's folder.
+        """Write ``name``.pth in the run's folder, from the process that writes; all take part.
 
         Args:
             name: file name without suffix.
@@ -31,10 +32,13 @@ class Checkpointer(FvcoreCheckpointer):
         Raises:
             OSError: the file cannot be written; the checkpoints before it are intact.
         """
-        if not self.save_dir or not self.save_to_disk:
+        if not self.save_dir:
             return
         data = {"model": self.model.state_dict()}
         data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
+        data = gather(data)
+        if not self.save_to_disk:
+            return
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         save_checkpoint(data | kwargs, path)

@@ -31,6 +31,7 @@ from crossmae_det.engine.hooks import (
     ModelEMA,
 )
 from crossmae_det.engine.setup import resolve_device, setup
+from crossmae_det.engine.sharding import check_config, shard
 from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, autocast
 
 logger = logging.getLogger(__name__)
@@ -111,18 +112,21 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
 def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
     """Train a model and evaluate it along the way; see :func:`run`."""
     options = cfg.train
+    if options.fsdp.enabled:
+        check_config(cfg)
     if options.compile.enabled:
         # In place: the names of the parameters, and so the checkpoints, stay as they are.
         model.get_submodule(options.compile.module).compile(backend=options.compile.backend)
-    optimizer = build_optimizer(cfg.optimizer, model)
     device = next(model.parameters()).device
     precision = amp_dtype(options, device)
     logger.info("Precision: %s", precision or "float32")
     ddp = dict(options.ddp)
     if device.type == "cpu":
         ddp["device_ids"] = None
+    parallel = shard(model) if options.fsdp.enabled else create_ddp_model(model, **ddp)
+    optimizer = build_optimizer(cfg.optimizer, model)
     trainer = Trainer(
-        create_ddp_model(model, **ddp),
+        parallel,
         instantiate(cfg.dataloader.train),
         optimizer,
         seed=options.seed,
@@ -148,7 +152,12 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
         return results
 
     main = comm.is_main_process()
-    periodic = hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer)
+    # In every process, since the parts of a model may be spread over them; one writes and deletes.
+    periodic = hooks.PeriodicCheckpointer(
+        checkpointer,
+        options.checkpointer.period,
+        max_to_keep=options.checkpointer.max_to_keep if main else None,
+    )
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
@@ -157,7 +166,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
             hooks.LRScheduler(
                 scheduler=LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), options.max_iter)
             ),
-            periodic if main else None,
+            periodic,
             Evaluation(options.eval_period, evaluate_now)
             if "evaluator" in cfg.dataloader
             else None,

@@ -13,7 +13,11 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from crossmae_det.engine.sharding import distribute_state
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +184,8 @@ class Trainer(SimpleTrainer):
 
     def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients once a batch, with its last part."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return contextlib.nullcontext()
@@ -205,7 +211,8 @@ class Trainer(SimpleTrainer):
 
     def _clip_gradient(self, batch: Any) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = total.full_tensor() if isinstance(total, DTensor) else total
         # fp16 overflows now and then by design: the scaler then skips the step and scales less.
         # Where a scale below 1 does not help, it is not the scale.
         if not self.grad_scaler.is_enabled() or self.grad_scaler.get_scale() < 1:
@@ -215,7 +222,7 @@ class Trainer(SimpleTrainer):
             )
         self.storage.put_scalar("grad_norm", norm.item())
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, total)
 
     def _stop_if(self, failed: Tensor, describe: Callable[[], str]) -> None:
         """Raise NonFiniteError on every process when any entry of ``failed`` is true on one of
@@ -240,7 +247,8 @@ class Trainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` gave; the next iteration is ``self.iter + 1``."""
-        super().load_state_dict(state_dict)
+        optimizer = distribute_state(self.optimizer, state_dict["optimizer"])
+        super().load_state_dict({**state_dict, "optimizer": optimizer})
         if state_dict["grad_scaler"]:  # empty where the run was not in fp16
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 

@@ -1,6 +1,8 @@
 """From images to a detector as a user goes: pretrain, kill, resume, look, fine-tune."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,3 +229,47 @@ def test_reconstruction_needs_a_decoder(repo, options, tmp_path):
         process
     )
     assert not (tmp_path / "look.png").exists()
+
+
+def test_a_model_in_parts_trains_as_a_whole_one_and_either_resumes_the_other(
+    repo, options, tmp_path
+):
+    arguments = [
+        *("--num-gpus", "2", "--dist-url", "auto"),
+        *("--config-file", "pretraining/crossmae_vit_b_800ep.py", "--resume", *options),
+        # The large epsilon keeps Adam from making steps of rounding errors.
+        *("optimizer.eps=0.001", "train.accumulation=2", "train.clip_grad.enabled=True"),
+    ]
+    process = call(repo, "lazyconfig_train_net.py", *arguments)
+    assert process.returncode == 0, process.stderr
+    # The second run continues the first one's from the middle.
+    shutil.copytree(tmp_path / "output", tmp_path / "parts")
+    (tmp_path / "parts" / "model_final.pth").unlink()
+    (tmp_path / "parts" / "last_checkpoint").write_text("model_0000003.pth")
+    parts = ["train.fsdp.enabled=True", f"train.output_dir={tmp_path}/parts"]
+    process = call(repo, "lazyconfig_train_net.py", *arguments, *parts)
+    assert process.returncode == 0, process.stderr
+    assert "Starting training from iteration 4" in process.stdout
+    here, whole = map(int, re.search(r"(\d+) of (\d+) parameters", process.stdout).groups())
+    assert 0.45 * whole < here < 0.55 * whole
+
+    expected, got = (
+        read_checkpoint(tmp_path / name / "model_final.pth") for name in ("output", "parts")
+    )
+    torch.testing.assert_close(got["model"], expected["model"], rtol=1e-5, atol=1e-5)
+    states = [checkpoint["trainer"]["optimizer"]["state"] for checkpoint in (got, expected)]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "parts" / "reconstructions" / "0000006.png").exists()
+    # The two iterations moved the weights by far more than that.
+    earlier = read_checkpoint(tmp_path / "output" / "model_0000003.pth")["model"]
+    name = "encoder.blocks.0.mlp.fc1.weight"
+    assert (earlier[name] - got["model"][name]).abs().max() > 1e-3
+
+
+def test_what_a_model_in_parts_cannot_do_is_refused(options, tiny_overrides):
+    for config, overrides, message in [
+        ("pretraining/crossmae_vit_b_800ep.py", [*options, "train.ema.enabled=True"], "train.ema"),
+        ("coco/mask_rcnn_crossmae_vit_b_100ep.py", tiny_overrides, "jobs without evaluation"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(get_config(config, [*overrides, "train.fsdp.enabled=True"]), TRAIN)
