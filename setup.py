@@ -64,6 +64,7 @@ setup(
         "tensorboard>=2.10",  # torch.utils.tensorboard writes with it
         "tqdm>=4.60",
         "webdataset>=0.2.86",
+        "scikit-learn>=1.2",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources
     ],
     extras_require={"dev": ["mypy", "pre-commit", "pytest>=7", "pytest-xdist", "ruff"]},

@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python",
     "hydra": "hydra-core",
+    "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
 

@@ -156,6 +156,17 @@ class MaskedAutoencoder(nn.Module):
         """The inverse of :meth:`normalise`: (N, 3, height, width) floats -> uint8 in RGB."""
         return (images * self.pixel_std + self.pixel_mean).round().clamp(0, 255).to(torch.uint8)
 
+    def features(self, images: Tensor) -> Tensor:
+        """One feature of each image: the mean of its patch tokens after the last block, unmasked.
+
+        Args:
+            images: (N, B, H * P, W * P), see :meth:`normalise`.
+
+        Returns:
+            (N, C).
+        """
+        return self.encoder.forward_tokens(self.normalise(images))[-1][:, 1:].mean(dim=1)
+
     def fixed_noise(self, images: Tensor, seed: int = 0) -> Tensor:
         """Noise that is the same in every call and on any device, for a masking to compare by.
 

@@ -352,3 +352,12 @@ def test_a_reconstruction_shows_every_patch_that_is_masked(kind, normalised):
     error = (panels.pasted.double() - images.double()).square().sum(dim=(1, 2, 3)) / (3 * 18 * 16)
     torch.testing.assert_close(panels.psnr.double(), 10 * torch.log10(255**2 / error))
     assert panels.loss == pytest.approx(((result.pred - result.target) ** 2).mean().item())
+
+
+@pytest.mark.parametrize("kind", [CrossMAE, MAE])
+def test_a_feature_is_the_mean_of_the_last_patch_tokens(kind):
+    model = make_model(kind)
+    images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+    tokens = model.encoder.forward_tokens(model.normalise(images))[-1]
+    expected = torch.stack([sum(image[1:]) / 24 for image in tokens])
+    torch.testing.assert_close(model.features(images), expected)

@@ -1,0 +1,5 @@
+"""Image classification on the trunk."""
+
+from crossmae_det.classification.knn import knn_accuracy, labelled_features
+
+__all__ = ["knn_accuracy", "labelled_features"]
