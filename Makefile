@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 PYTEST_ARGS :=
 
+TRUNK := output/demo_pretrain/model_final.pth
+PRETRAIN = $(RUN) tools/lazyconfig_train_net.py --config-file configs/demo/pretrain.py
+
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # Stands from the creation of the environment until its set-up has ended, well or in a reported
@@ -12,7 +15,7 @@ READY := $(VENV)/.ready
 UNFINISHED := $(VENV)/.unfinished
 CHECK_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("setup: Python 3.10 or newer is needed, and " + sys.executable + " is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.12")'
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo compare test lint format clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' Makefile
@@ -38,8 +41,17 @@ $(READY): setup.py $(wildcard requirements/*.txt) tools/setup_environment.py too
 	@$(RUN) tools/setup_environment.py
 	@touch $@
 
-demo: $(READY)  ## train and evaluate Mask R-CNN on the built-in data set, into output/demo
-	$(RUN) tools/lazyconfig_train_net.py --config-file configs/demo/mask_rcnn.py
+demo: $(READY)  ## pretrain on the built-in data set, then train and evaluate Mask R-CNN, into output/
+	$(PRETRAIN)
+	$(RUN) tools/lazyconfig_train_net.py --config-file configs/demo/mask_rcnn.py \
+	    train.init_checkpoint=$(TRUNK)
+
+compare: $(TRUNK)  ## AP from the demo's pretrained trunk beside AP from a random one, three seeds
+	$(RUN) tools/compare_trunks.py --config-file configs/demo/mask_rcnn.py --seeds 3 \
+	    --trunks pretrained=$(TRUNK) random= --output output/compare
+
+$(TRUNK): | $(READY)
+	$(PRETRAIN)
 
 test: lint  ## all checks: the linter, the type checker and the tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --durations=15 $(PYTEST_ARGS)

@@ -1,0 +1,47 @@
+"""The comparison of trunks as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+
+from crossmae_det.checkpoint import save_checkpoint
+from crossmae_det.modeling import ViT
+
+
+def test_a_comparison_trains_from_each_trunk_and_goes_on(repo, tiny_overrides, tmp_path):
+    trunk = ViT(64, 16, embed_dim=32, depth=4, num_heads=2)
+    save_checkpoint({"model": trunk.state_dict()}, tmp_path / "trunk.pth")
+    command = [
+        *(sys.executable, repo / "tools" / "compare_trunks.py", "--seeds", "1"),
+        *("--config-file", "coco/mask_rcnn_crossmae_vit_b_100ep.py"),
+        *("--trunks", f"given={tmp_path}/trunk.pth", "random=", "--output", tmp_path / "runs"),
+        *("--opts", *tiny_overrides, "train.max_iter=1", "train.pictures=null"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run():
+        return subprocess.run(
+            list(map(str, command)), env=environment, capture_output=True, text=True
+        )
+
+    # One of the runs is there already, as after a stop: it is not trained again.
+    done = tmp_path / "runs" / "random_seed0" / "inference"
+    done.mkdir(parents=True)
+    content = {"results": {"bbox": {"AP": 50.0}, "segm": {"AP": 40.0}}, "context": {}}
+    (done / "results.json").write_text(json.dumps(content))
+    process = run()
+    assert process.returncode == 2  # other metrics than those of the other runs
+    content["results"] = {task: {"AP": 50.0, "AP50": 60.0} for task in ("bbox", "segm")}
+    (done / "results.json").write_text(json.dumps(content))
+    process = run()
+    assert process.returncode == 0, process.stderr
+    log = (tmp_path / "runs" / "given_seed0" / "log.txt").read_text()
+    assert f"weights from {tmp_path}/trunk.pth" in log
+    comparison = json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    assert comparison["runs"]["random"] == [
+        {"box AP": 50.0, "box AP50": 60.0, "mask AP": 50.0, "mask AP50": 60.0}
+    ]
+    lead = comparison["summary"]["given"]["box AP"] - 50
+    assert comparison["summary"]["given"]["box AP lead"] == lead
+    assert f"{lead:+.1f} ± 0.0" in process.stdout

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Train one detector from different trunks, by one schedule, over several seeds; AP side by side.
+
+A comparison that was stopped goes on where it was, if it is started again with the same --output.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from crossmae_det.engine import run_tool
+from crossmae_det.evaluation.comparison import comparison_table, read_metrics, summarise
+from crossmae_det.visualization.files import write_json
+
+TRAIN = Path(__file__).with_name("lazyconfig_train_net.py")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="config of the detector")
+    parser.add_argument(
+        "--trunks",
+        nargs="+",
+        required=True,
+        metavar="NAME=CHECKPOINT",
+        help="where each starts from; nothing after the = is random weights; the last one is what"
+        " the others are compared to",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--output", required=True, help="folder for the runs and comparison.json")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="overrides of the config, for all runs"
+    )
+    args = parser.parse_args()
+    trunks = [trunk.partition("=")[::2] for trunk in args.trunks]
+    if args.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name, _ in trunks}
+    for seed in range(args.seeds):
+        for name, checkpoint in trunks:
+            folder = Path(args.output, f"{name}_seed{seed}")
+            results = folder / "inference" / "results.json"
+            if not results.exists():
+                command = [
+                    sys.executable,
+                    str(TRAIN),
+                    "--resume",
+                    "--config-file",
+                    args.config_file,
+                ]
+                options = [f"train.seed={seed}", f"train.output_dir='{folder}'"]
+                options += [f"train.init_checkpoint='{checkpoint}'", "train.eval_period=0"]
+                stop = subprocess.run([*command, *args.opts, *options]).returncode
+                if stop:
+                    sys.exit(stop)
+            runs[name].append(read_metrics(results))
+    write_json(Path(args.output, "comparison.json"), {"runs": runs, "summary": summarise(runs)})
+    print(f"AP after {args.config_file}, mean ± standard deviation over {args.seeds} seeds:")
+    print(comparison_table(runs))
+
+
+if __name__ == "__main__":
+    run_tool(main)
