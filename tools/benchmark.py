@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.config import instantiate
 
 from crossmae_det import benchmark
-from crossmae_det.engine import resolve_device, run_tool
+from crossmae_det.engine import keep_freed_memory, resolve_device, run_tool
 from crossmae_det.engine.job import build_optimizer
 from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.resolvers import image_set
@@ -84,6 +84,8 @@ def main() -> None:
     args = parse_arguments()
     # Refused before anything is measured.
     device = resolve_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training
     images = None if args.data is None else find_images(image_set(args.data))
     # The learning rate follows from the batch size.
     overrides = [f"dataloader.train.total_batch_size={args.batch_size}", *args.opts]

@@ -45,6 +45,7 @@ optimizer = L(torch.optim.AdamW)(
     ),
     betas=(0.9, 0.95),
     weight_decay=0.05,
+    fused=True,  # one pass over the weights; on CPUs the default takes eight
 )
 
 # 40 of 800 epochs of warm-up, then half a cosine from 1 to 0 over the other 760.

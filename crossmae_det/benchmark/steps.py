@@ -20,7 +20,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Timing(NamedTuple):
-    """Seconds of a step, and FLOP/s of the products measured right before it."""
+    """Seconds of a step, and FLOP/s of the products measured right before and after it (mean)."""
 
     seconds: float
     gemm_rate: float
@@ -107,10 +107,11 @@ def time_steps(
     gemm_rate = GemmRate(shapes, device, PRECISIONS[precision])
 
     def measure(step: Callable[[], None]) -> Timing:
-        rate = gemm_rate()
+        before = gemm_rate()
         start = timer()
         step()
-        return Timing(timer() - start, rate)
+        seconds = timer() - start
+        return Timing(seconds, (before + gemm_rate()) / 2)
 
     steps = [_prepare(candidate, batch_size, precision, device) for candidate in candidates]
     measured = interleaved([partial(measure, step) for step in steps], repeats, "training steps")
@@ -165,8 +166,8 @@ def step_section(comparison: StepComparison) -> Section:
             "Step: forward, backward and optimizer, of uint8 images; its GFLOPs are those of"
             " forward and backward, 2 FLOPs for each multiply-add.",
             f"Products of matrices in {comparison.precision}: {gemm.median / 1e9:.1f} GFLOP/s"
-            f" ({gemm.low / 1e9:.1f} to {gemm.high / 1e9:.1f}), measured before each step,"
-            f" the best of {ATTEMPTS} each of {', '.join(comparison.gemm_shapes)}.",
+            f" ({gemm.low / 1e9:.1f} to {gemm.high / 1e9:.1f}), measured before and after each"
+            f" step: {ATTEMPTS} each of {', '.join(comparison.gemm_shapes)}.",
             "Efficiency: the GFLOPs over that rate, over the time of the step.",
         ],
         values={

@@ -1,11 +1,13 @@
 """The one engine: lazy configs of every task, on one process or many."""
 
 from crossmae_det.engine.job import evaluate, run, train
+from crossmae_det.engine.memory import keep_freed_memory
 from crossmae_det.engine.setup import argument_parser, resolve_device, run_distributed, run_tool
 
 __all__ = [
     "argument_parser",
     "evaluate",
+    "keep_freed_memory",
     "resolve_device",
     "run",
     "run_distributed",

@@ -30,6 +30,7 @@ from crossmae_det.engine.hooks import (
     MetricCurves,
     ModelEMA,
 )
+from crossmae_det.engine.memory import keep_freed_memory
 from crossmae_det.engine.setup import resolve_device, setup
 from crossmae_det.engine.sharding import check_config, shard
 from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, autocast
@@ -55,7 +56,10 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
         NonFiniteError: a loss or the gradient was not finite.
     """
     cfg = setup(cfg, args)
-    model = instantiate(cfg.model).to(resolve_device(cfg.train.device))
+    device = resolve_device(cfg.train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    model = instantiate(cfg.model).to(device)
     if not args.eval_only:
         return train(cfg, model, resume=args.resume)
     if "evaluator" not in cfg.dataloader:

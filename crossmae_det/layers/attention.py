@@ -49,14 +49,12 @@ class Attention(nn.Module):
         Returns:
             (N, L, C).
         """
-        n, length, channels = x.shape
-        qkv = self.qkv(x).view(n, length, 3, self.num_heads, channels // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (_by_head(y, self.num_heads) for y in self.qkv(x).chunk(3, dim=-1))
         bias = None
         if self.use_rel_pos and grid is not None:
             bias = decomposed_bias(q, self.rel_pos_h, self.rel_pos_w, grid)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(n, length, channels))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -90,8 +88,12 @@ class CrossAttention(nn.Module):
         Returns:
             (N, Q, C).
         """
-        q = self.q(queries).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        kv = self.kv(memory).unflatten(-1, (2, self.num_heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        q = _by_head(self.q(queries), self.num_heads)
+        k, v = (_by_head(y, self.num_heads) for y in self.kv(memory).chunk(2, dim=-1))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def _by_head(x: Tensor, num_heads: int) -> Tensor:
+    """(N, L, C) -> (N, M, L, D)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
