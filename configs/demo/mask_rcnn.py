@@ -1,4 +1,4 @@
-"""Six minutes on two CPU cores: a small Mask R-CNN on the built-in shapes, from random weights."""
+"""Six to ten minutes on two CPU cores: a small Mask R-CNN on the built-in shapes."""
 
 from detectron2.config import LazyCall as L
 
