@@ -84,8 +84,7 @@ def main() -> None:
     args = parse_arguments()
     # Refused before anything is measured.
     device = resolve_device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as in training
+    keep_freed_memory(device)  # as in training
     images = None if args.data is None else find_images(image_set(args.data))
     # The learning rate follows from the batch size.
     overrides = [f"dataloader.train.total_batch_size={args.batch_size}", *args.opts]

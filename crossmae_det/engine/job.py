@@ -57,8 +57,7 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     """
     cfg = setup(cfg, args)
     device = resolve_device(cfg.train.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     model = instantiate(cfg.model).to(device)
     if not args.eval_only:
         return train(cfg, model, resume=args.resume)

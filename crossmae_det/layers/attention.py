@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from crossmae_det.layers.relative_position import decomposed_bias
 
 
+def by_head(x: Tensor, num_heads: int) -> Tensor:
+    """Divide the channels among the heads: (N, L, C) -> (N, M, L, D), without a copy."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with an optional decomposed relative position.
 
@@ -49,7 +54,7 @@ class Attention(nn.Module):
         Returns:
             (N, L, C).
         """
-        q, k, v = (_by_head(y, self.num_heads) for y in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (by_head(y, self.num_heads) for y in self.qkv(x).chunk(3, dim=-1))
         bias = None
         if self.use_rel_pos and grid is not None:
             bias = decomposed_bias(q, self.rel_pos_h, self.rel_pos_w, grid)
@@ -88,12 +93,7 @@ class CrossAttention(nn.Module):
         Returns:
             (N, Q, C).
         """
-        q = _by_head(self.q(queries), self.num_heads)
-        k, v = (_by_head(y, self.num_heads) for y in self.kv(memory).chunk(2, dim=-1))
+        q = by_head(self.q(queries), self.num_heads)
+        k, v = (by_head(y, self.num_heads) for y in self.kv(memory).chunk(2, dim=-1))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
-
-
-def _by_head(x: Tensor, num_heads: int) -> Tensor:
-    """(N, L, C) -> (N, M, L, D)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

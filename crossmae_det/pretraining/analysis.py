@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from crossmae_det.layers.attention import Attention
+from crossmae_det.layers.attention import Attention, by_head
 from crossmae_det.pretraining.autoencoder import MaskedAutoencoder
 from crossmae_det.pretraining.crossmae import CrossAttentionDecoder
 from crossmae_det.pretraining.mae import SelfAttentionDecoder
@@ -253,7 +253,7 @@ def _attention_received(qkv: Tensor, num_heads: int, queries: Tensor) -> Tensor:
     Returns:
         (N, T) probabilities; a row sums to 1.
     """
-    q, k, _ = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, _ = (by_head(part, num_heads) for part in qkv.chunk(3, dim=2))
     q = q.take_along_dim(queries[:, None, :, None], dim=2).flatten(0, 1)
     k = k.flatten(0, 1)
     # The weights are N M Q T numbers in all: gigabytes for large images.
