@@ -25,3 +25,4 @@ train.pictures.score_threshold = 0.5
 train.output_dir = "./output/overfit_coco"
 train.max_iter = 800
 train.eval_period = 0
+lr_multiplier.warmup_iters = 80

@@ -1,4 +1,4 @@
-"""Eight to twelve minutes on two CPU cores: CrossMAE of the demo's trunk on the built-in shapes."""
+"""Eleven minutes on two slow CPU cores: CrossMAE of the demo's trunk on the built-in shapes."""
 
 from ..pretraining.crossmae_vit_b_800ep import dataloader, lr_multiplier, model, optimizer, train
 
