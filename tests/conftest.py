@@ -6,6 +6,9 @@ from detectron2.utils.logger import _cached_log_stream, setup_logger
 
 from crossmae_det.data import shapes
 
+# Their assertions tell what was compared, as those of tests do.
+pytest.register_assert_rewrite("detections", "shorthand")
+
 REPO = Path(__file__).parents[1]
 
 

@@ -15,6 +15,7 @@ from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
 from detectron2.structures import BitMasks, Boxes, BoxMode, PolygonMasks
 from detectron2.utils.events import EventStorage
 from PIL import Image
+from shorthand import one_line, take
 
 from crossmae_det.data import (
     DetectionMapper,
@@ -66,11 +67,6 @@ def mapper(is_train=True, augmentations=None, **options):
         ]
     options = {"image_format": "RGB", "use_instance_mask": is_train} | options
     return DetectionMapper(is_train, augmentations=augmentations, **options)
-
-
-def take(iterable, count):
-    iterator = iter(iterable)
-    return [next(iterator) for _ in range(count)]
 
 
 def ids(batches):
@@ -184,12 +180,6 @@ def damage(record, kind):
         record["file_name"] += ".gone"
     else:
         record["width"] += 1
-
-
-def one_line(error):
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from shorthand import take
 
 from crossmae_det.sampling import ResumableLoader, UndecodableImageError
 
@@ -23,11 +24,6 @@ def load(item, entropy):
     if item == 7:
         raise UndecodableImageError("seven", "7.jpg")
     return torch.tensor([item, *entropy])
-
-
-def take(iterable, count):
-    iterator = iter(iterable)
-    return [next(iterator) for _ in range(count)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
