@@ -1,4 +1,4 @@
-"""Twenty minutes on two CPU cores: CrossMAE on CIFAR-10 in an image folder, patch 4 at 32x32.
+"""About twenty minutes on two CPU cores: CrossMAE on CIFAR-10 in an image folder, patch 4 at 32x32.
 
 Name the folder: ``dataloader.train.dataset.name=PATH``.
 """
