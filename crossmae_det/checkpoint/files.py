@@ -1,9 +1,6 @@
-"""Reading checkpoints without executing them, and writing files that are never half-written."""
+"""Writing files that are never half-written."""
 
 import os
-import pickle
-import zipfile
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,33 +50,3 @@ def save_checkpoint(data: Mapping[str, Any], path: str | Path) -> None:
         except RuntimeError as error:
             # torch's zip writer hides the system's reason (a full disk, say) behind its own.
             raise OSError(f"cannot write the checkpoint {path}: {error}") from error
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint; nothing in the file is executed.
-
-    Args:
-        path: a file written by ``torch.save``.
-
-    Returns:
-        What the file holds, on the CPU. Tensors stay on disk until they are used
-        (but for files from before torch 1.6).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, is damaged, or holds anything but tensors and plain values.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        mapped = zipfile.is_zipfile(path)
-        # Published training checkpoints hold their command line in a Namespace.
-        with torch.serialization.safe_globals([Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict of tensors")
-    return checkpoint

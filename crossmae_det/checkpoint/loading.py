@@ -1,254 +1,220 @@
 """Loading weights into a model: every tensor is accounted for, or nothing is changed.
 
-A file holds either the whole model that it is loaded into, or a trunk: a bare ViT (the keys of
-detectron2's ViT and of published MAE files), a pretraining model (``encoder.*``), or the trunk
-inside a detector (``backbone.net.*``). The trunk of any of these fits the trunk of any model.
+A file holds either the whole model that it is loaded into, or a trunk, in any layout that
+:mod:`~crossmae_det.checkpoint.published` knows: alone, in a pretraining model, or in a detector.
+The trunk of any of these fits the trunk of any model.
 """
 
-import contextlib
-import math
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from crossmae_det.checkpoint.files import read_checkpoint
-from crossmae_det.checkpoint.published import to_native
+from crossmae_det.checkpoint.inspection import describe_trunk
+from crossmae_det.checkpoint.mapped import release
+from crossmae_det.checkpoint.names import OLD_BUFFERS, TITLES
+from crossmae_det.checkpoint.parts import Parts
+from crossmae_det.checkpoint.published import Native, translate
+from crossmae_det.checkpoint.reading import extract_state_dict, read_checkpoint
 from crossmae_det.checkpoint.report import Report
+from crossmae_det.checkpoint.resizing import resized
 from crossmae_det.checkpoint.sharded import distribute_like
-from crossmae_det.layers.position_embedding import resample_position_embedding
-from crossmae_det.layers.relative_position import resample_table
 from crossmae_det.modeling import ViT
 
-# Where files of a whole model keep the trunk.
-TRUNK_PREFIXES = ("", "encoder.", "backbone.net.", "backbone.")
-# What a trunk's file may lack: the model starts it from its own initial values.
-RELATIVE_POSITION = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]$")
 # Layers of a detector that have a row for every class.
 CLASS_DEPENDENT = re.compile(r"roi_heads\.(box_predictor(s\.\d+)?|mask_head\.predictor)\.")
-# What a trunk's file may hold beyond the trunk: the class token where the model has none, and the
-# parts of pretraining and classification models that come after the trunk.
-MAY_BE_DROPPED = re.compile(
-    r"(cls_token$|mask_token$|decoder|dec_norms\.|wfm\.|norm\.|fc_norm\.|head\.)"
-)
 
 
-def load(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    whole: bool = False,
-    exact: bool = False,
-    weights: str = "model",
-) -> Report:
+def load(model: nn.Module, path: str | PathLike[str], **options: Any) -> Report:
     """Load a checkpoint into a model, strictly.
 
     The file's trunk is loaded into the model's trunk. From a file of the same kind of model (a
     detector into a detector), so is every other part of that name, but for the last layers where
     the classes are others. The rest of the model stays as it is and is listed as initialised, the
-    rest of the file is listed as dropped. Position embeddings and relative-position tables of
-    another size are resampled.
+    rest of the file is listed as dropped. Position embeddings, relative-position tables and patch
+    kernels of another size are resampled.
 
     Args:
         model: the model, in place. It must contain one ViT where the file is not the whole model's.
-        path: a file that :func:`read_checkpoint` reads; the weights may lie under "model".
+        path: what :func:`read_checkpoint` reads.
+        **options: see :func:`load_content`.
+
+    Returns:
+        What was loaded, resampled, initialised, dropped and unexpected.
+
+    Raises:
+        FileNotFoundError, OSError: the file is not there, or cannot be fetched.
+        ValueError: the file cannot be read, or something in it is missing, unexpected or of another
+            shape; the model is then unchanged.
+    """
+    return load_content(model, read_checkpoint(path), path, **options)
+
+
+def load_content(
+    model: nn.Module,
+    content: Mapping[str, Any],
+    path: str | PathLike[str],
+    *,
+    whole: bool = False,
+    exact: bool = False,
+    weights: str = "model",
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> Report:
+    """As :func:`load`, of what a file holds, for a caller that has read it.
+
+    Args:
+        model: the model, in place.
+        content: from :func:`read_checkpoint`.
+        path: of the file, for messages.
         whole: refuse a file that does not hold the whole model, as evaluation needs.
         exact: refuse to resample as well, as resuming needs.
         weights: "model", or "ema" for the averaged weights of a run.
-
-    Returns:
-        What was loaded, resampled, initialised and dropped.
-
-    Raises:
-        FileNotFoundError, ValueError: the file cannot be read, or something in it is missing,
-            unexpected or of another shape; the model is then unchanged.
+        allow_missing: patterns as of a shell (``*``, ``?``, ``[...]``) of names in the model that
+            the file may lack; they are listed as initialised.
+        allow_unexpected: patterns of names in the file that may have no place in the model.
     """
-    target = model.state_dict()
-    state = _native_names(extract_state_dict(read_checkpoint(path), path, weights), target)
-    trunks = _trunks(model)
-    report = Report(str(path))
-    same_names = set(state) == set(target)
-    if whole and not same_names:
-        raise ValueError(_difference(state, target, path))
-    if whole or (same_names and len(trunks) != 1):
-        names = {name: name for name in state}
-    else:
-        names = _match_parts(model, state, report)
-    grids = _position_grids(model)
-    new = {}
-    for name, source in names.items():
-        grid = grids.get(name)
-        new[name] = _fit(source, state[source], target[name], grid, path, exact)
-        resampled = new[name].shape != state[source].shape
-        (report.resampled if resampled else report.loaded).append(name)
+    state = extract_state_dict(content, path, weights)
+    plan = _Plan(model, path, allow_missing, allow_unexpected)
+    new = plan.match(state, whole=whole, exact=exact)
     # Only now, when everything fits: a refused file leaves the model as it was.
     with torch.no_grad():
         for name, tensor in new.items():
-            target[name].copy_(distribute_like(tensor, target[name]))
-    return report
+            plan.target[name].copy_(distribute_like(tensor, plan.target[name]))
+            release(tensor)
+    return plan.report
 
 
-def extract_state_dict(
-    checkpoint: Mapping[str, Any], path: str | Path, weights: str = "model"
-) -> dict[str, Tensor]:
-    """The weights in what a checkpoint file holds.
-
-    Args:
-        checkpoint: what the file holds.
-        path: the file, for messages.
-        weights: "model" for what is under that name, or else for the file itself; "ema" for the
-            averaged weights of a run.
-
-    Raises:
-        ValueError: there are none, or something else than tensors.
-    """
-    if weights == "ema":
-        if "ema" not in checkpoint:
-            raise ValueError(
-                f"{path} holds no averaged weights; the run had train.ema.enabled=False"
-            )
-        averaged = checkpoint["ema"].items()
-        state = {key.removeprefix("module."): v for key, v in averaged if key != "n_averaged"}
-    else:
-        state = checkpoint.get("model", checkpoint)
-    if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} holds no weights, neither under 'model' nor at its top level")
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: entry '{name}' is a {type(value).__name__}, not a tensor")
-    return dict(state)
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name is one of those that patterns as of a shell stand for."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _native_names(state: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by the names here, where a published file goes into a pretraining model."""
-    if "patch_embed.proj.weight" in state and "encoder.patch_embed.proj.weight" in target:
-        with contextlib.suppress(ValueError):  # a classifier's file, say: its trunk will do
-            return to_native(state)
-    return state
+class _Plan:
+    """Which tensor of a file goes where in a model; for the arguments see :func:`load_content`."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str | PathLike[str],
+        allow_missing: Sequence[str],
+        allow_unexpected: Sequence[str],
+    ):
+        self.path = path
+        self.target: dict[str, Tensor] = model.state_dict()
+        self.trunks = [
+            f"{name}." if name else ""
+            for name, module in model.named_modules()
+            if isinstance(module, ViT)
+        ]
+        # (H, W) in patches of every table of positions, of a trunk or of a decoder, by its name.
+        self.grids: dict[str, tuple[int, int]] = {
+            f"{name}.pos_embed".lstrip("."): module.pos_grid
+            for name, module in model.named_modules()
+            if hasattr(module, "pos_grid")
+        }
+        self.allow_missing = allow_missing
+        self.allow_unexpected = allow_unexpected
+        self.report = Report(str(path))
 
-def _position_grids(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(H, W) in patches of every table of positions, of a trunk or of a decoder, by its name."""
-    return {
-        f"{name}.pos_embed".lstrip("."): module.pos_grid
-        for name, module in model.named_modules()
-        if hasattr(module, "pos_grid")
-    }
-
-
-def _trunks(model: nn.Module) -> dict[str, ViT]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, ViT)}
-
-
-def _match_parts(model: nn.Module, state: dict[str, Tensor], report: Report) -> dict[str, str]:
-    """Names in the model -> names in the file; lists what is dropped and initialised."""
-    path = report.path
-    trunks = _trunks(model)
-    whole_target = model.state_dict()
-    source_prefix = next(
-        (prefix for prefix in TRUNK_PREFIXES if f"{prefix}patch_embed.proj.weight" in state), None
-    )
-    if len(trunks) != 1 or source_prefix is None:
-        raise ValueError(_difference(state, whole_target, path))
-    ((trunk_name, trunk),) = trunks.items()
-    prefix = f"{trunk_name}." if trunk_name else ""
-    target = trunk.state_dict()
-
-    # CrossMAE's decoder and MAE's share names, but not what they stand for: all of it or nothing.
-    same_kind = source_prefix == prefix and _decoder(state) in (_decoder(whole_target), set())
-
-    names = {}
-    for source, tensor in state.items():
-        inside = source.removeprefix(source_prefix) if source.startswith(source_prefix) else None
-        if inside in target:
-            names[prefix + inside] = source
-        elif inside is None:
-            # Beside the trunk: of use where the model is of the same kind.
-            same_part = same_kind and source in whole_target
-            if same_part and not _other_classes(source, tensor, whole_target[source]):
-                names[source] = source
+    def match(self, state: dict[str, Tensor], *, whole: bool, exact: bool) -> dict[str, Tensor]:
+        """The new value of every tensor of the model that the file has one for, in its shape."""
+        native = self._translate(state)
+        self.report.layout = TITLES.get(native.layout, native.layout)
+        self.report.unexpected = native.unexpected
+        parts = None
+        if native.layout in TITLES:
+            parts = Parts.of(native.tensors, native.trunk, self.target, self.trunks[0])
+        sources: dict[str, str] = {}  # name in the model -> native name
+        other_classes = set()
+        for name, tensor in native.tensors.items():
+            place = name if parts is None else parts.place(name)
+            theirs = native.sources[name]
+            if place in self.target:
+                other_shape = tensor.shape != self.target[place].shape
+                if CLASS_DEPENDENT.match(place) and other_shape and not whole:
+                    other_classes.add(place)
+                    self.report.dropped.append(theirs)
+                else:
+                    sources[place] = name
+            elif OLD_BUFFERS.match(name) or (
+                parts is not None and parts.may_be_dropped(name) and not whole
+            ):
+                self.report.dropped.append(theirs)
+            elif matches(theirs, self.allow_unexpected):
+                self.report.unexpected.append(theirs)
             else:
-                report.dropped.append(source)
-        elif MAY_BE_DROPPED.match(inside):
-            report.dropped.append(source)
-        else:
-            raise ValueError(f"{path}: the trunk has no place for '{source}' {tuple(tensor.shape)}")
-    for name in whole_target:
-        if name in names:
-            continue
-        inside = name.removeprefix(prefix) if name.startswith(prefix) else None
-        if inside in target and not RELATIVE_POSITION.match(inside):
+                raise self._refusal(
+                    native,
+                    f"the model has no place for '{theirs}' {tuple(tensor.shape)}",
+                    f"--allow-unexpected '{theirs}' leaves it out",
+                )
+        for name, tensor in self.target.items():
+            if name in sources:
+                continue
+            usual = parts is not None and parts.may_be_missing(name) and not whole
+            if not (usual or name in other_classes or matches(name, self.allow_missing)):
+                raise self._refusal(
+                    native,
+                    f"the file has nothing for '{name}' {tuple(tensor.shape)} of the model",
+                    "take the checkpoint of a whole model"
+                    if whole
+                    else f"--allow-missing '{name}' keeps its initial values",
+                )
+            self.report.initialised.append(name)
+        return {name: self._fit(native, name, source, exact) for name, source in sources.items()}
+
+    def _translate(self, state: dict[str, Tensor]) -> Native:
+        """The file under native names; as it is where its names are the model's."""
+        if state.keys() == self.target.keys():
+            return Native("this model", state, {name: name for name in state})
+        if len(self.trunks) != 1:
+            first = min(state.keys() ^ self.target.keys())
             raise ValueError(
-                f"{path}: the file has no '{source_prefix}{inside}'"
-                f" for the trunk's {tuple(target[inside].shape)}"
+                f"{self.path} does not hold this model (only one of them has '{first}'), and the"
+                f" model has {len(self.trunks)} plain ViTs to take a trunk, not one"
             )
-        report.initialised.append(name)
-    return names
+        try:
+            return translate(state, lambda name: matches(name, self.allow_unexpected))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
+    def _fit(self, native: Native, name: str, source: str, exact: bool) -> Tensor:
+        """A tensor of the file in the shape of the model's, and an entry in the report."""
+        tensor, target = native.tensors[source].detach(), self.target[name]
+        new = None
+        if tensor.is_floating_point() == target.is_floating_point() and not tensor.is_complex():
+            new = resized(name, tensor, target, self.grids.get(name))
+        if new is None or (exact and new is not tensor):
+            kind = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
+            raise self._refusal(
+                native,
+                f"'{native.sources[source]}' is {tuple(tensor.shape)}{kind} in the file and"
+                f" {tuple(target.shape)} in the model",
+                "take a checkpoint of this model",
+            )
+        if new is tensor:
+            self.report.loaded.append(name)
+        else:
+            self.report.resampled.append(name)
+            self.report.shapes[name] = (tuple(tensor.shape), tuple(target.shape))
+        return new
 
-def _decoder(state: Mapping[str, Tensor]) -> set[str]:
-    return {name for name in state if name.startswith("decoder.")}
-
-
-def _other_classes(name: str, tensor: Tensor, target: Tensor) -> bool:
-    return CLASS_DEPENDENT.match(name) is not None and tensor.shape != target.shape
-
-
-def _fit(
-    name: str,
-    tensor: Tensor,
-    target: Tensor,
-    grid: tuple[int, int] | None,
-    path: str | Path,
-    exact: bool,
-) -> Tensor:
-    """The tensor in the shape of ``target``: as it is, or a position table resampled.
-
-    Args:
-        name: of the tensor in the file.
-        tensor: of the file.
-        target: of the model.
-        grid: (H, W) in patches where the tensor is a position embedding, else None.
-        path: of the file.
-        exact: refuse to resample.
-    """
-    if tensor.shape == target.shape:
-        return tensor
-    channels_fit = tensor.ndim == target.ndim and tensor.shape[-1] == target.shape[-1]
-    may_resample = channels_fit and not exact
-    if may_resample and RELATIVE_POSITION.search(name):
-        return resample_table(tensor.float(), (len(target) + 1) // 2)
-    if may_resample and grid is not None:
-        side = math.isqrt(tensor.shape[1] - 1)
-        if side * side == tensor.shape[1] - 1:
-            return resample_position_embedding(tensor.float(), (side, side), grid)
-        raise ValueError(
-            f"{path}: '{name}' {tuple(tensor.shape)} is not that of a square grid with a class"
-            f" token; the model has {tuple(target.shape)}"
+    def _refusal(self, native: Native, problem: str, advice: str) -> ValueError:
+        """One line: the file and what it was taken for, the first problem, and what would do."""
+        taken_for = TITLES.get(native.layout)
+        if taken_for:
+            theirs = describe_trunk(native.tensors, native.trunk)
+            ours = describe_trunk(self.target, self.trunks[0])
+            if theirs != ours:
+                advice = (
+                    f"the file's trunk is {theirs} and the model's {ours}: make the model of that"
+                    " size, or take a checkpoint of the model's"
+                )
+        return ValueError(
+            f"{self.path}{f' (taken for: {taken_for})' if taken_for else ''}: {problem}; {advice}"
         )
-    raise ValueError(
-        f"{path}: '{name}' is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the"
-        " model; take a model of the checkpoint's size, or its checkpoint"
-    )
-
-
-def _difference(state: Mapping[str, Tensor], target: Mapping[str, Tensor], path: str | Path) -> str:
-    """One line on how the keys of a file differ from those of a model."""
-    missing = sorted(set(target) - set(state))
-    unexpected = sorted(set(state) - set(target))
-    parts_there = {name.partition(".")[0] for name in state}
-    parts_missing = {name.partition(".")[0] for name in missing}
-    if not unexpected and not parts_missing & parts_there:
-        return (
-            f"{path} has no weights of the {' and the '.join(sorted(parts_missing))}: take the"
-            " checkpoint of a whole model"
-        )
-    parts = [
-        f"{len(names)} {what} (first: '{names[0]}')"
-        for names, what in ((missing, "tensors of the model missing"), (unexpected, "unexpected"))
-        if names
-    ]
-    return f"{path} does not hold this model: {', '.join(parts)}"

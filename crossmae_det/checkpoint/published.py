@@ -1,105 +1,259 @@
-"""Key maps between published pretraining files and this project's pretraining models.
+"""Checkpoints of others under the names here, and ours under theirs.
 
-Only names change: a tensor is handed on as it is, so a round trip is exact.
+The native layout is ``encoder.*`` and ``decoder.*`` for pretraining models and for trunks, and
+``backbone.*`` and the parts of detectron2 for detectors. The final norm of a ViT, which the trunk
+has not, is ``decoder.encoder_norm`` as in MAE; a classifier's ``fc_norm`` and ``head`` keep their
+names. Numbers are never changed, so a round trip is exact.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-# Published name -> native name. A name that ends in a dot stands for everything below it.
-TRUNK = {
-    "cls_token": "encoder.cls_token",
-    "pos_embed": "encoder.pos_embed",
-    "patch_embed.": "encoder.patch_embed.",
-    "blocks.": "encoder.blocks.",
-}
-DECODER = {
-    "mask_token": "decoder.mask_token",
-    "decoder_pos_embed": "decoder.pos_embed",
-    # Below it both have the same names: norm1, cross_attn.q|kv|proj (CrossMAE) or attn.qkv|proj
-    # (MAE), norm2, mlp.fc1|fc2; the ablation's self_norm and self_attn are passed on likewise.
-    "decoder_blocks.": "decoder.blocks.",
-    "decoder_norm.": "decoder.norm.",
-    "decoder_pred.": "decoder.pred.",
-}
-FORMATS = {
-    "crossmae": {
-        **TRUNK,
-        **DECODER,
-        "dec_norms.": "decoder.feature_norms.",
-        "wfm.linear.weight": "decoder.feature_weights",
-    },
-    "mae": {
-        **TRUNK,
-        **DECODER,
-        # The final norm of MAE's encoder: the trunk has none.
-        "norm.": "decoder.encoder_norm.",
-        "decoder_embed.": "decoder.embed.",
-    },
-}
+from crossmae_det.checkpoint.names import (
+    FORMATS,
+    HUGGINGFACE_BLOCK,
+    OTHER_KINDS,
+    RELATIVE_POSITION,
+    TITLES,
+    TRUNK,
+    TRUNK_PREFIXES,
+    rename,
+    rename_block,
+)
+from crossmae_det.checkpoint.structure import (
+    gather_final_norm,
+    join_queries,
+    split_queries,
+    spread_final_norm,
+    with_class_row,
+)
+
+Allowed = Callable[[str], bool]
 
 
-def to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a published file to the keys of CrossMAE and MAE here.
+@dataclass
+class Native:
+    """Weights under native names.
 
-    The format is recognised from the keys: CrossMAE's, or MAE's; of either also the encoder alone.
+    Attributes:
+        layout: the layout that the names were recognised as, a key of :data:`TITLES`.
+        tensors: by native name.
+        sources: native name -> name in the file.
+        unexpected: names in the file that have no place, and were allowed to.
+    """
 
-    Args:
-        state_dict: published weights: what such a file holds under "model".
+    layout: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
 
-    Returns:
-        The same tensors as ``encoder.*`` and ``decoder.*``.
+    @property
+    def trunk(self) -> str:
+        """The prefix of the trunk's names."""
+        return trunk_prefix(self.tensors)
+
+
+def trunk_prefix(native: Mapping[str, Tensor]) -> str:
+    """The native prefix of the trunk's names.
 
     Raises:
-        ValueError: the keys are those of no known format.
+        ValueError: there is no trunk.
     """
-    if "patch_embed.proj.weight" not in state_dict:
-        raise ValueError(
-            f"no published {' or '.join(FORMATS)} checkpoint: it has no patch embedding"
-        )
-    strangers = []
-    for names in FORMATS.values():
-        renamed = {key: _rename(key, names) for key in state_dict}
-        unknown = [key for key, new in renamed.items() if new is None]
-        if not unknown:
-            return {new: state_dict[key] for key, new in renamed.items() if new is not None}
-        strangers.append(unknown)
-    # The format that comes nearest tells best what is wrong.
-    stranger = min(strangers, key=len)[0]
+    for prefix in TRUNK_PREFIXES:
+        if f"{prefix}patch_embed.proj.weight" in native:
+            return prefix
+    raise ValueError("it has no patch embedding")
+
+
+def recognise(state_dict: Mapping[str, Tensor]) -> str:
+    """The layout of a checkpoint, from its keys: a key of :data:`TITLES`.
+
+    Raises:
+        ValueError: it is none that is known.
+    """
+    if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state_dict):
+        return "huggingface"
+    if "encoder.patch_embed.proj.weight" in state_dict:
+        return "native"
+    if any(f"{prefix}patch_embed.proj.weight" in state_dict for prefix in TRUNK_PREFIXES):
+        return "vitdet"
+    if "patch_embed.proj.weight" in state_dict:
+        if any(key.startswith("decoder_blocks.") for key in state_dict):
+            cross = any(".cross_attn." in key for key in state_dict)
+            return "crossmae" if cross else "mae"
+        return "timm"
+    first = next(iter(state_dict), "")
     raise ValueError(
-        f"no published {' or '.join(FORMATS)} checkpoint: neither has a place for '{stranger}'"
+        f"no checkpoint of a plain ViT: it has no patch embedding (its first name is '{first}');"
+        f" known are {', '.join(TITLES.values())}"
     )
 
 
-def to_published(state_dict: Mapping[str, Tensor], format: str) -> dict[str, Tensor]:
-    """Rename the weights of a CrossMAE or MAE model to the keys of the published files.
+def to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename weights to the native keys, whatever their layout.
 
     Args:
-        state_dict: weights of a pretraining model: ``encoder.*``, with or without ``decoder.*``.
-        format: "crossmae" or "mae".
+        state_dict: weights in any layout of :data:`TITLES`.
 
     Returns:
-        The same tensors under published keys: what such a file holds under "model".
+        The same numbers under native keys. Where a layout has three tensors for one, they are
+        joined; a position embedding without a row for the class token gets one, of zeros.
+
+    Raises:
+        ValueError: the keys are those of no known layout, or one has no place here.
+    """
+    return translate(state_dict).tensors
+
+
+def translate(state_dict: Mapping[str, Tensor], allowed: Allowed = lambda key: False) -> Native:
+    """As :func:`to_native`, and with what became of every name.
+
+    Args:
+        state_dict: weights in any layout of :data:`TITLES`.
+        allowed: tells of a name that it may be left out where it has no place.
+
+    Raises:
+        ValueError: see :func:`to_native`.
+    """
+    native = Native(recognise(state_dict))
+    tensors = dict(state_dict)
+    if native.layout == "huggingface":
+        tensors = join_queries(tensors)
+    for key, tensor in tensors.items():
+        reason = None
+        if native.layout in ("native", "vitdet"):
+            new: str | None = key
+        elif native.layout == "huggingface":
+            new = rename_block(key, FORMATS["huggingface"], HUGGINGFACE_BLOCK)
+        else:
+            new = rename(key, FORMATS[native.layout])
+            reason = next((kind for name, kind in OTHER_KINDS.items() if re.match(name, key)), None)
+        if new is not None and reason is None:
+            native.tensors[new] = tensor
+            native.sources[new] = key
+        elif allowed(key):
+            native.unexpected.append(key)
+        else:
+            kind = f": it is a ViT with {reason}" if reason else ""
+            raise ValueError(
+                f"taken for {TITLES[native.layout]}, which has no place for '{key}'"
+                f" {tuple(tensor.shape)} here{kind}; --allow-unexpected '{key}' leaves it out"
+            )
+    if native.layout == "crossmae":
+        spread_final_norm(native.tensors, native.sources)
+    if native.layout in ("timm", "huggingface") and "encoder.cls_token" not in native.tensors:
+        position = native.tensors.get("encoder.pos_embed")
+        if position is not None:
+            native.tensors["encoder.pos_embed"] = with_class_row(position)
+    return native
+
+
+def to_published(state_dict: Mapping[str, Tensor], format: str) -> dict[str, Tensor]:
+    """Rename the weights of a native model to the keys of others.
+
+    Args:
+        state_dict: weights under native keys: of a pretraining model, a trunk or a detector.
+        format: "crossmae", "mae", "timm", "huggingface" or "vitdet".
+
+    Returns:
+        The same numbers under the keys of that layout. What it has no place for by its nature is
+        left out: a decoder from timm's, what is beside the trunk from a detector.
 
     Raises:
         ValueError: there is no such format, or it has no place for a key.
     """
-    if format not in FORMATS:
-        raise ValueError(f"there is no checkpoint format '{format}'; take {' or '.join(FORMATS)}")
-    names = {native: published for published, native in FORMATS[format].items()}
+    return export(state_dict, format)[0]
+
+
+def export(
+    state_dict: Mapping[str, Tensor],
+    format: str,
+    allowed: Allowed = lambda key: False,
+    may_lack: Allowed = lambda key: False,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """As :func:`to_published`, and the native names of what was left out.
+
+    Args:
+        state_dict: weights under native keys.
+        format: see :func:`to_published`; "published" is "crossmae" or "mae", by the decoder, and
+            "timm", whose names MAE has for these, of a classifier; "native" leaves all as it is.
+        allowed: tells of a native name that it may be left out where it has no place.
+        may_lack: tells of a native name that the layout needs that it may be missing.
+    """
+    if format == "published":
+        format = _published_format(state_dict)
+    if format not in TITLES:
+        raise ValueError(
+            f"there is no checkpoint format '{format}'; take {', '.join([*TITLES, 'published'])}"
+        )
+    prefix = trunk_prefix(state_dict)
+    if format == "native" or (format == "vitdet" and prefix != "encoder."):
+        return dict(state_dict), []
+    state, dropped = _trunk_and_decoder(state_dict, prefix)
+    token = "encoder.cls_token"
+    if format in ("crossmae", "mae", "huggingface") and not (token in state or may_lack(token)):
+        raise ValueError(
+            f"the format {format} needs '{token}', and there is none; take timm, or leave it out"
+            f" with --allow-missing '{token}'"
+        )
+    if format == "timm" and token not in state:
+        state["encoder.pos_embed"] = state["encoder.pos_embed"][:, 1:]
+    if format == "crossmae":
+        state = gather_final_norm(state)
+    if format == "vitdet":
+        names = {f"backbone.net.{name}": native for name, native in TRUNK.items()}
+        del names["backbone.net.cls_token"]  # map mode has none
+    else:
+        names = FORMATS[format]
+    inverse = {native: published for published, native in names.items()}
+    if format == "huggingface":
+        inside = {native: published for published, native in HUGGINGFACE_BLOCK.items()}
     result = {}
-    for key, tensor in state_dict.items():
-        new = _rename(key, names)
-        if new is None:
-            raise ValueError(f"the format {format} has no place for '{key}'")
-        result[new] = tensor
-    return result
+    for key, tensor in state.items():
+        if format == "huggingface":
+            new = rename_block(key, inverse, inside)
+        else:
+            new = rename(key, inverse)
+        if RELATIVE_POSITION.search(key) and format != "vitdet":
+            new = None
+        if new is not None:
+            result[new] = tensor
+        elif allowed(key) or _has_no_decoder(format, state, key):
+            dropped.append(key)
+        else:
+            raise ValueError(
+                f"the format {format} has no place for '{key}' {tuple(tensor.shape)};"
+                f" --allow-unexpected '{key}' leaves it out"
+            )
+    return split_queries(result) if format == "huggingface" else result, dropped
 
 
-def _rename(key: str, names: Mapping[str, str]) -> str | None:
-    """The new name of a key, None when it has none."""
-    for old, new in names.items():
-        if key == old or (old.endswith(".") and key.startswith(old)):
-            return new + key.removeprefix(old)
-    return None
+def _published_format(state_dict: Mapping[str, Tensor]) -> str:
+    if "decoder.feature_weights" in state_dict:
+        return "crossmae"
+    return "timm" if any(key.startswith("head.") for key in state_dict) else "mae"
+
+
+def _trunk_and_decoder(
+    state_dict: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The parts of a pretraining model or a classifier; of a detector, its trunk."""
+    if prefix == "encoder.":
+        return dict(state_dict), []
+    trunk = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+    # A bare backbone has its pyramid below the same prefix.
+    inside = {f"encoder.{key.removeprefix(prefix)}": value for key, value in trunk.items()}
+    kept = {key: value for key, value in inside.items() if not key.startswith("encoder.simfp_")}
+    return kept, [key for key in state_dict if key not in trunk]
+
+
+def _has_no_decoder(format: str, state: Mapping[str, Tensor], key: str) -> bool:
+    """Whether a key is left out of a format as a matter of course."""
+    if format == "vitdet":
+        return not key.startswith("encoder.") or key == "encoder.cls_token"
+    is_crossmae = "decoder.feature_weights" in state
+    has_none = format == "timm" or (format == "huggingface" and is_crossmae)
+    return has_none and key.startswith("decoder.")

@@ -2,9 +2,16 @@
 
 from crossmae_det.engine.job import evaluate, run, train
 from crossmae_det.engine.memory import keep_freed_memory
-from crossmae_det.engine.setup import argument_parser, resolve_device, run_distributed, run_tool
+from crossmae_det.engine.setup import (
+    add_loading_arguments,
+    argument_parser,
+    resolve_device,
+    run_distributed,
+    run_tool,
+)
 
 __all__ = [
+    "add_loading_arguments",
     "argument_parser",
     "evaluate",
     "keep_freed_memory",

@@ -8,7 +8,7 @@ from typing import Any
 
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 
-from crossmae_det.checkpoint import atomic_path, load, read_checkpoint, save_checkpoint
+from crossmae_det.checkpoint import atomic_path, load_content, read_checkpoint, save_checkpoint
 from crossmae_det.checkpoint.sharded import gather
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class Checkpointer(FvcoreCheckpointer):
             FileNotFoundError, ValueError: it is missing, damaged, or of another model.
         """
         path = self.get_checkpoint_file()
-        load(self.model, path, whole=True, exact=True)
         checkpoint = read_checkpoint(path)
+        load_content(self.model, checkpoint, path, whole=True, exact=True)
         for key, item in self.checkpointables.items():
             if key not in checkpoint:
                 raise ValueError(

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ from crossmae_det.engine.memory import keep_freed_memory
 from crossmae_det.engine.setup import resolve_device, setup
 from crossmae_det.engine.sharding import check_config, shard
 from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, autocast
+from crossmae_det.visualization.files import write_json
 
 logger = logging.getLogger(__name__)
 
+REPORT = "init_checkpoint.json"  # what became of every tensor of train.init_checkpoint
 EMA_FOLDER = "inference_ema"  # beside "inference", which has the evaluation of the raw weights
 
 
@@ -45,7 +48,8 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
 
     Args:
         cfg: the five keys, overrides applied.
-        args: ``eval_only`` and ``resume`` of detectron2's argument parser.
+        args: ``eval_only`` and ``resume`` of detectron2's argument parser, and where they are given
+            ``allow_missing`` and ``allow_unexpected``: see :func:`crossmae_det.checkpoint.load`.
 
     Returns:
         The results of the last evaluation; empty where there was none, and in all processes but the
@@ -59,17 +63,18 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     device = resolve_device(cfg.train.device)
     keep_freed_memory(device)
     model = instantiate(cfg.model).to(device)
+    allowed = {name: getattr(args, name, ()) for name in ("allow_missing", "allow_unexpected")}
     if not args.eval_only:
-        return train(cfg, model, resume=args.resume)
+        return train(cfg, model, resume=args.resume, allowed=allowed)
     if "evaluator" not in cfg.dataloader:
         raise ValueError("--eval-only: the config has no dataloader.evaluator to evaluate with")
     if not cfg.train.init_checkpoint:
         raise ValueError("--eval-only needs weights: add train.init_checkpoint=PATH")
     checkpoint = cfg.train.init_checkpoint
-    logger.info(load(model, checkpoint, whole=True))
+    logger.info(load(model, checkpoint, whole=True, **allowed))
     results = evaluate(cfg, model, checkpoint=checkpoint)
     if cfg.train.ema.enabled:
-        load(model, checkpoint, whole=True, weights="ema")
+        load(model, checkpoint, whole=True, weights="ema", **allowed)
         if averaged := evaluate(cfg, model, name=EMA_FOLDER, checkpoint=checkpoint):
             results["ema"] = averaged
     return results
@@ -112,7 +117,9 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
+def train(
+    cfg: DictConfig, model: nn.Module, *, resume: bool, allowed: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     """Train a model and evaluate it along the way; see :func:`run`."""
     options = cfg.train
     if options.fsdp.enabled:
@@ -196,7 +203,10 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> dict[str, Any]:
         if resume:
             logger.warning("%s has no checkpoint to resume from: starting anew", options.output_dir)
         if options.init_checkpoint:
-            logger.info(load(model, options.init_checkpoint))
+            report = load(model, options.init_checkpoint, **allowed)
+            logger.info(report)
+            if main:
+                write_json(os.path.join(options.output_dir, REPORT), report.to_dict(), indent=2)
         start_iter = 0
     try:
         trainer.train(start_iter, options.max_iter)

@@ -31,10 +31,26 @@ BAD_INPUT = 2
 
 
 def argument_parser(description: str) -> ArgumentParser:
-    """detectron2's arguments for training and evaluation tools."""
+    """detectron2's arguments for training and evaluation tools, and what weights may lack."""
     parser = default_argument_parser()
     parser.description = description
+    add_loading_arguments(parser)
     return parser
+
+
+def add_loading_arguments(parser: ArgumentParser) -> None:
+    """What a user knows about weights that would be refused."""
+    for name, what in (
+        ("missing", "names in the model that the checkpoint may lack"),
+        ("unexpected", "names in the checkpoint that may have no place in the model"),
+    ):
+        parser.add_argument(
+            f"--allow-{name}",
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help=f"{what}, with * and ? as in a shell; may be given several times",
+        )
 
 
 def run_tool(main: Callable[[], Any]) -> None:

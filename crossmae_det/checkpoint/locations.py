@@ -1,0 +1,124 @@
+"""From what a user names to files on this machine: files, folders, URLs, repositories of a hub."""
+
+import json
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from iopath.common.file_io import HTTPURLHandler, PathManager, get_cache_dir
+
+# detectron2's short names of what Meta serves.
+ALIASES = {"detectron2://": "https://dl.fbaipublicfiles.com/detectron2/"}
+HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<file>.+))?$")
+# How detectron2 is asked to guess names; here they are never guessed.
+HEURISTICS = re.compile(r"\?matching_heuristics=\w+$")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
+
+_path_manager = PathManager()
+_path_manager.register_handler(HTTPURLHandler())
+
+
+def checkpoint_files(location: str | os.PathLike[str]) -> list[Path]:
+    """The files that hold a checkpoint, fetched where they are elsewhere.
+
+    Args:
+        location: a file; a folder with a checkpoint, whole or in parts, or of a run (then its
+            last one); ``http(s)://``; ``detectron2://``; or ``hf://owner/repository``, with or
+            without ``@revision`` and ``/file``. What is fetched is kept: URLs in iopath's cache,
+            which FVCORE_CACHE moves, and the hub's files in its own.
+
+    Returns:
+        The files, of which there are several where a checkpoint is in parts.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: a folder does not tell which of its files is meant.
+        OSError: it cannot be fetched.
+    """
+    name = HEURISTICS.sub("", os.fspath(location))
+    for alias, url in ALIASES.items():
+        if name.startswith(alias):
+            name = url + name.removeprefix(alias)
+    if name.startswith("hf://"):
+        path = _from_hub(name)
+    elif name.startswith(("http://", "https://")):
+        path = _from_url(name)
+    else:
+        path = Path(name)
+    if path.is_dir():
+        return _in_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    return [path]
+
+
+def _from_url(url: str) -> Path:
+    parts = urlsplit(url)
+    # iopath's cache knows the path of a URL only: two servers may serve one path.
+    cache = os.path.join(get_cache_dir(), parts.netloc.replace(":", "_"))
+    try:
+        return Path(_path_manager.get_local_path(url, cache_dir=cache))
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot fetch {url}: {error}") from error
+
+
+def _from_hub(name: str) -> Path:
+    match = HUB.match(name)
+    if match is None:
+        raise ValueError(f"{name} is not of the form hf://owner/repository[@revision][/file]")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(f"{name} needs huggingface_hub: pip install huggingface_hub") from error
+    repo, revision, file = match["repo"], match["revision"], match["file"]
+    try:
+        if file:
+            return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
+        # One format of those that a repository has, and the one that cannot hold programs first.
+        for suffix in SUFFIXES:
+            patterns = [f"*{suffix}", f"*{suffix}.index.json"]
+            folder = Path(
+                huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
+            )
+            if any(folder.glob(f"*{suffix}")):
+                return folder
+    except Exception as error:  # of several libraries below, by version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"cannot fetch {name}: {reason}") from error
+    raise FileNotFoundError(f"{name} has no {' or '.join(SUFFIXES)} file at its top; name the file")
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """The checkpoint in a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or there are several.
+    """
+    last = folder / "last_checkpoint"
+    if last.is_file():
+        return checkpoint_files(folder / Path(last.read_text().strip()).name)
+    for suffix in SUFFIXES:
+        files = sorted(folder.glob(f"*{suffix}"))
+        for index in folder.glob(f"*{suffix}.index.json"):
+            return _parts(index)
+        if len(files) == 1:
+            return files
+        if files:
+            names = ", ".join(file.name for file in files[:3])
+            raise ValueError(f"{folder} holds {len(files)} checkpoints ({names}, ...): name one")
+    raise FileNotFoundError(f"{folder} holds no checkpoint ({', '.join(SUFFIXES)})")
+
+
+def _parts(index: Path) -> list[Path]:
+    """The files that an index of Hugging Face's lists."""
+    try:
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        # Beside the index: it must not name files elsewhere.
+        files = [index.parent / Path(str(name)).name for name in sorted(listed)]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is no index of a checkpoint in parts") from error
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{index} lists {file.name}, which is not there")
+    return files
