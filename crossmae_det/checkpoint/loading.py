@@ -130,7 +130,7 @@ class _Plan:
         if native.layout in TITLES:
             parts = Parts.of(native.tensors, native.trunk, self.target, self.trunks[0])
         sources: dict[str, str] = {}  # name in the model -> native name
-        other_classes = set()
+        other_classes, strangers = set(), []
         for name, tensor in native.tensors.items():
             place = name if parts is None else parts.place(name)
             theirs = native.sources[name]
@@ -148,11 +148,7 @@ class _Plan:
             elif matches(theirs, self.allow_unexpected):
                 self.report.unexpected.append(theirs)
             else:
-                raise self._refusal(
-                    native,
-                    f"the model has no place for '{theirs}' {tuple(tensor.shape)}",
-                    f"--allow-unexpected '{theirs}' leaves it out",
-                )
+                strangers.append(name)
         for name, tensor in self.target.items():
             if name in sources:
                 continue
@@ -166,6 +162,14 @@ class _Plan:
                     else f"--allow-missing '{name}' keeps its initial values",
                 )
             self.report.initialised.append(name)
+        if strangers:
+            theirs = native.sources[strangers[0]]
+            raise self._refusal(
+                native,
+                f"the model has no place for '{theirs}'"
+                f" {tuple(native.tensors[strangers[0]].shape)}",
+                f"--allow-unexpected '{theirs}' leaves it out",
+            )
         return {name: self._fit(native, name, source, exact) for name, source in sources.items()}
 
     def _translate(self, state: dict[str, Tensor]) -> Native:

@@ -59,8 +59,8 @@ TITLES = {
     "vitdet": "detectron2 ViTDet, as are detectors here",
     "native": "pretraining model of crossmae_det",
 }
-# Inside a block, Hugging Face's names, query, key and value joined: those that transformers 5 has in
-# memory, then those of published files, which are also what is written.
+# Inside a block, Hugging Face's names, with query, key and value joined: those that transformers 5
+# has in memory, then those of published files, which are also what is written.
 HUGGINGFACE_BLOCK = {
     "attention.qkv.": "attn.qkv.",
     "attention.o_proj.": "attn.proj.",

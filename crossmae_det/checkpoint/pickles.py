@@ -19,10 +19,7 @@ from torch import Tensor
 class PickledArray:
     """What a pickle has in place of a numpy array until the numbers arrive."""
 
-    __slots__ = ("tensor",)
-
-    def __init__(self) -> None:
-        self.tensor: Tensor | None = None
+    tensor: Tensor | None = None
 
     def restore(self, state: Any) -> None:
         """Take the state of a numpy array: (version, shape, dtype, column by column, bytes).
@@ -179,6 +176,9 @@ def read_pickle(path: Path) -> Any:
         bounded = Bounded(file, path.stat().st_size)
         try:
             return _tensors(ArrayUnpickler(bounded, encoding="latin1").load())
+        except KeyError as error:
+            # What pickle says of a byte that is no instruction.
+            raise ValueError("it is no file of torch.save, safetensors or pickle") from error
         except Exception as error:  # damaged bytes can stumble over anything
             raise ValueError(str(error) or type(error).__name__) from error
 

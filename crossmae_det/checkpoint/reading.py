@@ -105,6 +105,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and isinstance(error.__context__, Exception):
         error = error.__context__
     text = str(error).strip()
+    if isinstance(error, zipfile.BadZipFile):
+        return f"it is cut short or damaged ({text})"
     if unsupported := re.search(r"GLOBAL (\S+)", text):
         return f"it asks for {unsupported[1]}, and only tensors and plain values are admitted"
     return text.splitlines()[0] if text else type(error).__name__

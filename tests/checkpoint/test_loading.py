@@ -1,5 +1,9 @@
+import json
+import pickle
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from crossmae_det.checkpoint import load, save_checkpoint, to_published
 from crossmae_det.detection import SimpleFeaturePyramid, ViTBackbone
@@ -43,7 +47,13 @@ def test_a_whole_model_comes_back_exactly(tmp_path):
 def test_a_trunk_goes_into_a_detector_and_all_is_accounted_for(tmp_path, prefix):
     trunk = ViT(**SIZES)
     state = {prefix + name: tensor for name, tensor in trunk.state_dict().items()}
-    state["decoder.mask_token"] = torch.zeros(1, 1, 8)
+    # What is after the trunk: a classifier's head, a decoder, a detector's.
+    beside = {
+        "": "head.bias",
+        "encoder.": "decoder.mask_token",
+        "backbone.net.": "backbone.other.w",
+    }
+    state[beside[prefix]] = torch.zeros(1, 1, 8)
     model = Detector()
     before = values(model)
     report = load(model, save(tmp_path, state))
@@ -53,7 +63,7 @@ def test_a_trunk_goes_into_a_detector_and_all_is_accounted_for(tmp_path, prefix)
             assert torch.equal(after[f"backbone.net.{name}"], tensor)
     assert set(report.initialised) == {n for n in after if "rel_pos" in n or ".simfp" in n}
     assert all(torch.equal(after[name], before[name]) for name in report.initialised)
-    assert sorted(report.dropped) == sorted([prefix + "cls_token", "decoder.mask_token"])
+    assert sorted(report.dropped) == sorted([prefix + "cls_token", beside[prefix]])
     assert len(report.loaded) + len(report.initialised) == len(after)
 
 
@@ -152,6 +162,8 @@ def broken(kind):
         state["blocks.2.norm1.bias"] = torch.zeros(16)
     elif kind == "position":
         state["pos_embed"] = torch.zeros(1, 12, 16)
+    elif kind == "integers":
+        state["blocks.0.norm1.bias"] = torch.zeros(16, dtype=torch.int64)
     elif kind == "foreign":
         state = {"conv1.weight": torch.zeros(3)}
     elif kind == "no tensor":
@@ -162,11 +174,27 @@ def broken(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("shape", r"'blocks.1.mlp.fc1.bias' is \(7,\) in the file and \(64,\) in the model"),
-        ("missing", r"the file has no 'blocks.0.attn.qkv.weight' for the trunk's \(48, 16\)"),
-        ("unexpected", r"the trunk has no place for 'blocks.2.norm1.bias' \(16,\)"),
-        ("position", r"'pos_embed' \(1, 12, 16\) is not that of a square grid"),
-        ("foreign", "does not hold this model: .* missing .* 1 unexpected"),
+        (
+            "shape",
+            r"\(taken for: timm ViT.*\): 'blocks.1.mlp.fc1.bias' is \(7,\) in the file and"
+            r" \(64,\) in the model; take a checkpoint of this model",
+        ),
+        (
+            "missing",
+            r"the file has nothing for 'backbone.net.blocks.0.attn.qkv.weight' \(48, 16\) of the"
+            " model; --allow-missing 'backbone.net.blocks.0.attn.qkv.weight' keeps its initial",
+        ),
+        (
+            "unexpected",
+            r"the model has no place for 'blocks.2.norm1.bias' \(16,\); the file's trunk is 16 wide"
+            " with 3 blocks and the model's 16 wide with 2 blocks: make the model of that size",
+        ),
+        ("position", r"'pos_embed' is \(1, 12, 16\) in the file and \(1, 17, 16\) in the model"),
+        ("integers", r"'blocks.0.norm1.bias' is \(16,\) of torch.int64 in the file and \(16,\)"),
+        (
+            "foreign",
+            "no checkpoint of a plain ViT: it has no patch embedding .*'conv1.weight'.*timm",
+        ),
         ("no tensor", "entry 'blocks.0.norm1.bias' is a int, not a tensor"),
     ],
 )
@@ -181,7 +209,7 @@ def test_a_refused_file_is_named_and_leaves_the_model_as_it_was(tmp_path, kind, 
 
 
 def test_evaluation_wants_the_whole_model(tmp_path):
-    with pytest.raises(ValueError, match="does not hold this model"):
+    with pytest.raises(ValueError, match="nothing for .*; take the checkpoint of a whole model"):
         load(Detector(), save(tmp_path, ViT(**SIZES).state_dict()), whole=True)
 
 
@@ -190,7 +218,111 @@ def test_the_report_counts_and_groups(tmp_path):
     lines = str(report).splitlines()
     assert lines[0].startswith("weights from ")
     counts = {line.split()[0]: int(line.split()[1]) for line in lines[3:]}
-    assert counts == {"loaded": 27, "resampled": 0, "initialised": 16, "dropped": 1}
+    expected = {"loaded": 27, "resampled": 0, "initialised": 16, "dropped": 1, "unexpected": 0}
+    assert counts == expected
+    whole = json.loads(json.dumps(report.to_dict()))
+    assert {kind: len(whole[kind]) for kind in expected} == expected
+    assert whole["layout"].startswith("timm ViT") and whole["dropped"] == ["cls_token"]
+
+
+def test_the_report_says_what_was_resampled(tmp_path):
+    report = load(Detector(img_size=48), save(tmp_path, Detector().state_dict()))
+    lines = str(report).splitlines()
+    assert "resampled backbone.net.pos_embed: (1, 17, 16) -> (1, 37, 16)" in lines
+    # Of the four tables, which are resampled alike, one of each axis stands for the others.
+    tables = [line for line in lines if "rel_pos" in line and "->" in line]
+    assert tables == [
+        f"resampled backbone.net.blocks.0.attn.rel_pos_{axis}: (7, 8) -> (11, 8)" for axis in "hw"
+    ]
+    assert report.to_dict()["shapes"]["backbone.net.blocks.1.attn.rel_pos_w"] == ((7, 8), (11, 8))
+
+
+def test_a_patch_kernel_of_another_size_is_resampled(tmp_path):
+    source = ViT(**(SIZES | {"img_size": 24, "patch_size": 6}))
+    target = ViT(**SIZES)
+    report = load(target, save(tmp_path, source.state_dict()))
+    assert report.resampled == ["patch_embed.proj.weight"]
+    # A patch enlarged to 8 x 8 is embedded as the patch of 6 x 6 was.
+    patch = torch.randn(2, 3, 6, 6)
+    enlarged = F.interpolate(patch, size=8, mode="bicubic", antialias=True)
+    torch.testing.assert_close(
+        target.patch_embed(enlarged), source.patch_embed(patch), atol=1e-4, rtol=0
+    )
+
+
+def test_what_a_user_knows_about_is_let_pass(tmp_path):
+    state = ViT(**SIZES).state_dict()
+    del state["blocks.1.norm2.bias"], state["blocks.1.norm2.weight"]
+    state["blocks.1.ls1.gamma"] = torch.ones(16)
+    state["blocks.1.extra"] = torch.ones(16)
+    path, model = save(tmp_path, state), Detector()
+    before = values(model)
+    report = load(
+        model,
+        path,
+        allow_missing=["backbone.net.blocks.?.norm2.*"],
+        allow_unexpected=["*.ls1.gamma", "blocks.1.extra"],
+    )
+    assert sorted(report.unexpected) == ["blocks.1.extra", "blocks.1.ls1.gamma"]
+    assert {"backbone.net.blocks.1.norm2.bias"} < set(report.initialised)
+    after = values(model)
+    assert torch.equal(after["backbone.net.blocks.1.norm2.weight"], torch.ones(16))
+    assert not torch.equal(
+        after["backbone.net.blocks.1.attn.qkv.weight"],
+        before["backbone.net.blocks.1.attn.qkv.weight"],
+    )
+    with pytest.raises(ValueError, match="'blocks.1.ls1.gamma' .* a ViT with LayerScale"):
+        load(model, path, allow_missing=["*norm2*"], allow_unexpected=["blocks.1.extra"])
+
+
+def test_a_part_of_a_detector_is_whole_or_absent(tmp_path):
+    model = Classifying(4)
+    for change in ("missing", "unexpected"):
+        state = dict(Classifying(4).state_dict())
+        if change == "missing":
+            del state["backbone.simfp_3.0.weight"]
+        else:
+            state["backbone.simfp_3.9.weight"] = torch.zeros(1)
+        with pytest.raises(ValueError, match=r"'backbone.simfp_3.[09].weight'"):
+            load(model, save(tmp_path, state))
+    # Buffers of older versions of detectron2 are no weights.
+    old = {"pixel_mean": torch.zeros(3, 1, 1)}
+    old["proposal_generator.anchor_generator.cell_anchors.0"] = torch.zeros(3, 4)
+    report = load(model, save(tmp_path, model.state_dict() | old), whole=True)
+    assert sorted(report.dropped) == sorted(old)
+
+
+def test_half_a_decoder_is_refused(tmp_path):
+    model = autoencoder()
+    for format, name in (
+        ("native", "decoder.blocks.1.norm1.bias"),
+        ("crossmae", "dec_norms.1.bias"),
+    ):
+        state = dict(model.state_dict())
+        if format != "native":
+            state = to_published(state, format)
+        del state[name]
+        with pytest.raises(ValueError, match="the file has nothing for 'decoder"):
+            load(autoencoder(), save(tmp_path, state))
+
+
+def test_a_vitdet_file_of_numpy_arrays_loads_into_a_detector(tmp_path):
+    source, target = Detector(), Detector()
+    arrays = {name: tensor.numpy() for name, tensor in source.state_dict().items()}
+    path = tmp_path / "model_final_61ccd1.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "detectron2"}))
+    load(target, path, whole=True)
+    assert equal(values(source), values(target))
+
+
+def test_positions_without_a_row_for_the_class_token(tmp_path):
+    state = Detector().state_dict()
+    state["backbone.net.pos_embed"] = torch.randn(1, 9, 16)  # 3 x 3, as without a class token
+    model = Detector()
+    assert load(model, save(tmp_path, state)).resampled == ["backbone.net.pos_embed"]
+    grid = state["backbone.net.pos_embed"].view(1, 3, 3, 16).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(4, 4), mode="bicubic").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(values(model)["backbone.net.pos_embed"][:, 1:], expected)
 
 
 def autoencoder(**sizes):
@@ -227,7 +359,7 @@ def test_a_file_without_a_decoder_is_refused_by_name(tmp_path):
     trunk = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     for state in (trunk, model.encoder.state_dict()):
         path = save(tmp_path, state)
-        with pytest.raises(ValueError, match="weights.pth has no weights of the decoder: take the"):
+        with pytest.raises(ValueError, match="weights.pth .*nothing for 'decoder.*; take the"):
             load(model, path, whole=True)
     assert equal(values(model), before)
 

@@ -1,11 +1,19 @@
 import argparse
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+from detectron2.modeling.backbone.vit import ViT as DetectronViT
+from timm.models.vision_transformer import VisionTransformer
 
 from crossmae_det.checkpoint import to_native, to_published
+from crossmae_det.checkpoint.published import export
+from crossmae_det.checkpoint.structure import with_class_row
+from crossmae_det.detection import ViTBackbone
 from crossmae_det.modeling import ViT
 from crossmae_det.pretraining import MAE, CrossMAE
+from crossmae_det.pretraining.masking import mask_patches
 
 KINDS = {"crossmae": CrossMAE, "mae": MAE}
 
@@ -81,13 +89,13 @@ def test_the_mae_encoder_file_keeps_its_final_norm():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_key_without_a_place_is_named(kind):
     published = to_published(tiny_state(kind), format=kind) | {"head.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match="place for 'head.weight'$"):
+    with pytest.raises(ValueError, match=r"taken for published .*place for 'head.weight' \(1,\)"):
         to_native(published)
 
 
 @pytest.mark.parametrize("state", [{}, {"encoder.cls_token": torch.zeros(1, 1, 8)}])
 def test_other_layouts_are_refused_in_one_line(state):
-    with pytest.raises(ValueError, match="^no published crossmae or mae checkpoint") as error:
+    with pytest.raises(ValueError, match="^no checkpoint of a plain ViT: .* known are ") as error:
         to_native(state)
     assert "\n" not in str(error.value)
 
@@ -97,15 +105,255 @@ def test_a_mixture_of_both_formats_is_refused():
         **to_published(tiny_state("crossmae"), format="crossmae"),
         **to_published(tiny_state("mae"), format="mae"),
     }
-    with pytest.raises(ValueError, match="neither has a place for '(norm|decoder_embed|dec_|wfm)"):
+    with pytest.raises(ValueError, match="published CrossMAE, which has no place for 'decoder_emb"):
         to_native(mixture)
 
 
 def test_an_unknown_format():
-    with pytest.raises(ValueError, match="no checkpoint format 'timm'; take crossmae or mae"):
-        to_published({}, format="timm")
+    with pytest.raises(ValueError, match="no checkpoint format 'swin'; take crossmae, mae, timm"):
+        to_published(tiny_state("mae"), format="swin")
 
 
 def test_a_format_of_another_model():
     with pytest.raises(ValueError, match="format mae has no place for 'decoder.feature_weights'"):
         to_published(tiny_state("crossmae"), format="mae")
+
+
+def test_crossmae_without_weights_between_blocks_survives_the_round_trip():
+    published = to_published(tiny_state("crossmae"), format="crossmae")
+    without = {k: v for k, v in published.items() if not k.startswith(("wfm", "dec_norms"))}
+    without |= {"norm.weight": torch.randn(8), "norm.bias": torch.randn(8)}
+    native = to_native(without)
+    assert native["decoder.feature_weights"].tolist() == [[1.0], [1.0]]
+    assert native["decoder.feature_norms.1.bias"] is without["norm.bias"]
+    back = to_published(native, format="crossmae")
+    assert back.keys() == without.keys()
+    assert all(torch.equal(back[name], without[name]) for name in without)
+    # It means what it says: every block reads the norm of the last feature.
+    model = CrossMAE(
+        ViT(16, 8, embed_dim=8, depth=2, num_heads=2),
+        **dict(decoder_dim=8, decoder_depth=2, decoder_num_heads=2),
+        **dict(feature_blocks=[-1], use_input_feature=False, mask_ratio=0.5),
+    )
+    model.load_state_dict(native)
+    images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 4)
+    decoder, masking = model.decoder, mask_patches(noise, 0.5, 0.25)
+    last = model.encoder.forward_tokens(images, masking.visible)[-1]
+    weight, bias = without["norm.weight"], without["norm.bias"]
+    memory = F.layer_norm(last, (8,), weight, bias, eps=1e-6)
+    x = decoder.mask_token + decoder.pos_embed[0, 1:][masking.predicted]
+    for block in decoder.blocks:
+        x = block(x, memory)
+    expected = decoder.pred(decoder.norm(x))
+    torch.testing.assert_close(model.predict(images, noise).pred, expected)
+
+
+def timm_vit(**options):
+    sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    model = VisionTransformer(**(sizes | dict(num_classes=3) | options)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+TIMM = {
+    "token": {},
+    "average": {"global_pool": "avg"},
+    "no class token": {"class_token": False, "global_pool": "avg"},
+    "class token without a position": {"no_embed_class": True},
+    "no norm, no head": {"final_norm": False, "num_classes": 0},
+}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_a_vit_of_timm_gives_the_features_that_it_gives_there(kind):
+    theirs = timm_vit(**TIMM[kind])
+    ours = ViT(32, 8, embed_dim=16, depth=2, num_heads=2)
+    if kind == "class token without a position":
+        state = to_native(theirs.state_dict())
+        state["encoder.pos_embed"] = with_class_row(state["encoder.pos_embed"])
+    else:
+        state = to_native(theirs.state_dict())
+    trunk = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    assert trunk.keys() == ours.state_dict().keys() - ({"cls_token"} if "no c" in kind else set())
+    ours.load_state_dict(trunk, strict=False)
+    images = torch.randn(2, 3, 32, 32)
+    theirs.norm = theirs.fc_norm = torch.nn.Identity()
+    expected = theirs.forward_features(images)
+    if kind == "no class token":
+        # In map mode ours has none either; without windows it is the same attention.
+        expected_map = expected.transpose(1, 2).unflatten(2, (4, 4))
+        torch.testing.assert_close(ours.forward_map(images), expected_map, atol=1e-5, rtol=0)
+    else:
+        torch.testing.assert_close(ours.forward_tokens(images)[-1], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_timm_survives_the_round_trip(kind):
+    theirs = timm_vit(**TIMM[kind]).state_dict()
+    native = to_native(theirs)
+    back = to_published(native, format="timm")
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+    assert_same(to_native(back), native)
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_our_trunk_in_timm_loads_strictly_and_gives_the_same_features(norm):
+    if norm:  # MAE's encoder ends with one
+        ours = MAE(
+            ViT(32, 8, embed_dim=16, depth=2, num_heads=2), decoder_dim=8, decoder_num_heads=2
+        )
+    else:
+        ours = CrossMAE(
+            ViT(32, 8, embed_dim=16, depth=2, num_heads=2), decoder_dim=8, decoder_num_heads=2
+        )
+    theirs = timm_vit(num_classes=0, final_norm=norm)
+    theirs.load_state_dict(to_published(ours.state_dict(), format="timm"))
+    images = torch.randn(2, 3, 32, 32)
+    expected = ours.encoder.forward_tokens(images)[-1]
+    if norm:
+        expected = ours.decoder.encoder_norm(expected)
+    got = theirs.forward_features(images)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    back = to_native(theirs.state_dict())
+    trunk = {k: v for k, v in ours.state_dict().items() if k.startswith("encoder.")}
+    assert_same({k: v for k, v in back.items() if k.startswith("encoder.")}, trunk)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (dict(reg_tokens=4), "'reg_token'.*a ViT with register tokens"),
+        (dict(init_values=1e-5), "'blocks.0.ls1.gamma'.*a ViT with LayerScale"),
+        (dict(qk_norm=True), r"'blocks.0.attn.q_norm.weight'.*norms inside the attention"),
+        (dict(pre_norm=True), "'norm_pre.weight'.*a norm before the first block"),
+    ],
+)
+def test_vits_of_other_kinds_are_refused_by_name(options, name):
+    with pytest.raises(ValueError, match=name):
+        to_native(timm_vit(**options).state_dict())
+
+
+def huggingface_names(state):
+    """MAE's published names as Hugging Face's: a naive list of replacements."""
+    result = {}
+    for key, value in state.items():
+        key = re.sub(r"^blocks\.", "vit.encoder.layer.", key)
+        key = re.sub(r"^decoder_blocks\.", "decoder.decoder_layers.", key)
+        key = re.sub(r"^(decoder_(norm|embed|pred|pos_embed)|mask_token)", r"decoder.\1", key)
+        key = re.sub(r"^norm\.", "vit.layernorm.", key)
+        key = re.sub(r"^(cls_token)", r"vit.embeddings.\1", key)
+        key = re.sub(r"^pos_embed", "vit.embeddings.position_embeddings", key)
+        key = key.replace("patch_embed.proj", "vit.embeddings.patch_embeddings.projection")
+        for old, new in (
+            ("norm1", "layernorm_before"),
+            ("norm2", "layernorm_after"),
+            ("attn.proj", "attention.output.dense"),
+            ("mlp.fc1", "intermediate.dense"),
+            ("mlp.fc2", "output.dense"),
+        ):
+            key = key.replace(f".{old}.", f".{new}.")
+        if "attn.qkv" in key:
+            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                result[key.replace("attn.qkv", f"attention.attention.{name}")] = part
+        else:
+            result[key] = value
+    return result
+
+
+def test_hugging_face_survives_the_round_trip():
+    native = tiny_state("mae")
+    theirs = huggingface_names(to_published(native, format="mae"))
+    assert_same(to_native(theirs), native)
+    assert_same(to_published(native, format="huggingface"), theirs)
+    # The model without its decoder has no "vit." in front.
+    alone = {k.removeprefix("vit."): v for k, v in theirs.items() if k.startswith("vit.")}
+    trunk = {k: v for k, v in native.items() if "encoder" in k}
+    assert_same(to_native(alone), trunk)
+    # As transformers 5 has them in memory.
+    new = {"vit.encoder.layer": "vit.layers", "attention.attention.query": "attention.q_proj"}
+    new |= {"attention.attention.key": "attention.k_proj"}
+    new |= {"attention.attention.value": "attention.v_proj"}
+    new |= {"attention.output.dense": "attention.o_proj"}
+    new |= {"intermediate.dense": "mlp.fc1", ".output.dense": ".mlp.fc2"}
+    renamed = {}
+    for key, value in theirs.items():
+        for old, name in new.items():
+            key = key.replace(old, name)
+        renamed[key] = value
+    assert_same(to_native(renamed), native)
+
+
+def test_a_query_without_its_key_is_named():
+    theirs = to_published(tiny_state("mae"), format="huggingface")
+    del theirs["vit.encoder.layer.1.attention.attention.key.weight"]
+    with pytest.raises(ValueError, match="no 'vit.encoder.layer.1.attention.attention.key.weight'"):
+        to_native(theirs)
+
+
+def detectron2_vit(**options):
+    sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    model = DetectronViT(**(sizes | dict(window_size=0, use_rel_pos=True) | options)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("class_row", [True, False])
+def test_a_vit_of_detectron2_gives_the_map_that_it_gives_there(class_row):
+    theirs = detectron2_vit(
+        pretrain_img_size=32,
+        pretrain_use_cls_token=class_row,
+        window_size=3,
+        window_block_indexes=[0],
+    )
+    ours = ViTBackbone(
+        32,
+        8,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        window_size=3,
+        global_blocks=[1],
+        use_rel_pos=True,
+    )
+    # As the trunk of a ViTDet file.
+    state = {f"backbone.net.{name}": value for name, value in theirs.state_dict().items()}
+    native = to_native(state)
+    trunk = {name.removeprefix("backbone.net."): value for name, value in native.items()}
+    if not class_row:
+        trunk["pos_embed"] = with_class_row(trunk["pos_embed"])
+    ours.load_state_dict(trunk)
+    images = torch.randn(2, 3, 32, 32)
+    expected = theirs(images)["last_feat"]
+    torch.testing.assert_close(ours(images)["last_feat"], expected, atol=1e-5, rtol=0)
+
+
+def test_a_pretrained_trunk_as_vitdets_and_back():
+    native = tiny_state("crossmae")
+    vitdet = to_published(native, format="vitdet")
+    assert "backbone.net.blocks.1.mlp.fc2.bias" in vitdet
+    assert not [name for name in vitdet if "cls_token" in name or "decoder" in name]
+    trunk = to_published(to_native(vitdet), format="timm")
+    for name, value in trunk.items():
+        if name != "pos_embed":  # timm's without a class token has no row for it
+            assert value is native[f"encoder.{name}"]
+    assert torch.equal(trunk["pos_embed"], native["encoder.pos_embed"][:, 1:])
+
+
+def test_a_detector_has_no_class_token_and_relative_positions():
+    detector = {f"backbone.net.{k}": v for k, v in detectron2_vit().state_dict().items()}
+    detector["roi_heads.box_head.fc1.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="format mae needs 'encoder.cls_token'"):
+        to_published(detector, format="mae")
+    with pytest.raises(ValueError, match="no place for 'encoder.blocks.0.attn.rel_pos_h'"):
+        to_published(detector, format="timm")
+    tensors, dropped = export(detector, "timm", lambda name: "rel_pos" in name)
+    assert not [name for name in tensors if "rel_pos" in name]
+    assert len(dropped) == 5 and "roi_heads.box_head.fc1.weight" in dropped

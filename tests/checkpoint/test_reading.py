@@ -216,13 +216,15 @@ def hostile_files():
         "call in a dict": pickle.dumps({"model": {"a": Hostile()}}),
         "call in torch.save": saved({"model": Hostile()}),
         "call in old torch.save": saved({"model": Hostile()}, _use_new_zipfile_serialization=False),
-        "call in place of torch's pickle": rewritten(good, lambda _: call),
+        "call in place of torch's pickle": rewritten(
+            good, lambda _: pickle.dumps(Hostile(), protocol=2)
+        ),
         "nested name": nested,
         "nested name in torch.save": rewritten(good, lambda _: nested),
         "eval": b'c__builtin__\neval\n(S\'__import__("os").system("touch executed")\'\ntR.',
         "persistent object": b"\x80\x02X\x01\x00\x00\x00xQ.",
         "extension": b"\x80\x02\x82\x01.",
-        "state of a class": b"\x80\x02cnumpy\nndarray\nN}X\x08\x00\x00\x00tensorK\x01s\x86b.",
+        "state of a class": b"\x80\x02cnumpy\nndarray\nN}X\x06\x00\x00\x00tensorK\x01s\x86b.",
         "array of objects": pickle.dumps({"a": np.array([Hostile()], dtype=object)}),
         "array without numbers": b"\x80\x02}X\x01\x00\x00\x00acnumpy\nndarray\n)\x81s.",
         "array of any shape": array.replace(b"K\x02K\x03\x86", b"J\xff\xff\xff\x7fK\x03\x86"),
