@@ -83,6 +83,8 @@ def format_facts(facts: Mapping[str, Any]) -> str:
     for name, value in facts.items():
         if isinstance(value, list):
             shown = ", ".join(map(str, value[:8])) + (", ..." if len(value) > 8 else "")
+        elif isinstance(value, bool):
+            shown = "yes" if value else "no"
         else:
             shown = f"{value:,}" if isinstance(value, int) else str(value)
         rows.append((name, shown))

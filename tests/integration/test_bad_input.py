@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
 
 from crossmae_det.checkpoint import save_checkpoint
 from crossmae_det.engine import run_tool
@@ -164,6 +165,18 @@ def test_a_checkpoint_of_another_size_is_named_with_both_shapes(train, tmp_path)
     save_checkpoint({"model": ViT(64, 16, 48, 4, 2).state_dict()}, path)
     line = train(f"train.init_checkpoint={path}")
     assert str(path) in line and "'pos_embed' is (1, 17, 48)" in line and "(1, 17, 32)" in line
+
+
+def test_a_checkpoint_that_lacks_a_tensor_says_how_to_go_on(train, tmp_path):
+    path = tmp_path / "other.pth"
+    state = ViT(64, 16, 32, 4, 2).state_dict()
+    del state["blocks.1.norm1.bias"]
+    save_checkpoint({"model": state | {"blocks.1.ls1.gamma": torch.ones(32)}}, path)
+    load = f"train.init_checkpoint={path}"
+    line = train(load, flags=["--allow-unexpected", "*.gamma"])
+    assert "--allow-missing 'backbone.net.blocks.1.norm1.bias' keeps its initial values" in line
+    line = train(load, flags=["--allow-missing", "*.norm1.bias"])
+    assert "'blocks.1.ls1.gamma' (32,) here: it is a ViT with LayerScale" in line
 
 
 def test_a_device_that_is_not_there_is_named(train):

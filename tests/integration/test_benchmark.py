@@ -37,7 +37,7 @@ def images(tmp_path):
 
 
 @pytest.fixture
-def benchmark(repo, monkeypatch):
+def run_benchmark(repo, monkeypatch):
     """Run the tool in this process."""
     path = repo / "tools" / "benchmark.py"
     spec = importlib.util.spec_from_file_location("benchmark_tool", path)
@@ -52,12 +52,12 @@ def benchmark(repo, monkeypatch):
 
 
 @pytest.fixture
-def refusal(benchmark, capsys):
+def refusal(run_benchmark, capsys):
     """Run the tool on bad input; its last line on standard error."""
 
     def call(*arguments):
         with pytest.raises(SystemExit) as stop:
-            benchmark(*arguments)
+            run_benchmark(*arguments)
         captured = capsys.readouterr()
         assert stop.value.code == 2
         assert captured.out == "" and "Traceback" not in captured.err
@@ -105,9 +105,9 @@ def test_everything_in_one_command(repo, tmp_path, images):
     assert "| crossmae_vit_b_800ep " in markdown
 
 
-def test_flops_of_vit_base_are_those_of_the_paper(benchmark, tmp_path, capsys):
+def test_flops_of_vit_base_are_those_of_the_paper(run_benchmark, tmp_path, capsys):
     crossmae_75 = CROSSMAE.replace(".py", "_pred75.py")
-    benchmark("--pretraining", MAE, CROSSMAE, crossmae_75, "--json", tmp_path / "results.json")
+    run_benchmark("--pretraining", MAE, CROSSMAE, crossmae_75, "--json", tmp_path / "results.json")
     costs = json.loads((tmp_path / "results.json").read_text())["pretraining"]
     # The paper: about 10 GFLOPs against 4.1.
     decoders = [round(cost["decoder_flops"] / 1e9, 1) for cost in costs]
@@ -116,8 +116,8 @@ def test_flops_of_vit_base_are_those_of_the_paper(benchmark, tmp_path, capsys):
     assert "10.71" in capsys.readouterr().out
 
 
-def test_without_configs_mae_and_crossmae_of_three_sizes_are_compared(benchmark, capsys):
-    benchmark("--pretraining", *TINY)
+def test_without_configs_mae_and_crossmae_of_three_sizes_are_compared(run_benchmark, capsys):
+    run_benchmark("--pretraining", *TINY)
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines if "_800ep" in line.split(" ")[0]]
     assert names == [

@@ -13,9 +13,10 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from detectron2.config import instantiate
 from pycocotools.coco import COCO
 
-from crossmae_det.checkpoint import read_checkpoint
+from crossmae_det.checkpoint import read_checkpoint, save_checkpoint
 from crossmae_det.engine import run
 from crossmae_det.model_zoo import get_config
 
@@ -191,6 +192,23 @@ def test_the_main_job_on_real_photographs(repo, shared_data, tmp_path):
     assert "COCO AP on 80 of the 80 images of 'coco_2017_val'" in log
     results = json.loads((tmp_path / "inference" / "results.json").read_text())["results"]
     assert len([name for name in results["segm"] if name.startswith("AP-")]) == 80
+
+
+def test_what_became_of_the_weights_that_a_run_starts_from_is_written_down(
+    tiny_overrides, tiny_sets, tmp_path
+):
+    cfg = get_config(f"{CONFIG}.py", [*tiny_overrides, "train.max_iter=1", "train.pictures=null"])
+    trunk = instantiate(cfg.model.backbone.net)
+    state = dict(trunk.state_dict())
+    del state["blocks.1.norm1.bias"]
+    save_checkpoint({"model": state | {"blocks.1.ls1.gamma": torch.ones(1)}}, tmp_path / "a.pth")
+    cfg.train.init_checkpoint = str(tmp_path / "a.pth")
+    allowed = dict(allow_missing=["*.norm1.bias"], allow_unexpected=["*.gamma"])
+    run(cfg, Namespace(eval_only=False, resume=False, **allowed))
+    report = json.loads((tmp_path / "output" / "init_checkpoint.json").read_text())
+    assert report["unexpected"] == ["blocks.1.ls1.gamma"]
+    assert "backbone.net.blocks.1.norm1.bias" in report["initialised"]
+    assert "backbone.net.blocks.1.norm1.weight" in report["loaded"]
 
 
 def test_averaged_weights_are_evaluated_and_used(repo, tiny_overrides, tiny_sets, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crossmae_det.checkpoint import to_native, to_published
+from crossmae_det.checkpoint import load, to_native, to_published
 from crossmae_det.modeling import ViT
 from crossmae_det.pretraining import MAE, CrossMAE
 
@@ -50,6 +50,21 @@ def test_predictions_targets_and_masking_agree(published):
         # MAE's file has the visible patches' predictions, too, which no loss sees.
         pred = reference["pred"].take_along_dim(result.predicted[..., None], dim=1)
         torch.testing.assert_close(result.pred, pred, **TOLERANCE)
+
+
+def test_the_published_training_checkpoint_gives_the_same_features(published, fixtures):
+    name, reference, model, _ = published
+    if name != "crossmae":
+        pytest.skip("there is one of CrossMAE only")
+    before = model.encoder.forward_tokens(reference["images"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load(model, fixtures / "crossmae_tiny_training_checkpoint.pth", whole=True)
+    after = model.encoder.forward_tokens(reference["images"])
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    result = model.predict(reference["images"], reference["noise"])
+    torch.testing.assert_close(result.pred, reference["pred"], **TOLERANCE)
 
 
 def test_loss_and_every_gradient_agree(published):

@@ -1,0 +1,138 @@
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling.backbone.vit import ViT as DetectronViT
+from timm.models.vision_transformer import VisionTransformer
+
+from crossmae_det.checkpoint import convert, load, read_checkpoint, save_checkpoint, to_published
+from crossmae_det.detection import ViTBackbone
+from crossmae_det.modeling import ViT
+from crossmae_det.pretraining import MAE, CrossMAE
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
+def model():
+    trunk = ViT(**SIZES)
+    return CrossMAE(trunk, decoder_dim=8, decoder_depth=1, decoder_num_heads=2)
+
+
+@pytest.fixture
+def source(model, tmp_path):
+    save_checkpoint({"model": model.state_dict(), "iteration": 3}, tmp_path / "model.pth")
+    return tmp_path / "model.pth"
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_to_published_and_back_is_exact(fixtures, tmp_path):
+    source = fixtures / "crossmae_tiny_training_checkpoint.pth"
+    report = convert(source, tmp_path / "native.safetensors", "native")
+    assert report.layout == "published CrossMAE" and not report.dropped
+    convert(tmp_path / "native.safetensors", tmp_path / "published.pth", "published")
+    want = read_checkpoint(source)["model"]
+    assert_same(read_checkpoint(tmp_path / "published.pth")["model"], want)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+def test_to_native_in_every_format(model, source, tmp_path, suffix):
+    convert(source, tmp_path / f"out{suffix}", "native")
+    target = CrossMAE(ViT(**SIZES), decoder_dim=8, decoder_depth=1, decoder_num_heads=2)
+    load(target, tmp_path / f"out{suffix}", whole=True)
+    assert_same(target.state_dict(), model.state_dict())
+
+
+def test_timm_loads_it_strictly(model, source, tmp_path):
+    report = convert(source, tmp_path / "vit.safetensors", "timm")
+    assert len(report.dropped) == len([n for n in model.state_dict() if n.startswith("decoder.")])
+    theirs = VisionTransformer(**SIZES, num_classes=0, final_norm=False).eval()
+    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "vit.safetensors"))
+    images = torch.randn(1, 3, 32, 32)
+    expected = model.encoder.forward_tokens(images)[-1]
+    torch.testing.assert_close(theirs.forward_features(images), expected, atol=1e-5, rtol=0)
+
+
+class Detector(torch.nn.Module):
+    def __init__(self, trunk):
+        super().__init__()
+        self.backbone = torch.nn.Module()
+        self.backbone.net = trunk
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_detectron2_loads_it(model, source, tmp_path, suffix):
+    report = convert(source, tmp_path / f"vitdet{suffix}", "vitdet")
+    assert "encoder.cls_token" in report.dropped
+    sizes = dict(window_size=0, pretrain_img_size=32)
+    theirs = Detector(DetectronViT(**SIZES, **sizes)).eval()
+    DetectionCheckpointer(theirs).load(str(tmp_path / f"vitdet{suffix}"))
+    ours = Detector(ViTBackbone(**SIZES)).eval()
+    load(ours, tmp_path / f"vitdet{suffix}", whole=True)
+    images = torch.randn(1, 3, 32, 32)
+    expected = model.encoder.forward_map(images)
+    for detector in (theirs, ours):
+        got = detector.backbone.net(images)["last_feat"]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_averaged_weights_and_half_precision(model, tmp_path):
+    averaged = {f"module.{n}": t + 1 for n, t in model.state_dict().items()}
+    content = {"model": model.state_dict(), "ema": averaged | {"n_averaged": torch.tensor(3)}}
+    save_checkpoint(content, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "b.pth", "published", weights="ema")
+    got = read_checkpoint(tmp_path / "b.pth")["model"]["mask_token"]
+    assert torch.equal(got, model.decoder.mask_token + 1)
+    half = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    save_checkpoint(half, tmp_path / "half.pth")
+    convert(tmp_path / "half.pth", tmp_path / "half.pkl", "vitdet")
+    arrays = pickle.loads((tmp_path / "half.pkl").read_bytes())["model"]
+    name = "encoder.blocks.0.attn.qkv.weight"
+    got = torch.from_numpy(arrays[name.replace("encoder", "backbone.net")])
+    assert torch.equal(got, half[name].float())
+
+
+def test_huggingface_of_mae(tmp_path):
+    model = MAE(ViT(**SIZES), decoder_dim=8, decoder_depth=1, decoder_num_heads=2)
+    save_checkpoint({"model": model.state_dict()}, tmp_path / "mae.pth")
+    convert(tmp_path / "mae.pth", tmp_path / "model.safetensors", "huggingface")
+    want = to_published(model.state_dict(), "huggingface")
+    assert_same(read_checkpoint(tmp_path / "model.safetensors"), want)
+
+
+@pytest.mark.parametrize(
+    ("output", "to", "message"),
+    [
+        ("out.pkl", "timm", r"suffix names the format, and timm knows .pth, .pt, .safetensors$"),
+        ("out.npz", "native", r"and native knows .pth, .pt, .safetensors, .pkl$"),
+        ("out.pth", "safetensors", "does not end in .safetensors"),
+        ("out.pth", "swin", "there is no layout 'swin' to convert to; take native, published"),
+        ("out.pth", "published", "needs 'encoder.cls_token'.*--allow-missing 'encoder.cls_token'"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before(tmp_path, output, to, message):
+    trunk = ViT(**SIZES, class_token=False)
+    save_checkpoint({"model": trunk.state_dict()}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "a.pth", tmp_path / output, to)
+    assert not (tmp_path / output).exists()
+
+
+def test_what_a_user_knows_about(tmp_path):
+    trunk = ViTBackbone(**SIZES, use_rel_pos=True)
+    state = {f"backbone.net.{name}": tensor for name, tensor in trunk.state_dict().items()}
+    save_checkpoint({"model": state}, tmp_path / "a.pth")
+    report = convert(
+        tmp_path / "a.pth",
+        tmp_path / "b.pth",
+        "published",
+        allow_missing=["encoder.cls_token"],
+        allow_unexpected=["*rel_pos*"],
+    )
+    assert len(report.unexpected) == 4 and "pos_embed" in report.loaded
