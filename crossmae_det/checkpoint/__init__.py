@@ -3,7 +3,7 @@
 from crossmae_det.checkpoint.conversion import convert
 from crossmae_det.checkpoint.files import atomic_path, save_checkpoint
 from crossmae_det.checkpoint.inspection import format_facts, inspect
-from crossmae_det.checkpoint.loading import load, load_content
+from crossmae_det.checkpoint.loading import load
 from crossmae_det.checkpoint.published import recognise, to_native, to_published
 from crossmae_det.checkpoint.reading import extract_state_dict, read_checkpoint
 from crossmae_det.checkpoint.report import Report
@@ -16,7 +16,6 @@ __all__ = [
     "format_facts",
     "inspect",
     "load",
-    "load_content",
     "read_checkpoint",
     "recognise",
     "save_checkpoint",

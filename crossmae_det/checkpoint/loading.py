@@ -29,7 +29,17 @@ from crossmae_det.modeling import ViT
 CLASS_DEPENDENT = re.compile(r"roi_heads\.(box_predictor(s\.\d+)?|mask_head\.predictor)\.")
 
 
-def load(model: nn.Module, path: str | PathLike[str], **options: Any) -> Report:
+def load(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    content: Mapping[str, Any] | None = None,
+    whole: bool = False,
+    exact: bool = False,
+    weights: str = "model",
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> Report:
     """Load a checkpoint into a model, strictly.
 
     The file's trunk is loaded into the model's trunk. From a file of the same kind of model (a
@@ -41,7 +51,13 @@ def load(model: nn.Module, path: str | PathLike[str], **options: Any) -> Report:
     Args:
         model: the model, in place. It must contain one ViT where the file is not the whole model's.
         path: what :func:`read_checkpoint` reads.
-        **options: see :func:`load_content`.
+        content: what it has read there, where the caller needs more of it; None reads the file.
+        whole: refuse a file that does not hold the whole model, as evaluation needs.
+        exact: refuse to resample as well, as resuming needs.
+        weights: "model", or "ema" for the averaged weights of a run.
+        allow_missing: patterns as of a shell (``*``, ``?``, ``[...]``) of names in the model that
+            the file may lack; they are listed as initialised.
+        allow_unexpected: patterns of names in the file that may have no place in the model.
 
     Returns:
         What was loaded, resampled, initialised, dropped and unexpected.
@@ -51,33 +67,8 @@ def load(model: nn.Module, path: str | PathLike[str], **options: Any) -> Report:
         ValueError: the file cannot be read, or something in it is missing, unexpected or of another
             shape; the model is then unchanged.
     """
-    return load_content(model, read_checkpoint(path), path, **options)
-
-
-def load_content(
-    model: nn.Module,
-    content: Mapping[str, Any],
-    path: str | PathLike[str],
-    *,
-    whole: bool = False,
-    exact: bool = False,
-    weights: str = "model",
-    allow_missing: Sequence[str] = (),
-    allow_unexpected: Sequence[str] = (),
-) -> Report:
-    """As :func:`load`, of what a file holds, for a caller that has read it.
-
-    Args:
-        model: the model, in place.
-        content: from :func:`read_checkpoint`.
-        path: of the file, for messages.
-        whole: refuse a file that does not hold the whole model, as evaluation needs.
-        exact: refuse to resample as well, as resuming needs.
-        weights: "model", or "ema" for the averaged weights of a run.
-        allow_missing: patterns as of a shell (``*``, ``?``, ``[...]``) of names in the model that
-            the file may lack; they are listed as initialised.
-        allow_unexpected: patterns of names in the file that may have no place in the model.
-    """
+    if content is None:
+        content = read_checkpoint(path)
     state = extract_state_dict(content, path, weights)
     plan = _Plan(model, path, allow_missing, allow_unexpected)
     new = plan.match(state, whole=whole, exact=exact)
@@ -95,7 +86,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 class _Plan:
-    """Which tensor of a file goes where in a model; for the arguments see :func:`load_content`."""
+    """Which tensor of a file goes where in a model; for the arguments see :func:`load`."""
 
     def __init__(
         self,

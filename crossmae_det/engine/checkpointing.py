@@ -8,7 +8,7 @@ from typing import Any
 
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 
-from crossmae_det.checkpoint import atomic_path, load_content, read_checkpoint, save_checkpoint
+from crossmae_det.checkpoint import atomic_path, load, read_checkpoint, save_checkpoint
 from crossmae_det.checkpoint.sharded import gather
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Checkpointer(FvcoreCheckpointer):
         """
         path = self.get_checkpoint_file()
         checkpoint = read_checkpoint(path)
-        load_content(self.model, checkpoint, path, whole=True, exact=True)
+        load(self.model, path, content=checkpoint, whole=True, exact=True)
         for key, item in self.checkpointables.items():
             if key not in checkpoint:
                 raise ValueError(

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,7 +63,9 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     device = resolve_device(cfg.train.device)
     keep_freed_memory(device)
     model = instantiate(cfg.model).to(device)
-    allowed = {name: getattr(args, name, ()) for name in ("allow_missing", "allow_unexpected")}
+    allowed: dict[str, Any] = {
+        name: getattr(args, name, ()) for name in ("allow_missing", "allow_unexpected")
+    }
     if not args.eval_only:
         return train(cfg, model, resume=args.resume, allowed=allowed)
     if "evaluator" not in cfg.dataloader:
@@ -118,7 +120,7 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(
-    cfg: DictConfig, model: nn.Module, *, resume: bool, allowed: Mapping[str, Sequence[str]]
+    cfg: DictConfig, model: nn.Module, *, resume: bool, allowed: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Train a model and evaluate it along the way; see :func:`run`."""
     options = cfg.train
