@@ -41,7 +41,10 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["crossmae_det", "crossmae_det.*"]), *CONFIG_PACKAGES],
     package_dir={CONFIGS: "configs"},
-    package_data={name: ["*.yaml"] for name in CONFIG_PACKAGES},
+    package_data={
+        **{name: ["*.yaml"] for name in CONFIG_PACKAGES},
+        "crossmae_det.model_zoo": ["data/*.json", "data/*.md"],
+    },
     # detectron2 is needed as well but is not on PyPI, so it cannot be named here:
     # tools/install_detectron2.py, or its own instructions.
     install_requires=[

@@ -103,7 +103,7 @@ def test_setup_imports_neither_torch_nor_detectron2():
     assert done.stdout.splitlines()[-1] == crossmae_det.__version__
 
 
-def test_wheel_contains_every_config_and_module(wheel):
+def test_wheel_contains_every_config_module_and_record(wheel):
     expected = {
         f"crossmae_det/model_zoo/configs/{path.relative_to(REPOSITORY / 'configs').as_posix()}"
         for pattern in ("*.py", "*.yaml")
@@ -112,7 +112,8 @@ def test_wheel_contains_every_config_and_module(wheel):
     assert expected
     expected |= {
         path.relative_to(REPOSITORY).as_posix()
-        for path in (REPOSITORY / "crossmae_det").rglob("*.py")
+        for pattern in ("*.py", "data/*.json", "data/*.md")
+        for path in (REPOSITORY / "crossmae_det").rglob(pattern)
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected

@@ -4,15 +4,10 @@
 import argparse
 import shlex
 import sys
-from functools import partial
-from pathlib import Path
-
-from detectron2.config import instantiate
 
 from crossmae_det import benchmark
 from crossmae_det.engine import keep_freed_memory, resolve_device, run_tool
-from crossmae_det.engine.job import build_optimizer
-from crossmae_det.model_zoo import get_config
+from crossmae_det.model_zoo.costs import read_candidate
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.pretraining import find_images
 from crossmae_det.pretraining.data import RandomCrops
@@ -68,16 +63,6 @@ def parse_arguments() -> argparse.Namespace:
     if args.step and args.pretraining is None:
         parser.error("--step times the configs of --pretraining: name it, too")
     return args
-
-
-def read_candidate(config_file: str, overrides: list[str]) -> benchmark.Candidate:
-    cfg = get_config(config_file, overrides)
-    return benchmark.Candidate(
-        name=Path(config_file).stem,
-        build=partial(instantiate, cfg.model),
-        optimizer=partial(build_optimizer, cfg.optimizer),
-        image_size=cfg.dataloader.image_size,
-    )
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ class PretrainingCost:
         name: of the candidate.
         method: class of the model.
         prediction_ratio: fraction of all patches that are predicted.
-        decoder_parameters: number of them.
+        encoder_parameters: number of those of all that is not the decoder.
+        decoder_parameters: number of those of the decoder.
         decoder_flops: FLOPs of the decoder, from the trunk's tokens to pixels.
         encoder_flops: FLOPs of all that is not the decoder.
     """
@@ -38,6 +39,7 @@ class PretrainingCost:
     name: str
     method: str
     prediction_ratio: float
+    encoder_parameters: int
     decoder_parameters: int
     decoder_flops: int
     encoder_flops: int
@@ -62,11 +64,14 @@ def pretraining_cost(candidate: Candidate) -> PretrainingCost:
     # By difference: the trunk is entered through a method of its own, where no counter sees a
     # module begin.
     decoder_flops = sum(counter.get_flop_counts()[f"{type(model).__name__}.decoder"].values())
+    decoder_parameters = sum(parameter.numel() for parameter in decoder.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return PretrainingCost(
         name=candidate.name,
         method=type(model).__name__,
         prediction_ratio=model.prediction_ratio,
-        decoder_parameters=sum(parameter.numel() for parameter in decoder.parameters()),
+        encoder_parameters=parameters - decoder_parameters,
+        decoder_parameters=decoder_parameters,
         decoder_flops=decoder_flops,
         encoder_flops=counter.get_total_flops() - decoder_flops,
     )

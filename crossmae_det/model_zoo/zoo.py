@@ -17,6 +17,29 @@ from crossmae_det.model_zoo.yaml import read_yaml, to_lazy
 
 PACKAGE_CONFIGS = Path(__file__).parent / "configs"
 CHECKOUT_CONFIGS = Path(__file__).parents[2] / "configs"
+# Parts that configs share; they cannot be run.
+SHARED = "common"
+
+
+def _folder() -> Path:
+    return PACKAGE_CONFIGS if PACKAGE_CONFIGS.is_dir() else CHECKOUT_CONFIGS
+
+
+def _names() -> list[str]:
+    """Every file of the configs' folder that is a config or a part of one."""
+    folder = _folder()
+    files = (path for path in folder.rglob("*") if path.suffix in (".py", ".yaml"))
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def list_configs() -> list[str]:
+    """The names of the shipped configs that can be run, sorted.
+
+    Returns:
+        Names that :func:`get_config` and ``--config-file`` take: "coco/...", "demo/...",
+        "pretraining/...".
+    """
+    return [name for name in _names() if not name.startswith(f"{SHARED}/")]
 
 
 def get_config_file(config_path: str) -> str:
@@ -28,13 +51,10 @@ def get_config_file(config_path: str) -> str:
     Raises:
         ValueError: there is no such config.
     """
-    folder = PACKAGE_CONFIGS if PACKAGE_CONFIGS.is_dir() else CHECKOUT_CONFIGS
-    path = folder / config_path
+    path = _folder() / config_path
     if not path.is_file():
-        names = [
-            str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".py", ".yaml")
-        ]
-        raise ValueError(f"there is no config '{config_path}'{_did_you_mean(config_path, names)}")
+        hint = _did_you_mean(config_path, _names())
+        raise ValueError(f"there is no config '{config_path}'{hint}")
     return str(path)
 
 

@@ -108,6 +108,15 @@ def test_a_step_on_the_cpu_with_attention_in_its_parts_does_as_many(kind):
     assert counter.get_total_flops() == step_flops(compared, 3)
 
 
+@pytest.mark.parametrize("kind", [MAE, CrossMAE])
+def test_parameters_are_divided_into_encoder_and_decoder(kind):
+    counted = {"encoder": 0, "decoder": 0}
+    for name, parameter in candidate(kind).build().named_parameters():
+        counted[name.split(".")[0]] += parameter.numel()
+    cost = pretraining_cost(candidate(kind))
+    assert (cost.encoder_parameters, cost.decoder_parameters) == tuple(counted.values())
+
+
 def test_parameters_of_the_decoders():
     norm = 2 * D
     block = 2 * norm + 12 * D**2 + 9 * D

@@ -45,23 +45,26 @@ def folder(tmp_path):
 
 
 def read(name):
-    """What the name of a config promises: (method, size, side of the images, prediction ratio)."""
+    """What the name of a config promises: (method, size, side of the images, ratio, epochs)."""
     parts = name.removeprefix("pretraining/").removesuffix(".py").split("_")
     ratio = 0.75 if parts[0] == "mae" or parts[-1] == "pred75" else 0.25
-    return parts[0], LETTERS[parts[2]], 448 if "448" in parts else 224, ratio
+    (epochs,) = (int(part.removesuffix("ep")) for part in parts if part.endswith("ep"))
+    return parts[0], LETTERS[parts[2]], 448 if "448" in parts else 224, ratio, epochs
 
 
 def test_there_is_a_config_for_each_published_model():
-    published = {("crossmae", size, 224, 0.25) for size in LETTERS.values()}
-    published |= {("crossmae", size, 224, 0.75) for size in ("small", "base", "large")}
-    published |= {("mae", size, 224, 0.75) for size in ("small", "base", "large")}
-    published |= {("crossmae", "base", 448, 0.25)}
+    published = {("crossmae", size, 224, 0.25, 800) for size in LETTERS.values()}
+    published |= {("crossmae", size, 224, 0.75, 800) for size in ("small", "base", "large")}
+    published |= {("mae", size, 224, 0.75, 800) for size in ("small", "base", "large")}
+    published |= {("crossmae", "base", 448, 0.25, epochs) for epochs in (400, 800)}
+    # The weights that MAE's authors published are of twice as long a schedule.
+    published |= {("mae", size, 224, 0.75, 1600) for size in ("base", "large", "huge")}
     assert sorted(map(read, CONFIGS)) == sorted(published)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds_at_its_size_with_the_published_recipe(name):
-    method, size_name, side, ratio = read(name)
+    method, size_name, side, ratio, epochs = read(name)
     cfg = get_config(name)
     with torch.device("meta"):
         model = instantiate(cfg.model)
@@ -84,7 +87,10 @@ def test_every_config_builds_at_its_size_with_the_published_recipe(name):
     assert model.norm_pix_loss
 
     # 800 epochs x 1,281,167 images / 4096 = 250,227.9
-    assert cfg.train.max_iter == 250_228 == round(800 * IMAGENET / 4096)
+    iterations = {400: 125_114, 800: 250_228, 1600: 500_456}[epochs]
+    assert cfg.train.max_iter == iterations == round(epochs * IMAGENET / 4096)
+    # 40 epochs of warm-up; for 400 the paper has 20.
+    assert cfg.lr_multiplier.warmup_length * epochs == (20 if epochs == 400 else 40)
     # 1.5e-4 x 4096 / 256 x prediction ratio / mask ratio
     assert cfg.optimizer.lr == pytest.approx({0.25: 8e-4, 0.75: 2.4e-3}[ratio])
     assert (list(cfg.optimizer.betas), cfg.optimizer.weight_decay) == ([0.9, 0.95], 0.05)

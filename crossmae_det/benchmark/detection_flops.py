@@ -1,0 +1,140 @@
+"""Parameters and FLOPs of a detector, part by part, from the shapes of its tensors alone.
+
+FLOPs are those of :mod:`crossmae_det.benchmark.flops`: of products of matrices, convolutions among
+them, on the meta device. A detector also sorts boxes and samples features inside them; that is not
+counted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from crossmae_det.benchmark.candidate import Candidate
+
+
+@dataclass(frozen=True)
+class DetectionCost:
+    """What a detector costs in the forward pass of one square image.
+
+    Attributes:
+        name: of the candidate.
+        image_size: side of the image in pixels.
+        proposals: boxes that the box heads see: as many as the RPN hands on in evaluation.
+        detections: boxes that the mask head sees: as many as are kept of an image in evaluation; 0
+            without a mask head.
+        parameters: number of them by part: "trunk", "pyramid", "rpn", "box_heads", "mask_head".
+        flops: FLOPs by part, where the trunk is divided into "windowed_blocks", "global_blocks" and
+            "patch_embedding".
+    """
+
+    name: str
+    image_size: int
+    proposals: int
+    detections: int
+    parameters: dict[str, int]
+    flops: dict[str, int]
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def total_flops(self) -> int:
+        return sum(self.flops.values())
+
+
+def detection_cost(candidate: Candidate) -> DetectionCost:
+    """Count a detector of detectron2 with a trunk, a pyramid, an RPN, box heads and a mask head.
+
+    Args:
+        candidate: the detector; its ``image_size`` is the side of a square.
+
+    Returns:
+        Its cost, with as many proposals and detections as it allows for an image.
+
+    Raises:
+        ValueError: the model is no such detector, or the image is not square.
+    """
+    side, width = to_2tuple(candidate.image_size)
+    if side != width:
+        raise ValueError(f"{candidate.name}: the image is not square: {candidate.image_size}")
+    model: Any = candidate.build_on_meta().eval()
+    trunk = getattr(getattr(model, "backbone", None), "net", None)
+    if trunk is None or not hasattr(model, "roi_heads"):
+        raise ValueError(f"{candidate.name}: not a detector with a trunk, a pyramid and heads")
+    pyramid, rpn, heads = model.backbone, model.proposal_generator, model.roi_heads
+    # A cascade has a list of heads, each of which sees all proposals.
+    stages = list(zip(_listed(heads.box_head), _listed(heads.box_predictor), strict=True))
+    proposals = rpn.post_nms_topk[False]
+    detections = stages[-1][1].test_topk_per_image if heads.mask_on else 0
+
+    counts, levels = _count(pyramid, torch.empty(1, 3, side, side, device="meta"))
+    channels = levels[heads.box_in_features[0]].shape[1]
+
+    def inside(boxes: int, pooler: Any) -> Tensor:
+        """What a pooler cuts out of the pyramid: (boxes, C, H, W)."""
+        return torch.empty(boxes, channels, *pooler.output_size, device="meta")
+
+    flops = _divide_trunk(pyramid, counts)
+    flops["rpn"] = _count(rpn.rpn_head, [levels[name] for name in rpn.in_features])[0]["Global"]
+    flops["box_heads"] = flops["mask_head"] = 0
+    for head, predictor in stages:
+        box_counts, _ = _count(nn.Sequential(head, predictor), inside(proposals, heads.box_pooler))
+        flops["box_heads"] += box_counts["Global"]
+    if heads.mask_on:
+        # Its forward method also chooses among classes, which needs the boxes themselves.
+        mask_input = inside(detections, heads.mask_pooler)
+        flops["mask_head"] = _count(heads.mask_head.layers, mask_input)[0]["Global"]
+    return DetectionCost(
+        name=candidate.name,
+        image_size=side,
+        proposals=proposals,
+        detections=detections,
+        parameters={
+            "trunk": _parameters(trunk),
+            "pyramid": _parameters(pyramid) - _parameters(trunk),
+            "rpn": _parameters(rpn),
+            "box_heads": _parameters(heads.box_head) + _parameters(heads.box_predictor),
+            "mask_head": _parameters(heads.mask_head) if heads.mask_on else 0,
+        },
+        flops=flops,
+    )
+
+
+def _listed(module: Any) -> list[Any]:
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _count(function: Callable, argument: Any) -> tuple[dict[str, int], Any]:
+    """FLOPs by the name of the module, "Global" for all of them, and what the function returns."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        result = function(argument)
+    counts = {name: sum(parts.values()) for name, parts in counter.get_flop_counts().items()}
+    return counts, result
+
+
+def _divide_trunk(pyramid: Any, counts: dict[str, int]) -> dict[str, int]:
+    """The FLOPs of a pyramid and the trunk in it, by part."""
+    trunk = f"{type(pyramid).__name__}.net"
+    windowed = whole = 0
+    for index, block in enumerate(pyramid.net.blocks):
+        flops = counts[f"{trunk}.blocks.{index}"]
+        if block.window_size:
+            windowed += flops
+        else:
+            whole += flops
+    return {
+        "windowed_blocks": windowed,
+        "global_blocks": whole,
+        "patch_embedding": counts[trunk] - windowed - whole,
+        "pyramid": counts["Global"] - counts[trunk],
+    }

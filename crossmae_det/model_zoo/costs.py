@@ -1,0 +1,138 @@
+"""What every shipped config costs: parameters and FLOPs, counted from shapes."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from crossmae_det.benchmark import Candidate, detection_cost, pretraining_cost
+from crossmae_det.engine.job import build_optimizer
+from crossmae_det.model_zoo.zoo import get_config, list_configs
+
+# MAEs that no config is of, so that CrossMAE has one to compare with: (config, overrides).
+BASELINES = (
+    ("pretraining/mae_vit_b_800ep.py", ("dataloader.image_size=448",)),
+    (
+        "demo/pretrain_cifar10_mae.py",
+        ("dataloader.image_size=128", "model.encoder.patch_size=8"),
+    ),
+)
+MACHINE = "counted from the shapes of tensors, by torch {}"
+
+
+def read_candidate(config_file: str, overrides: Sequence[str] = ()) -> Candidate:
+    """A config as a candidate of the benchmark, by the name of its file.
+
+    Args:
+        config_file: as in :func:`get_config`.
+        overrides: as in :func:`get_config`.
+
+    Raises:
+        FileNotFoundError, ValueError: as from :func:`get_config`.
+    """
+    return _candidate(get_config(config_file, overrides), config_file)
+
+
+def measure(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Count one shipped config.
+
+    Args:
+        config: its name.
+        overrides: as in :func:`get_config`.
+
+    Returns:
+        The side of the image, and the fields of
+        :class:`crossmae_det.benchmark.PretrainingCost` or of
+        :class:`crossmae_det.benchmark.DetectionCost` but for the name.
+    """
+    cfg = get_config(config, overrides)
+    if is_pretraining(cfg):
+        cost = {"image_size": cfg.dataloader.image_size}
+        cost |= asdict(pretraining_cost(_candidate(cfg, config)))
+    else:
+        _name_classes(cfg)
+        cost = asdict(detection_cost(_candidate(cfg, config)))
+    del cost["name"]
+    return cost
+
+
+def is_pretraining(cfg: DictConfig) -> bool:
+    """Whether a config is of a pretraining model; else it is of a detector."""
+    return "encoder" in cfg.model
+
+
+def measure_all() -> dict[str, list[dict[str, Any]]]:
+    """Count every shipped config, and the MAEs of :data:`BASELINES`.
+
+    Returns:
+        "pretraining" and "detection", each a list from the cheapest to the dearest, with the demos
+        at the end: "configs" that cost the same, "overrides", and what :func:`measure` gives.
+    """
+    names = sorted(list_configs(), key=_natural)
+    chosen: list[tuple[str, Sequence[str]]] = [(name, ()) for name in names]
+    rows: dict[str, list[dict[str, Any]]] = {"pretraining": [], "detection": []}
+    for config, overrides in tqdm([*chosen, *BASELINES], desc="configs"):
+        cost = measure(config, overrides)
+        group = rows["pretraining" if "decoder_flops" in cost else "detection"]
+        same = (
+            row for row in group if row["overrides"] == [*overrides] and cost.items() <= row.items()
+        )
+        row = next(same, None)
+        if row is None:
+            group.append({"configs": [config], "overrides": [*overrides], **cost})
+        else:
+            row["configs"].append(config)
+    return {group: sorted(found, key=_order) for group, found in rows.items()}
+
+
+def updated(records: Mapping[str, Any]) -> dict[str, Any]:
+    """The records of "measured" with the costs counted anew.
+
+    Args:
+        records: as :func:`crossmae_det.model_zoo.records.read_records` reads them.
+
+    Returns:
+        New records; all but the costs and what counted them is as it was.
+    """
+    costs = {"origin": records["costs"]["origin"], **measure_all()}
+    machine = records["origins"][costs["origin"][0]]["machine"]
+    text = MACHINE.format(torch.__version__.partition("+")[0])
+    return {**records, "machines": {**records["machines"], machine: text}, "costs": costs}
+
+
+def _candidate(cfg: DictConfig, config_file: str) -> Candidate:
+    return Candidate(
+        name=Path(config_file).stem,
+        build=partial(instantiate, cfg.model),
+        optimizer=partial(build_optimizer, cfg.optimizer),
+        image_size=cfg.dataloader.image_size,
+    )
+
+
+def _name_classes(cfg: DictConfig) -> None:
+    """Take the classes that the data set is registered with: nothing is read, nor drawn."""
+    names = cfg.dataloader.train.dataset.names
+    classes = MetadataCatalog.get(names if isinstance(names, str) else names[0]).thing_classes
+    cfg.dataloader.categories = dict(enumerate(classes, 1))
+    cfg.dataloader.train.mapper.use_instance_mask = True
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key that sorts 25 before 100."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _order(row: dict[str, Any]) -> tuple:
+    config = row["configs"][0]
+    kind = ("demo/" in config, "cascade" in config)
+    if "decoder_flops" in row:
+        return (*kind, row["encoder_flops"], row["method"] != "MAE", row["decoder_flops"])
+    return (*kind, sum(row["flops"].values()))
