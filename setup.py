@@ -62,7 +62,9 @@ setup(
         "iopath>=0.1.7,<0.2",
         "omegaconf>=2.1,<2.4",
         "hydra-core>=1.1",
+        "huggingface_hub>=0.20",
         "pyyaml>=6.0",
+        "safetensors>=0.4",
         "tabulate>=0.8",
         "tensorboard>=2.10",  # torch.utils.tensorboard writes with it
         "tqdm>=4.60",

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import huggingface_hub
 from iopath.common.file_io import HTTPURLHandler, PathManager, get_cache_dir
 
 # detectron2's short names of what Meta serves.
@@ -67,10 +68,6 @@ def _from_hub(name: str) -> Path:
     match = HUB.match(name)
     if match is None:
         raise ValueError(f"{name} is not of the form hf://owner/repository[@revision][/file]")
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError(f"{name} needs huggingface_hub: pip install huggingface_hub") from error
     repo, revision, file = match["repo"], match["revision"], match["file"]
     try:
         if file:

@@ -10,6 +10,7 @@ import struct
 import threading
 import zipfile
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
@@ -141,7 +142,6 @@ def test_addresses_are_fetched_once(tmp_path, server, monkeypatch):
 
 
 def test_the_hub(tmp_path, monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
     safetensors.torch.save_file(WEIGHTS, tmp_path / "model.safetensors")
     asked = []
 
