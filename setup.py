@@ -62,7 +62,7 @@ setup(
         "iopath>=0.1.7,<0.2",
         "omegaconf>=2.1,<2.4",
         "hydra-core>=1.1",
-        "huggingface_hub>=0.20",
+        "huggingface-hub>=0.20",
         "pyyaml>=6.0",
         "safetensors>=0.4",
         "tabulate>=0.8",
