@@ -1,16 +1,30 @@
 #!/usr/bin/env python3
-"""Measure what pretraining costs: FLOPs of models, time of training steps, rate of the loader."""
+"""Measure what backbones, pretraining and loaders cost.
+
+benchmark.py --backbones detectron2-vit-base vit-base --image-sizes 512 1024
+benchmark.py --backbones vit-small swin-tiny timm/convnext_tiny --part detector --train
+benchmark.py --growth base
+benchmark.py --pretraining --step
+benchmark.py --data coco_2017_val
+"""
 
 import argparse
 import shlex
 import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 from crossmae_det import benchmark
 from crossmae_det.engine import keep_freed_memory, resolve_device, run_tool
+from crossmae_det.model_zoo import backbones
 from crossmae_det.model_zoo.costs import read_candidate
+from crossmae_det.model_zoo.loaders import detection_loading
 from crossmae_det.model_zoo.resolvers import image_set
+from crossmae_det.modeling import SIZES
 from crossmae_det.pretraining import find_images
 from crossmae_det.pretraining.data import RandomCrops
+from crossmae_det.visualization.costs import plot_growth, plot_latency, plot_precision
 
 CONFIGS = [
     f"pretraining/{name.format(size)}.py"
@@ -18,67 +32,159 @@ CONFIGS = [
     for name in ("mae_vit_{}_800ep", "crossmae_vit_{}_800ep", "crossmae_vit_{}_800ep_pred75")
 ]
 CROP_SIZE = 224
+GROWTH_SIZES = [256, 384, 512, 768, 1024, 1280, 1536]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--backbones",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(backbones.BACKBONES)}, timm/NAME, a checkpoint, or CONFIG[=CHECKPOINT];"
+        " the others are compared with the first",
+    )
+    what.add_argument(
+        "--growth", choices=SIZES, metavar="SIZE", help="blocks of our ViT by size of the image"
+    )
+    what.add_argument(
         "--pretraining",
         nargs="*",
         metavar="CONFIG",
         help="decoder and forward FLOPs of these configs"
         " (default: MAE, and CrossMAE at a prediction ratio of 0.25 and 0.75; S, B and L)",
     )
-    parser.add_argument(
+    what.add_argument(
         "--step",
         action="store_true",
         help="also time training steps of the configs, in turns; all are in memory together",
     )
-    parser.add_argument(
+    what.add_argument(
         "--data",
         metavar="DATASET",
-        help="images/s of one core over these images, beside the usual pipeline",
+        help="images/s of one core over these images, beside the usual pipeline; of a detection"
+        " data set, with large-scale jitter, too",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="of a step (default: 32)")
-    parser.add_argument(
-        "--precision",
-        choices=benchmark.PRECISIONS,
-        default="fp32",
-        help="of a step (default: fp32)",
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--part",
+        choices=backbones.PARTS,
+        default="alone",
+        help="backbones alone (default), with their pyramid, or in Mask R-CNN",
     )
-    parser.add_argument(
-        "--repeats", type=int, default=10, help="of --step and --data (default: 10)"
+    how.add_argument("--train", action="store_true", help="forward, backward and optimizer")
+    how.add_argument("--image-sizes", type=int, nargs="+", metavar="PIXELS", help="default: 1024")
+    how.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N")
+    how.add_argument("--compile", action="store_true", help="compile the backbones")
+    how.add_argument("--batch-size", type=int, default=32, help="of --step (default: 32)")
+    how.add_argument(
+        "--precision", choices=benchmark.PRECISIONS, default="fp32", help="default: fp32"
     )
-    parser.add_argument(
-        "--device", default="auto", help="of a step, as train.device: cpu, cuda or auto (default)"
+    how.add_argument("--repeats", type=int, default=10, help="default: 10")
+    how.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    out = parser.add_argument_group("where results go")
+    out.add_argument("--json", metavar="FILE", help="all digits")
+    out.add_argument("--csv", metavar="FILE", help="the tables, for spreadsheets")
+    out.add_argument("--markdown", metavar="FILE", help="the tables, for a README")
+    out.add_argument("--plots", metavar="FOLDER", help="pictures as PNG and SVG")
+    out.add_argument(
+        "--against", metavar="JSON", help="compare with an earlier run's JSON, backbone by backbone"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the results with all their digits")
-    parser.add_argument("--markdown", metavar="FILE", help="write the tables for a README")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="overrides, of every config"
     )
     args = parser.parse_args()
-    if args.pretraining is None and args.data is None:
-        parser.error("nothing to measure: name --pretraining or --data")
+    modes = (args.backbones, args.growth, args.pretraining, args.data)
+    if all(mode is None for mode in modes):
+        parser.error("nothing to measure: name --backbones, --growth, --pretraining or --data")
     if args.step and args.pretraining is None:
         parser.error("--step times the configs of --pretraining: name it, too")
+    if args.against and not args.backbones:
+        parser.error("--against compares backbones: name --backbones, too")
     return args
 
 
-def main() -> None:
-    args = parse_arguments()
-    # Refused before anything is measured.
-    device = resolve_device(args.device)
-    keep_freed_memory(device)  # as in training
-    images = None if args.data is None else find_images(image_set(args.data))
+def backbone_work(args: argparse.Namespace, device: str) -> list[list[benchmark.Work]]:
+    """The cases, grouped by image size and batch."""
+    for name in args.backbones:
+        backbones.check_name(name)
+    return [
+        [
+            benchmark.Work(
+                name=name,
+                build=partial(backbones.build, name, args.part, size),
+                detector=args.part == "detector",
+                image_size=size,
+                batch_size=batch,
+                train=args.train,
+                precision=args.precision,
+                device=device,
+                compiled=args.compile,
+            )
+            for name in args.backbones
+        ]
+        for size in args.image_sizes or [1024]
+        for batch in args.batch_sizes
+    ]
+
+
+def compare_backbones(args: argparse.Namespace, device: str) -> Iterator[benchmark.Section]:
+    earlier = benchmark.read_json(args.against) if args.against else None
+    groups = benchmark.compare(backbone_work(args, device), args.repeats)
+    yield benchmark.comparison_section(groups)
+    yield benchmark.flops_section(groups)
+    if earlier is not None:
+        yield benchmark.earlier_section(groups, earlier)
+    if args.plots:
+        values = [benchmark.case_values(case) for group in groups for case in group]
+        plot_latency(values, Path(args.plots, "latency"))
+        known = backbones.published_precision()
+        points = {
+            case["backbone"]: (case["flops"] / 1e9, known[case["backbone"]])
+            for case in values
+            if case["backbone"] in known
+        }
+        plot_precision(
+            [(name, *point) for name, point in points.items()], Path(args.plots, "precision")
+        )
+
+
+def grow(args: argparse.Namespace, device: str) -> benchmark.Section:
+    name = f"vit-{args.growth}"
+    work = benchmark.Work(
+        name=name,
+        build=partial(backbones.build_block, args.growth, "global", 256),
+        detector=False,
+        image_size=256,
+        batch_size=args.batch_sizes[0],
+        train=args.train,
+        precision=args.precision,
+        device=device,
+        compiled=args.compile,
+    )
+    curves = benchmark.grow(
+        work,
+        partial(backbones.block_builder, args.growth),
+        args.image_sizes or GROWTH_SIZES,
+        args.repeats,
+    )
+    section = benchmark.growth_section(curves, name, work)
+    if args.plots:
+        plot_growth(section.values, Path(args.plots, "growth"))
+    return section
+
+
+def pretraining(args: argparse.Namespace, device) -> Iterator[benchmark.Section]:
     # The learning rate follows from the batch size.
     overrides = [f"dataloader.train.total_batch_size={args.batch_size}", *args.opts]
-    sections = []
-    if args.pretraining is not None:
-        candidates = [read_candidate(config, overrides) for config in args.pretraining or CONFIGS]
-        costs = [benchmark.pretraining_cost(candidate) for candidate in candidates]
-        sections.append(benchmark.pretraining_section(costs))
+    candidates = [read_candidate(config, overrides) for config in args.pretraining or CONFIGS]
+    costs = [benchmark.pretraining_cost(candidate) for candidate in candidates]
+    yield benchmark.pretraining_section(costs)
     if args.step:
+        keep_freed_memory(device)  # as in training
         times = benchmark.time_steps(
             candidates,
             batch_size=args.batch_size,
@@ -86,18 +192,41 @@ def main() -> None:
             repeats=args.repeats,
             device=device,
         )
-        sections.append(benchmark.step_section(times))
-    if images is not None:
-        ours, usual = RandomCrops(CROP_SIZE), benchmark.UsualCrops(CROP_SIZE)
-        rates = benchmark.time_loading(images, ours, usual, args.repeats)
-        sections.append(benchmark.loading_section(rates, args.data, CROP_SIZE))
+        yield benchmark.step_section(times)
+
+
+def loading(args: argparse.Namespace) -> Iterator[benchmark.Section]:
+    images = find_images(image_set(args.data))
+    ours, usual = RandomCrops(CROP_SIZE), benchmark.UsualCrops(CROP_SIZE)
+    rates = benchmark.time_loading(images, ours, usual, args.repeats)
+    yield benchmark.loading_section(rates, args.data, CROP_SIZE)
+    yield from detection_loading(args.data, (args.image_sizes or [1024])[0], args.repeats)
+
+
+def main() -> None:
+    args = parse_arguments()
+    # Refused before anything is measured.
+    device = resolve_device(args.device)
+    benchmark.check_sizes(args.image_sizes or [], args.batch_sizes)
+    sections: list[benchmark.Section] = []
+    if args.backbones:
+        sections += compare_backbones(args, device.type)
+    if args.growth:
+        sections.append(grow(args, device.type))
+    if args.pretraining is not None:
+        sections += pretraining(args, device)
+    if args.data is not None:
+        sections += loading(args)
     command = shlex.join(["python", *sys.argv])
     report = benchmark.Report(command, benchmark.environment(device), sections)
     print(report)
-    if args.json:
-        report.write_json(args.json)
-    if args.markdown:
-        report.write_markdown(args.markdown)
+    for path, write in (
+        (args.json, report.write_json),
+        (args.csv, report.write_csv),
+        (args.markdown, report.write_markdown),
+    ):
+        if path:
+            write(path)
 
 
 if __name__ == "__main__":

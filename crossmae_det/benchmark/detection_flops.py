@@ -5,7 +5,7 @@ them, on the meta device. A detector also sorts boxes and samples features insid
 counted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,41 +63,53 @@ def detection_cost(candidate: Candidate) -> DetectionCost:
     side, width = to_2tuple(candidate.image_size)
     if side != width:
         raise ValueError(f"{candidate.name}: the image is not square: {candidate.image_size}")
-    model: Any = candidate.build_on_meta().eval()
-    trunk = getattr(getattr(model, "backbone", None), "net", None)
-    if trunk is None or not hasattr(model, "roi_heads"):
-        raise ValueError(f"{candidate.name}: not a detector with a trunk, a pyramid and heads")
+    return detector_cost(candidate.name, candidate.build_on_meta(), side)
+
+
+def detector_cost(name: str, model: Any, side: int) -> DetectionCost:
+    """As :func:`detection_cost`, of a model that is on the meta device.
+
+    Args:
+        name: for tables.
+        model: the detector.
+        side: of the square image in pixels.
+    """
+    if not hasattr(model, "backbone") or not hasattr(model, "roi_heads"):
+        raise ValueError(f"{name}: not a detector with a trunk, a pyramid and heads")
+    model.eval()
     pyramid, rpn, heads = model.backbone, model.proposal_generator, model.roi_heads
     # A cascade has a list of heads, each of which sees all proposals.
     stages = list(zip(_listed(heads.box_head), _listed(heads.box_predictor), strict=True))
     proposals = rpn.post_nms_topk[False]
     detections = stages[-1][1].test_topk_per_image if heads.mask_on else 0
 
-    counts, levels = _count(pyramid, torch.empty(1, 3, side, side, device="meta"))
+    counts, levels = flops_of(pyramid, torch.empty(1, 3, side, side, device="meta"))
     channels = levels[heads.box_in_features[0]].shape[1]
 
     def inside(boxes: int, pooler: Any) -> Tensor:
         """What a pooler cuts out of the pyramid: (boxes, C, H, W)."""
         return torch.empty(boxes, channels, *pooler.output_size, device="meta")
 
-    flops = _divide_trunk(pyramid, counts)
-    flops["rpn"] = _count(rpn.rpn_head, [levels[name] for name in rpn.in_features])[0]["Global"]
+    flops = backbone_parts(pyramid, counts)
+    flops["rpn"] = flops_of(rpn.rpn_head, [levels[name] for name in rpn.in_features])[0]["Global"]
     flops["box_heads"] = flops["mask_head"] = 0
     for head, predictor in stages:
-        box_counts, _ = _count(nn.Sequential(head, predictor), inside(proposals, heads.box_pooler))
+        box_counts, _ = flops_of(
+            nn.Sequential(head, predictor), inside(proposals, heads.box_pooler)
+        )
         flops["box_heads"] += box_counts["Global"]
     if heads.mask_on:
         # Its forward method also chooses among classes, which needs the boxes themselves.
         mask_input = inside(detections, heads.mask_pooler)
-        flops["mask_head"] = _count(heads.mask_head.layers, mask_input)[0]["Global"]
+        flops["mask_head"] = flops_of(heads.mask_head.layers, mask_input)[0]["Global"]
     return DetectionCost(
-        name=candidate.name,
+        name=name,
         image_size=side,
         proposals=proposals,
         detections=detections,
         parameters={
-            "trunk": _parameters(trunk),
-            "pyramid": _parameters(pyramid) - _parameters(trunk),
+            "trunk": _parameters(trunk_of(pyramid)[1]),
+            "pyramid": _parameters(pyramid) - _parameters(trunk_of(pyramid)[1]),
             "rpn": _parameters(rpn),
             "box_heads": _parameters(heads.box_head) + _parameters(heads.box_predictor),
             "mask_head": _parameters(heads.mask_head) if heads.mask_on else 0,
@@ -114,7 +126,7 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _count(function: Callable, argument: Any) -> tuple[dict[str, int], Any]:
+def flops_of(function: Callable, argument: Any) -> tuple[dict[str, int], Any]:
     """FLOPs by the name of the module, "Global" for all of them, and what the function returns."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         result = function(argument)
@@ -122,19 +134,40 @@ def _count(function: Callable, argument: Any) -> tuple[dict[str, int], Any]:
     return counts, result
 
 
-def _divide_trunk(pyramid: Any, counts: dict[str, int]) -> dict[str, int]:
-    """The FLOPs of a pyramid and the trunk in it, by part."""
-    trunk = f"{type(pyramid).__name__}.net"
-    windowed = whole = 0
-    for index, block in enumerate(pyramid.net.blocks):
-        flops = counts[f"{trunk}.blocks.{index}"]
-        if block.window_size:
-            windowed += flops
-        else:
-            whole += flops
-    return {
-        "windowed_blocks": windowed,
-        "global_blocks": whole,
-        "patch_embedding": counts[trunk] - windowed - whole,
-        "pyramid": counts["Global"] - counts[trunk],
-    }
+def trunk_of(backbone: Any) -> tuple[str, Any]:
+    """The trunk below a pyramid, after its name and a dot; a backbone without one is its own."""
+    for name in ("net", "bottom_up"):
+        if hasattr(backbone, name):
+            return f"{name}.", getattr(backbone, name)
+    return "", backbone
+
+
+def backbone_parts(backbone: Any, counts: Mapping[str, int]) -> dict[str, int]:
+    """The FLOPs of a backbone by part.
+
+    Args:
+        backbone: a trunk, alone or below a pyramid.
+        counts: FLOPs by the name of the module, as torch's counter names them.
+
+    Returns:
+        "trunk", of one with windows "windowed_blocks", "global_blocks" and "patch_embedding"; and
+        "pyramid" where there is one.
+    """
+    inside, trunk = trunk_of(backbone)
+    root = type(backbone).__name__
+    whole = counts.get(f"{root}.{inside}".rstrip("."), counts["Global"])
+    parts = {}
+    blocks = getattr(trunk, "blocks", [])
+    if any(getattr(block, "window_size", 0) for block in blocks):
+        for kind, windowed in (("windowed_blocks", True), ("global_blocks", False)):
+            parts[kind] = sum(
+                counts[f"{root}.{inside}blocks.{index}"]
+                for index, block in enumerate(blocks)
+                if bool(block.window_size) == windowed
+            )
+        parts["patch_embedding"] = whole - sum(parts.values())
+    else:
+        parts["trunk"] = whole
+    if inside:
+        parts["pyramid"] = counts["Global"] - whole
+    return parts

@@ -99,7 +99,7 @@ def time_loading(dataset: ImageSet, ours: Crop, usual: Crop, repeats: int) -> Lo
     """
     indices = np.linspace(0, len(dataset) - 1, min(IMAGES, len(dataset))).round().astype(int)
     images = [dataset[index] for index in indices.tolist()]
-    with _single_threaded():
+    with single_threaded():
         measures = [
             partial(_images_per_second, crop, images, itertools.count()) for crop in (ours, usual)
         ]
@@ -114,8 +114,18 @@ def _images_per_second(crop: Crop, images: Sequence[EncodedImage], numbers: Iter
     return len(images) / (timer() - start)
 
 
+def mapped_images_per_second(
+    mapper: Callable[[dict[str, Any]], Any], records: Sequence[dict[str, Any]]
+) -> float:
+    """The rate of a mapper of detectron2 over records of a data set."""
+    start = timer()
+    for record in records:
+        mapper(record)
+    return len(records) / (timer() - start)
+
+
 @contextmanager
-def _single_threaded() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
     """As in a worker of a loader, which has one core to itself."""
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)

@@ -1,5 +1,7 @@
 """Results with what they were measured on: for the terminal, for a README and for programs."""
 
+import csv
+import json
 import os
 import platform
 import re
@@ -13,6 +15,9 @@ from tabulate import tabulate
 
 from crossmae_det.checkpoint import atomic_path
 from crossmae_det.visualization.files import write_json
+
+# Of the JSON: another number where an older reader would misunderstand it.
+JSON_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,43 @@ class Report:
             OSError: the file cannot be written.
         """
         results = {section.key: section.values for section in self.sections}
-        content = {"command": self.command, "environment": dict(self.environment)} | results
-        write_json(path, content, indent=2)
+        head = {"version": JSON_VERSION, "command": self.command}
+        write_json(path, head | {"environment": dict(self.environment)} | results, indent=2)
+
+    def write_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the tables, one below the other, each under the key of its section.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            for section in self.sections:
+                writer.writerow(["section", *section.headers])
+                writer.writerows([section.key, *row] for row in section.rows)
 
     def _machine(self) -> str:
         return ", ".join(f"{name}: {value}" for name, value in self.environment.items())
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what :meth:`Report.write_json` wrote.
+
+    Raises:
+        ValueError: it is not that, or of another version.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        version = content.get("version")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} was not written by the benchmark: {error}") from error
+    if version != JSON_VERSION:
+        raise ValueError(
+            f"{path} has results of version {version}, and this benchmark compares with version"
+            f" {JSON_VERSION}: measure anew"
+        )
+    return content
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

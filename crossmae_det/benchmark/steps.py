@@ -15,8 +15,7 @@ from crossmae_det.benchmark.flops import step_flops
 from crossmae_det.benchmark.gemm import ATTEMPTS, GemmRate, largest_linear_shapes
 from crossmae_det.benchmark.report import Section
 from crossmae_det.benchmark.timing import Spread, interleaved, ratios
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from crossmae_det.benchmark.work import PRECISIONS
 
 
 class Timing(NamedTuple):

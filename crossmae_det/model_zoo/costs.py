@@ -58,7 +58,7 @@ def measure(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         cost = {"image_size": cfg.dataloader.image_size}
         cost |= asdict(pretraining_cost(_candidate(cfg, config)))
     else:
-        _name_classes(cfg)
+        name_classes(cfg)
         cost = asdict(detection_cost(_candidate(cfg, config)))
     del cost["name"]
     return cost
@@ -117,7 +117,7 @@ def _candidate(cfg: DictConfig, config_file: str) -> Candidate:
     )
 
 
-def _name_classes(cfg: DictConfig) -> None:
+def name_classes(cfg: DictConfig) -> None:
     """Take the classes that the data set is registered with: nothing is read, nor drawn."""
     names = cfg.dataloader.train.dataset.names
     classes = MetadataCatalog.get(names if isinstance(names, str) else names[0]).thing_classes

@@ -9,6 +9,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from crossmae_det.engine import run_tool
 
@@ -151,3 +152,41 @@ def test_a_gpu_that_is_not_there_is_refused(refusal, monkeypatch):
 def test_numbers_that_must_be_positive(refusal, flag, name):
     line = refusal("--pretraining", MAE, "--step", "--device", "cpu", flag, 0, *TINY)
     assert f"{name} must be at least 1, got 0" in line
+
+
+def test_backbones_in_one_command(repo, tmp_path):
+    """In a process of its own: the cases start others."""
+    command = [
+        *(sys.executable, "tools/benchmark.py", "--backbones", "detectron2-vit-tiny", "vit-tiny"),
+        *("--image-sizes", "64", "--repeats", "1", "--device", "cpu", "--train"),
+        *(
+            "--json",
+            tmp_path / "a.json",
+            "--csv",
+            tmp_path / "a.csv",
+            "--plots",
+            tmp_path / "plots",
+        ),
+    ]
+    process = subprocess.run(list(map(str, command)), cwd=repo, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "a.json").read_text())
+    theirs, ours = results["backbones"]
+    assert ours["parameters"] == theirs["parameters"] and ours["flops"] == theirs["flops"]
+    assert set(ours["flops_by_part"]) == {"windowed_blocks", "global_blocks", "patch_embedding"}
+    assert ours["median_seconds"] > 0 and ours["peak_bytes"] > 0 and not ours["failure"]
+    assert "time x detectron2-vit-tiny" in process.stdout
+    assert "section,backbone,pixels" in (tmp_path / "a.csv").read_text()
+    assert {path.name for path in (tmp_path / "plots").iterdir()} >= {"latency.png", "latency.svg"}
+
+
+def test_bad_backbones_end_in_one_line(refusal, tmp_path):
+    (tmp_path / "old.json").write_text('{"version": 0}')
+    sizes = ("--image-sizes", "64")
+    assert "did you mean 'vit-base'" in refusal("--backbones", "vit-bas", *sizes)
+    assert "take a multiple of 32" in refusal("--backbones", "vit-tiny", "--image-sizes", "100")
+    assert "results of version 0" in refusal(
+        "--backbones", "vit-tiny", *sizes, "--against", tmp_path / "old.json"
+    )
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU" in refusal("--backbones", "vit-tiny", "--device", "cuda")

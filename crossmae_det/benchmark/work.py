@@ -1,0 +1,170 @@
+"""What is measured of a backbone: a forward pass or a step of training, in a process of its own.
+
+Legend: N images, S side of an image in pixels.
+"""
+
+import re
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.structures import BitMasks, Boxes, Instances
+from torch import Tensor, nn
+from torch.utils.benchmark import timer
+
+# Of autocast. fp16 without a gradient scaler: what is timed is the same.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Objects in a training image of noise; COCO's images have seven.
+OBJECTS = 7
+
+
+@dataclass(frozen=True)
+class Work:
+    """One case of a comparison. It is sent to a process of its own, so ``build`` must be picklable.
+
+    Attributes:
+        name: of the backbone.
+        build: makes the model.
+        detector: whether it is a detector of detectron2; else it maps images (N, 3, S, S) to maps.
+        image_size: S.
+        batch_size: N.
+        train: forward, backward and optimizer (AdamW); else forward without gradients.
+        precision: a key of :data:`PRECISIONS`, by autocast.
+        device: "cpu" or "cuda".
+        compiled: compile the model.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    detector: bool
+    image_size: int
+    batch_size: int
+    train: bool
+    precision: str
+    device: str
+    compiled: bool = False
+
+    def inputs(self, device: str) -> Any:
+        """A batch of noise: (N, 3, S, S) floats, or what a detector of detectron2 takes."""
+        n, side = self.batch_size, self.image_size
+        if not self.detector:
+            return torch.randn(n, 3, side, side, device=device)
+        return [_detector_input(side, self.train) for _ in range(n)]
+
+    def prepare(self) -> Callable[[], None]:
+        """Build the model; what does the work once is returned."""
+        device = torch.device(self.device)
+        torch.manual_seed(0)
+        model = self.build().to(device).train(self.train)
+        if self.compiled:
+            model.compile()
+        inputs = self.inputs(self.device)
+        dtype = PRECISIONS[self.precision]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True) if self.train else None
+
+        def run() -> None:
+            with (
+                torch.set_grad_enabled(self.train),
+                torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            ):
+                outputs = model(inputs)
+            if optimizer is not None:
+                _loss(outputs).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return run
+
+
+def check_sizes(image_sizes: Sequence[int], batch_sizes: Sequence[int]) -> None:
+    """Refuse sizes that no backbone can take.
+
+    Raises:
+        ValueError: a side that is no positive multiple of 32, the coarsest stride, or no image.
+    """
+    for size in image_sizes:
+        if size < 32 or size % 32:
+            raise ValueError(
+                f"images of {size} pixels do not divide into the coarsest stride: take a multiple"
+                f" of 32, {max(32, round(size / 32) * 32)} say"
+            )
+    for batch in batch_sizes:
+        if batch < 1:
+            raise ValueError(f"the batch size must be at least 1, got {batch}")
+
+
+def _detector_input(side: int, train: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (3, side, side), dtype=torch.uint8, generator=generator)
+    result: dict[str, Any] = {"image": image, "height": side, "width": side}
+    if train:
+        corners = torch.rand(OBJECTS, 2, generator=generator) * side / 2
+        boxes = torch.cat([corners, corners + side / 4], dim=1)
+        masks = torch.zeros(OBJECTS, side, side, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = True
+        result["instances"] = Instances(
+            (side, side),
+            gt_boxes=Boxes(boxes),
+            gt_classes=torch.zeros(OBJECTS, dtype=torch.int64),
+            gt_masks=BitMasks(masks),
+        )
+    return result
+
+
+def _loss(outputs: dict[str, Tensor]) -> Tensor:
+    """A scalar: the sum of a detector's losses, or something that depends on every map."""
+    return torch.stack([output.float().pow(2).mean() for output in outputs.values()]).sum()
+
+
+class Meter:
+    """Time and memory of a piece of work, in the process that it is made in.
+
+    On a CPU the memory is the process's own high-water mark, over what it had before the model was
+    built; on CUDA the allocator's.
+
+    Args:
+        work: what is measured.
+    """
+
+    def __init__(self, work: Work):
+        self.cuda = work.device == "cuda"
+        self._before = 0 if self.cuda else _resident("VmRSS")
+        self._run = work.prepare()
+
+    def seconds(self) -> float:
+        """Do the work once; torch's timer waits for the GPU.
+
+        On CUDA it is done once before, and the memory is given back after: other processes wait for
+        their turn with the same memory, and asking the driver for it takes time.
+        """
+        if self.cuda:
+            self._run()
+        start = timer()
+        self._run()
+        seconds = timer() - start
+        if self.cuda:
+            torch.cuda.empty_cache()
+        return seconds
+
+    def bytes(self) -> int:
+        """Peak memory since the beginning."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        return max(0, _resident("VmHWM") - self._before)
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process's memory: now ("VmRSS") or at most ("VmHWM")."""
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux: the most there has been so far
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+    match = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
+    assert match is not None
+    return 1024 * int(match[1])

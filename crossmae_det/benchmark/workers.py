@@ -1,0 +1,121 @@
+"""Work in processes of its own: memory of one case is not another's, and time is taken in turns."""
+
+import multiprocessing
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from crossmae_det.benchmark.work import Meter, Work
+
+OUT_OF_MEMORY = "out of memory"
+# What torch says on a CPU where there is no memory left.
+CPU_ALLOCATOR = "can't allocate memory"
+
+
+@dataclass
+class Outcome:
+    """What became of a piece of work.
+
+    Attributes:
+        work: what was measured.
+        seconds: of each round; empty where it failed.
+        bytes: peak memory; 0 where it failed.
+        failure: why it failed, in one line; "" where it did not.
+    """
+
+    work: Work
+    seconds: list[float] = field(default_factory=list)
+    bytes: int = 0
+    failure: str = ""
+
+
+def measure(works: Sequence[Work], repeats: int, description: str) -> list[Outcome]:
+    """Measure cases in turns, A B A B, each in a fresh process.
+
+    The processes of all cases live at the same time, and one works while the others wait. A first
+    round is not counted. What fails, for lack of memory or otherwise, does not stop the others.
+
+    Args:
+        works: the cases.
+        repeats: rounds that count.
+        description: for the progress bar.
+
+    Raises:
+        ValueError: ``repeats`` is not positive.
+    """
+    if repeats < 1:
+        raise ValueError(f"the number of repeats must be at least 1, got {repeats}")
+    outcomes = [Outcome(work) for work in works]
+    workers = [_Worker(work) for work in works]
+    try:
+        with tqdm(total=(repeats + 1) * len(works), desc=description) as bar:
+            for turn in range(repeats + 1):
+                for worker, outcome in zip(workers, outcomes, strict=True):
+                    if not outcome.failure:
+                        answer = worker.ask("seconds")
+                        if isinstance(answer, str):
+                            outcome.failure = answer
+                            outcome.seconds.clear()
+                        elif turn:
+                            outcome.seconds.append(answer)
+                    bar.update()
+        for worker, outcome in zip(workers, outcomes, strict=True):
+            if not outcome.failure:
+                outcome.bytes = worker.ask("bytes")
+    finally:
+        for worker in workers:
+            worker.stop()
+    return outcomes
+
+
+class _Worker:
+    """A process that does one piece of work whenever it is asked."""
+
+    def __init__(self, work: Work):
+        # Not forked from this process, which may hold CUDA, threads and memory of its own.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, work.build.__module__])
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, what: str) -> Any:
+        """What it has measured; a text where it failed."""
+        try:
+            self._connection.send(what)
+            return self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            # Linux ends whoever asks for more memory than there is.
+            killed = self._process.exitcode == -signal.SIGKILL
+            return OUT_OF_MEMORY if killed else f"ended with {self._process.exitcode}"
+
+    def stop(self) -> None:
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+def _serve(connection: Connection, work: Work) -> None:
+    meter: Meter | None = None
+    while True:
+        try:
+            what = connection.recv()
+        except EOFError:
+            return
+        try:
+            meter = meter or Meter(work)
+            answer = getattr(meter, what)()
+        except (torch.OutOfMemoryError, MemoryError):
+            answer = OUT_OF_MEMORY
+        except Exception as error:  # told where the results are shown, beside those of others
+            text = str(error).strip() or type(error).__name__
+            answer = OUT_OF_MEMORY if CPU_ALLOCATOR in text else text.splitlines()[0]
+        connection.send(answer)

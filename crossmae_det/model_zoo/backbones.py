@@ -1,0 +1,307 @@
+"""Backbones by name: ours, detectron2's and timm's, alone, with their pyramid, or in a detector.
+
+All get the same heads in a detector, those of ViTDet's Mask R-CNN, so that what differs is the
+backbone. Weights are random unless a checkpoint is named: time and memory do not depend on them.
+"""
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+from detectron2 import model_zoo
+from detectron2.config import LazyCall, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import FPN, MViT, SwinTransformer
+from detectron2.modeling import SimpleFeaturePyramid as DetectronPyramid
+from detectron2.modeling import ViT as DetectronViT
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import Tensor, nn
+
+from crossmae_det.benchmark import OneBlock
+from crossmae_det.checkpoint import inspect, load
+from crossmae_det.detection import SimpleFeaturePyramid, vit_backbone
+from crossmae_det.model_zoo.costs import name_classes
+from crossmae_det.model_zoo.records import read_records
+from crossmae_det.model_zoo.zoo import get_config, list_configs
+from crossmae_det.modeling import SIZES, ViT
+from crossmae_det.modeling.vit import LAYER_NORM
+
+PARTS = ("alone", "pyramid", "detector")
+DETECTOR = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
+IN_FEATURE = "last_feat"
+PYRAMID: dict[str, Any] = dict(scale_factors=(4.0, 2.0, 1.0, 0.5), norm="LN", out_channels=256)
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
+
+# Sizes as published: Swin's table 7, MViTv2's table 2.
+SWIN = {
+    "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "large": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+}
+MVITV2 = {
+    "tiny": dict(depth=10, last_block_indexes=(0, 2, 7, 9)),
+    "small": dict(depth=16, last_block_indexes=(0, 2, 13, 15)),
+    "base": dict(depth=24, last_block_indexes=(1, 4, 20, 23)),
+    "large": dict(embed_dim=144, depth=48, num_heads=2, last_block_indexes=(1, 7, 43, 47)),
+}
+
+
+class TimmBackbone(Backbone):
+    """A model of timm with ``features_only`` as a detectron2 backbone.
+
+    Args:
+        name: as ``timm.create_model`` takes it.
+        image_size: side of the images, which some models are made for.
+
+    Raises:
+        ValueError: timm does not know the name, or the model has no features.
+    """
+
+    def __init__(self, name: str, image_size: int):
+        super().__init__()
+        options: dict[str, Any] = dict(features_only=True, pretrained=False)
+        try:
+            try:
+                self.body = timm.create_model(name, img_size=image_size, **options)
+            except TypeError:  # most models take any size
+                self.body = timm.create_model(name, **options)
+        except (RuntimeError, AttributeError) as error:
+            raise ValueError(f"timm has no features of '{name}': {error}") from error
+        info: Any = self.body.feature_info
+        self._names = [f"feature{index}" for index in range(len(info.channels()))]
+        self._shapes = {
+            name: ShapeSpec(channels=channels, stride=stride)
+            for name, channels, stride in zip(
+                self._names, info.channels(), info.reduction(), strict=True
+            )
+        }
+        self._channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> name of a feature to (N, C, H / stride, W / stride)."""
+        features = self.body(images)
+        if self._channels_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return dict(zip(self._names, features, strict=True))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return self._shapes
+
+
+def _ours(size: str, image_size: int) -> Backbone:
+    return vit_backbone(
+        size, img_size=image_size, pretrain_img_size=224, window_size=14, use_rel_pos=True
+    )
+
+
+def _detectron_vit(size: str, image_size: int) -> Backbone:
+    sizes = SIZES[size]
+    windows = [index for index in range(sizes.depth) if index not in sizes.global_blocks]
+    return DetectronViT(
+        img_size=image_size,
+        embed_dim=sizes.embed_dim,
+        depth=sizes.depth,
+        num_heads=sizes.num_heads,
+        window_size=14,
+        window_block_indexes=windows,
+        use_rel_pos=True,
+        norm_layer=LAYER_NORM,
+        out_feature=IN_FEATURE,
+    )
+
+
+def _resnet(depth: int, image_size: int) -> Backbone:
+    bottom_up = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model.backbone.bottom_up
+    bottom_up.stages.depth = depth
+    return instantiate(bottom_up)
+
+
+def _regnet(kind: str, image_size: int) -> Backbone:
+    config = f"COCO-InstanceSegmentation/mask_rcnn_regnet{kind}_4gf_dds_fpn_1x.py"
+    return instantiate(model_zoo.get_config(config).model.backbone.bottom_up)
+
+
+def _swin(size: str, image_size: int) -> Backbone:
+    return SwinTransformer(**SWIN[size])
+
+
+def _mvit(size: str, image_size: int) -> Backbone:
+    return MViT(**MVITV2[size], norm_layer=LAYER_NORM)
+
+
+BACKBONES: dict[str, Callable[[int], Backbone]] = (
+    {f"vit-{size}": partial(_ours, size) for size in SIZES}
+    | {f"detectron2-vit-{size}": partial(_detectron_vit, size) for size in SIZES}
+    | {f"resnet{depth}": partial(_resnet, depth) for depth in (50, 101)}
+    | {f"regnet{kind}-4gf": partial(_regnet, kind) for kind in "xy"}
+    | {f"swin-{size}": partial(_swin, size) for size in SWIN}
+    | {f"mvitv2-{size}": partial(_mvit, size) for size in MVITV2}
+)
+
+
+def build(name: str, part: str, image_size: int) -> nn.Module:
+    """A backbone by name.
+
+    Args:
+        name: a key of :data:`BACKBONES`; ``timm/NAME``; a checkpoint, whose trunk is built in the
+            sizes that it has and loaded; or a config of a detector, with ``=CHECKPOINT`` or not.
+        part: "alone", "pyramid" (the simple one for plain ViTs, FPN for others) or "detector".
+        image_size: side of the images in pixels.
+
+    Returns:
+        "alone" and "pyramid": (N, 3, H, W) to a dict of maps. "detector": detectron2's
+        ``GeneralizedRCNN``.
+
+    Raises:
+        ValueError: an unknown name, or one that has no such part.
+        OSError: a checkpoint cannot be read.
+    """
+    config, _, checkpoint = name.partition("=")
+    if config.endswith((".py", ".yaml")):
+        return _part_of_config(config, checkpoint, part, image_size)
+    if part == "detector":
+        return _detector(name, image_size)
+    trunk = _trunk(name, image_size)
+    if part == "alone":
+        return trunk
+    if isinstance(trunk, DetectronViT):
+        return DetectronPyramid(trunk, IN_FEATURE, top_block=LastLevelMaxPool(), **PYRAMID)
+    shapes = trunk.output_shape()
+    strides = {feature: shape.stride for feature, shape in shapes.items()}
+    if set(strides.values()) == {16}:  # a plain ViT: the last map alone
+        last = list(strides)[-1]
+        return SimpleFeaturePyramid(trunk, last, top_block=LastLevelMaxPool(), **PYRAMID)
+    names = [feature for feature, stride in strides.items() if stride >= 4]
+    if [strides[feature] for feature in names] != [4, 8, 16, 32]:
+        raise ValueError(
+            f"'{name}' has maps of strides {list(strides.values())}: a pyramid wants 4, 8, 16, 32,"
+            " or 16 alone"
+        )
+    return FPN(trunk, names, PYRAMID["out_channels"], top_block=LastLevelMaxPool())
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that :func:`build` does not know, without building anything.
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError: a config or a checkpoint that is not there.
+    """
+    config = name.partition("=")[0]
+    if config.endswith((".py", ".yaml")):
+        get_config(config)
+    elif name.startswith("timm/"):
+        if not timm.is_model(name.removeprefix("timm/").partition(".")[0]):
+            raise ValueError(f"timm has no model '{name.removeprefix('timm/')}'")
+    elif name.endswith(CHECKPOINT_SUFFIXES):
+        if "://" not in name and not Path(name).is_file():
+            raise FileNotFoundError(f"checkpoint {name} does not exist")
+    elif name not in BACKBONES:
+        close = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.3)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ValueError(
+            f"there is no backbone '{name}'{hint} There are {', '.join(BACKBONES)}, timm/NAME,"
+            " checkpoints and configs"
+        )
+
+
+def _trunk(name: str, image_size: int) -> Backbone:
+    check_name(name)
+    if name.startswith("timm/"):
+        return TimmBackbone(name.removeprefix("timm/"), image_size)
+    if name.endswith(CHECKPOINT_SUFFIXES):
+        return _trunk_of_checkpoint(name, image_size)
+    return BACKBONES[name](image_size)
+
+
+def _trunk_of_checkpoint(path: str, image_size: int) -> Backbone:
+    facts = inspect(path)
+    if "heads" not in facts:
+        raise ValueError(
+            f"{path} does not tell the number of attention heads; name the config of its model:"
+            f" CONFIG={path}"
+        )
+    trunk = vit_backbone(
+        embed_dim=facts["width"],
+        depth=facts["depth"],
+        num_heads=facts["heads"],
+        mlp_ratio=facts["MLP ratio"],
+        img_size=image_size,
+        pretrain_img_size=facts.get("image size", 224),
+        window_size=14,
+        use_rel_pos=True,
+    )
+    load(trunk, path)
+    return trunk
+
+
+def _part_of_config(config: str, checkpoint: str, part: str, image_size: int) -> nn.Module:
+    cfg = get_config(config)
+    if "backbone" not in cfg.model:
+        detectors = [name for name in list_configs() if name.startswith("coco/")]
+        raise ValueError(f"{config} is not of a detector; take {detectors[0]}, say")
+    name_classes(cfg)
+    cfg.dataloader.image_size = image_size
+    model: Any = instantiate(cfg.model)
+    if checkpoint:
+        load(model, checkpoint)
+    return {"alone": model.backbone.net, "pyramid": model.backbone, "detector": model}[part]
+
+
+def _detector(name: str, image_size: int) -> nn.Module:
+    cfg = get_config(DETECTOR)
+    name_classes(cfg)
+    cfg.model.backbone = LazyCall(_pyramid)(
+        name=name, image_size=image_size, out_channels=PYRAMID["out_channels"]
+    )
+    return instantiate(cfg.model)
+
+
+def _pyramid(name: str, image_size: int, out_channels: int) -> nn.Module:
+    """For a config: the heads refer to ``out_channels``."""
+    assert out_channels == PYRAMID["out_channels"]
+    return build(name, "pyramid", image_size)
+
+
+def build_block(size: str, kind: str, image_size: int) -> nn.Module:
+    """One block of our trunk as a model of images, for how its cost grows.
+
+    Args:
+        size: a name in :data:`crossmae_det.modeling.SIZES`.
+        kind: "windowed" or "global".
+        image_size: side of the images in pixels.
+    """
+    trunk = BACKBONES[f"vit-{size}"](image_size)
+    assert isinstance(trunk, ViT)
+    wanted = next(
+        block for block in trunk.blocks if bool(block.window_size) == (kind == "windowed")
+    )
+    return OneBlock(wanted, trunk.embed_dim, trunk.patch_size[0])
+
+
+def block_builder(size: str, kind: str, image_size: int = 1024) -> Callable[[], nn.Module]:
+    """What builds a block: see :func:`build_block`."""
+    return partial(build_block, size, kind, image_size)
+
+
+def published_precision() -> dict[str, float]:
+    """Box AP on COCO of backbones by name, as published (MODEL_ZOO.md has the sources).
+
+    Ours are from CrossMAE's weights, detectron2's from MAE's.
+    """
+    known = {}
+    sizes = {f"ViT-{size[0].upper()}": size for size in SIZES}
+    for table in read_records("published")["tables"]:
+        for row in table["rows"]:
+            if "box AP" not in row:
+                continue
+            if str(row.get("pretraining", "")).startswith("CrossMAE"):
+                known[f"vit-{sizes[row['backbone']]}"] = row["box AP"]
+            elif row.get("detector") == "Mask R-CNN":
+                known[f"detectron2-vit-{sizes[row['backbone']]}"] = row["box AP"]
+    return known
