@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from crossmae_det.checkpoint.report import Report
 
 # What a file may be converted to; "safetensors" is the native layout in a file of that format.
 TARGETS = ("native", "published", "timm", "vitdet", "huggingface", "safetensors")
+NUMPY_LACKS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 # What others read from the top of a file, not from under "model".
 FLAT = ("timm", "huggingface")
 
@@ -103,13 +105,16 @@ def _writer(output: Path, layout: str) -> Callable[[Mapping[str, Tensor], Path],
 def _write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     # The format holds neither views nor one memory under two names.
     plain = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write the checkpoint: {error}") from error
 
 
 def _write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # numpy has no bfloat16; float32 holds every value of it.
+    # numpy has neither bfloat16 nor float8; float32 holds every value of theirs.
     arrays = {
-        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+        name: (tensor.float() if tensor.dtype in NUMPY_LACKS else tensor).detach().numpy()
         for name, tensor in tensors.items()
     }
     content: dict[str, Any] = {"model": arrays, "__author__": "crossmae_det"}

@@ -57,7 +57,8 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     facts["parameters of the trunk"] = sum(tensor.numel() for tensor in trunk.values())
     facts["types"] = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     if content.keys() != state.keys():
-        facts["beside the weights"] = sorted(str(key) for key in content)
+        names = (key for key in content if isinstance(key, str) and key.isprintable())
+        facts["beside the weights"] = sorted(name[:80] for name in names)
     if native.unexpected:
         facts["no place in a plain ViT"] = native.unexpected
     return facts
@@ -134,9 +135,10 @@ def _decoder(beside: Mapping[str, Tensor], content: Mapping[str, Any]) -> dict[s
         facts["decoder self-attention"] = "decoder.blocks.0.self_attn.qkv.weight" in beside
     arguments = content.get("args")
     if isinstance(arguments, Namespace):
-        known = {key: str(value) for key, value in sorted(vars(arguments).items())}
-        wanted = ("model", "mask_ratio", "kept_mask_ratio", "epochs", "norm_pix_loss")
-        facts |= {f"trained with {key}": known[key] for key in wanted if key in known}
+        for name in ("model", "mask_ratio", "kept_mask_ratio", "epochs", "norm_pix_loss"):
+            value = vars(arguments).get(name)
+            if isinstance(value, str | int | float):
+                facts[f"trained with {name}"] = str(value)[:80]
     return facts
 
 

@@ -57,7 +57,8 @@ def load(
         weights: "model", or "ema" for the averaged weights of a run.
         allow_missing: patterns as of a shell (``*``, ``?``, ``[...]``) of names in the model that
             the file may lack; they are listed as initialised.
-        allow_unexpected: patterns of names in the file that may have no place in the model.
+        allow_unexpected: patterns of names in the file that may have no place in the model. A
+            tensor of another shape that both allow is left as the model has it.
 
     Returns:
         What was loaded, resampled, initialised, dropped and unexpected.
@@ -127,7 +128,12 @@ class _Plan:
             theirs = native.sources[name]
             if place in self.target:
                 other_shape = tensor.shape != self.target[place].shape
-                if CLASS_DEPENDENT.match(place) and other_shape and not whole:
+                known = matches(place, self.allow_missing) and matches(
+                    theirs, self.allow_unexpected
+                )
+                if other_shape and known:
+                    self.report.unexpected.append(theirs)
+                elif CLASS_DEPENDENT.match(place) and other_shape and not whole:
                     other_classes.add(place)
                     self.report.dropped.append(theirs)
                 else:
@@ -190,7 +196,8 @@ class _Plan:
                 native,
                 f"'{native.sources[source]}' is {tuple(tensor.shape)}{kind} in the file and"
                 f" {tuple(target.shape)} in the model",
-                "take a checkpoint of this model",
+                f"take a checkpoint of this model, or name both: --allow-missing '{name}'"
+                f" --allow-unexpected '{native.sources[source]}'",
             )
         if new is tensor:
             self.report.loaded.append(name)

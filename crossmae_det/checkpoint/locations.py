@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,6 +12,7 @@ from iopath.common.file_io import HTTPURLHandler, PathManager, get_cache_dir
 
 # detectron2's short names of what Meta serves.
 ALIASES = {"detectron2://": "https://dl.fbaipublicfiles.com/detectron2/"}
+SCHEME = re.compile(r"\w+://")
 HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<file>.+))?$")
 # How detectron2 is asked to guess names; here they are never guessed.
 HEURISTICS = re.compile(r"\?matching_heuristics=\w+$")
@@ -43,8 +45,11 @@ def checkpoint_files(location: str | os.PathLike[str]) -> list[Path]:
             name = url + name.removeprefix(alias)
     if name.startswith("hf://"):
         path = _from_hub(name)
-    elif name.startswith(("http://", "https://")):
+    elif name.lower().startswith(("http://", "https://")):
         path = _from_url(name)
+    elif SCHEME.match(name):
+        known = ", ".join(["http://", "https://", "hf://", *ALIASES])
+        raise ValueError(f"{name}: addresses begin with {known}")
     else:
         path = Path(name)
     if path.is_dir():
@@ -55,12 +60,16 @@ def checkpoint_files(location: str | os.PathLike[str]) -> list[Path]:
 
 
 def _from_url(url: str) -> Path:
-    parts = urlsplit(url)
-    # iopath's cache knows the path of a URL only: two servers may serve one path.
-    cache = os.path.join(get_cache_dir(), parts.netloc.replace(":", "_"))
     try:
-        return Path(_path_manager.get_local_path(url, cache_dir=cache))
-    except (OSError, ValueError) as error:
+        parts = urlsplit(url)
+        if ".." in parts.path.split("/"):
+            raise ValueError("its path leads upwards")
+        # iopath's cache knows the path of a URL only: two servers may serve one path.
+        server = re.sub(r"[^\w.-]", "_", parts.netloc)
+        scheme = f"{parts.scheme.lower()}{url[len(parts.scheme) :]}"
+        cache = os.path.join(get_cache_dir(), server)
+        return Path(_path_manager.get_local_path(scheme, cache_dir=cache))
+    except (OSError, ValueError, HTTPException) as error:
         raise OSError(f"cannot fetch {url}: {error}") from error
 
 
@@ -73,17 +82,23 @@ def _from_hub(name: str) -> Path:
         if file:
             return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
         # One format of those that a repository has, and the one that cannot hold programs first.
+        names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
         for suffix in SUFFIXES:
-            patterns = [f"*{suffix}", f"*{suffix}.index.json"]
-            folder = Path(
-                huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
-            )
-            if any(folder.glob(f"*{suffix}")):
-                return folder
+            files = [name for name in names if name.endswith(suffix) and "/" not in name]
+            indices = [name for name in names if name.endswith(f"{suffix}.index.json")]
+            if len(files) > 1 and not indices:
+                break  # several checkpoints: none is fetched
+            if files:
+                wanted = [*files, *indices]
+                return Path(
+                    huggingface_hub.snapshot_download(
+                        repo, revision=revision, allow_patterns=wanted
+                    )
+                )
     except Exception as error:  # of several libraries below, by version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"cannot fetch {name}: {reason}") from error
-    raise FileNotFoundError(f"{name} has no {' or '.join(SUFFIXES)} file at its top; name the file")
+    raise FileNotFoundError(f"{name} has not one checkpoint at its top: name the file, {name}/FILE")
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -94,9 +109,12 @@ def _in_folder(folder: Path) -> list[Path]:
     """
     last = folder / "last_checkpoint"
     if last.is_file():
-        return checkpoint_files(folder / Path(last.read_text().strip()).name)
+        name = last.read_text(encoding="utf-8", errors="replace").strip()
+        if not (folder / name).is_file() or Path(name).name != name:
+            raise FileNotFoundError(f"{last} names no file beside it")
+        return [folder / name]
     for suffix in SUFFIXES:
-        files = sorted(folder.glob(f"*{suffix}"))
+        files = sorted(file for file in folder.glob(f"*{suffix}") if file.is_file())
         for index in folder.glob(f"*{suffix}.index.json"):
             return _parts(index)
         if len(files) == 1:
@@ -113,7 +131,9 @@ def _parts(index: Path) -> list[Path]:
         listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         # Beside the index: it must not name files elsewhere.
         files = [index.parent / Path(str(name)).name for name in sorted(listed)]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if not files:
+            raise ValueError("it lists no file")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of a checkpoint in parts") from error
     for file in files:
         if not file.is_file():

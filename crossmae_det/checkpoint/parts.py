@@ -8,8 +8,9 @@ from torch import Tensor
 
 from crossmae_det.checkpoint.names import RELATIVE_POSITION
 
-# Beside a trunk: detectron2's parts have two names ("roi_heads.mask_head"), a decoder has one.
-PART = re.compile(r"decoder|[^.]+(\.[^.]+)?")
+# Beside a trunk: detectron2's parts have two names ("roi_heads.mask_head"), a decoder has one. The
+# norm after MAE's encoder is a part of its own: files of encoders have it, and no decoder.
+PART = re.compile(r"decoder\.encoder_norm|decoder|[^.]+(\.[^.]+)?")
 
 
 @dataclass(frozen=True)

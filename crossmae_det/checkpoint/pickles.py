@@ -7,13 +7,20 @@ what it names; here every name that it may use stands for a function of this mod
 import io
 import math
 import pickle
+import pickletools
+import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Sides and dimensions of an array beyond which nothing need be multiplied to refuse it.
+MOST, DIMENSIONS = 2**48, 32
+# Elements of a tuple and of all that it holds: checkpoints have shapes and the like.
+MOST_NESTED = 10_000
 
 
 class PickledArray:
@@ -28,7 +35,12 @@ class PickledArray:
             ValueError: it is no such state, or the bytes do not fill the shape.
         """
         _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, PickledType) or not all(type(side) is int for side in shape):
+        sides = [side for side in shape if type(side) is int and 0 <= side < MOST]
+        if (
+            not isinstance(dtype, PickledType)
+            or len(sides) != len(shape)
+            or len(shape) > DIMENSIONS
+        ):
             raise ValueError("an array without a shape and a type")
         if isinstance(data, str):  # as Python 2 pickled bytes
             data = data.encode("latin1")
@@ -61,6 +73,14 @@ def _new_array(*_: Any) -> PickledArray:
     return PickledArray()
 
 
+def _ordered(items: Any = ()) -> dict:
+    """An ordered dict is made empty, or by Python 2 from pairs."""
+    pairs = [(key, value) for key, value in items]
+    if not all(isinstance(key, str | int) for key, _ in pairs):
+        raise ValueError("an entry without a name")
+    return dict(pairs)
+
+
 def _from_buffer(data: bytes, dtype: PickledType, shape: Any, order: str) -> PickledArray:
     """How protocol 5 holds an array."""
     array = PickledArray()
@@ -88,7 +108,7 @@ def _no_bytes() -> bytes:
 
 # Everything that a pickle may name, and what it gets.
 ADMITTED: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": dict,
+    "collections.OrderedDict": _ordered,
     "numpy.ndarray": PickledArray,
     "numpy.dtype": PickledType,
     "numpy.core.multiarray._reconstruct": _new_array,
@@ -128,6 +148,88 @@ class ArrayUnpickler(pickle._Unpickler):
         target.restore(state)
 
     dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
+
+    def load_bytearray8(self) -> None:
+        """Read bytes, as many as there are: pickle makes room for as many as are claimed."""
+        (count,) = struct.unpack("<Q", self.read(8))  # type: ignore[attr-defined]
+        self.append(self.read(count))  # type: ignore[attr-defined]
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8  # type: ignore[assignment]
+
+    def load_setitem(self) -> None:
+        """Put one item into a dict."""
+        value, key = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+        self._set([(key, value)])
+
+    dispatch[pickle.SETITEM[0]] = load_setitem  # type: ignore[assignment]
+
+    def load_setitems(self) -> None:
+        """Put the items since the last mark into a dict."""
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        self._set(list(zip(items[::2], items[1::2], strict=True)))
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems  # type: ignore[assignment]
+
+    def load_dict(self) -> None:
+        """Make a dict of the items since the last mark."""
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        self.append({})  # type: ignore[attr-defined]
+        self._set(list(zip(items[::2], items[1::2], strict=True)))
+
+    dispatch[pickle.DICT[0]] = load_dict  # type: ignore[assignment]
+
+    def _set(self, items: list[tuple[Any, Any]]) -> None:
+        target = self.stack[-1]  # type: ignore[attr-defined]
+        for key, value in items:
+            # The hash of nested tuples can take for ever, or all of the interpreter's stack.
+            if type(target) is not dict or not isinstance(key, str | int):
+                raise pickle.UnpicklingError(f"a {type(key).__name__} is no name of an entry")
+            target[key] = value
+
+
+for _unused in (pickle.ADDITEMS, pickle.FROZENSET):  # they hash, too, and no weights lie in sets
+    del ArrayUnpickler.dispatch[_unused[0]]
+
+
+def check_tuples(file: IO[bytes]) -> None:
+    """Refuse a pickle that nests tuples without measure: their hash would take for ever.
+
+    torch's own reader of weights hashes any key. The instructions are looked at, not followed; the
+    file is left where the pickle ends.
+
+    Args:
+        file: open for reading, where a pickle begins.
+
+    Raises:
+        ValueError: it nests more than any checkpoint does, or is no pickle.
+    """
+    sizes: list[int] = []  # of what lies on the pickle's stack: elements, all the way down
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        name = opcode.name
+        if name == "MARK":
+            marks.append(len(sizes))
+            continue
+        if name.startswith(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")):
+            memo[len(memo) if name == "MEMOIZE" else argument] = sizes[-1] if sizes else 1
+            continue
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            sizes.append(memo.get(argument, 1))
+            continue
+        if pickletools.markobject in opcode.stack_before:
+            begin = marks.pop() if marks else 0
+            kept = opcode.stack_before.index(pickletools.markobject)
+            taken = sizes[begin:]
+            del sizes[max(0, begin - kept) :]
+        else:
+            begin = max(0, len(sizes) - len(opcode.stack_before))
+            taken = sizes[begin:]
+            del sizes[begin:]
+        size = 1 + sum(taken) if "TUPLE" in name or name == "DUP" else 1
+        if size > MOST_NESTED:
+            raise ValueError("it nests tuples as no checkpoint does")
+        sizes += [size] * len(opcode.stack_after)
 
 
 class Bounded(io.RawIOBase):

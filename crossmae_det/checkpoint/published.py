@@ -6,6 +6,7 @@ has not, is ``decoder.encoder_norm`` as in MAE; a classifier's ``fc_norm`` and `
 names. Numbers are never changed, so a round trip is exact.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from crossmae_det.checkpoint.names import (
     rename_block,
 )
 from crossmae_det.checkpoint.structure import (
+    check_shapes,
     gather_final_norm,
     join_queries,
     split_queries,
@@ -131,23 +133,34 @@ def translate(state_dict: Mapping[str, Tensor], allowed: Allowed = lambda key: F
         else:
             new = rename(key, FORMATS[native.layout])
             reason = next((kind for name, kind in OTHER_KINDS.items() if re.match(name, key)), None)
+        if new in native.tensors:
+            raise ValueError(f"'{key}' and '{native.sources[new]}' are the same tensor")
         if new is not None and reason is None:
             native.tensors[new] = tensor
             native.sources[new] = key
-        elif allowed(key):
+        elif reason is None and allowed(key):
             native.unexpected.append(key)
         else:
-            kind = f": it is a ViT with {reason}" if reason else ""
+            advice = (
+                f"it is a ViT with {reason}, another network: take a plain one"
+                if reason
+                else f"--allow-unexpected '{key}' leaves it out"
+            )
             raise ValueError(
                 f"taken for {TITLES[native.layout]}, which has no place for '{key}'"
-                f" {tuple(tensor.shape)} here{kind}; --allow-unexpected '{key}' leaves it out"
+                f" {tuple(tensor.shape)} here; {advice}"
             )
+    check_shapes(native.tensors, native.sources)
     if native.layout == "crossmae":
         spread_final_norm(native.tensors, native.sources)
     if native.layout in ("timm", "huggingface") and "encoder.cls_token" not in native.tensors:
         position = native.tensors.get("encoder.pos_embed")
         if position is not None:
             native.tensors["encoder.pos_embed"] = with_class_row(position)
+    if native.layout == "huggingface":
+        # As the file has them, where it is of a model without a decoder.
+        bare = {name: key.removeprefix("vit.") for name, key in native.sources.items()}
+        native.sources |= {name: key for name, key in bare.items() if key in state_dict}
     return native
 
 
@@ -199,8 +212,16 @@ def export(
             f"the format {format} needs '{token}', and there is none; take timm, or leave it out"
             f" with --allow-missing '{token}'"
         )
+    position = state.get("encoder.pos_embed")
+    if position is None:
+        raise ValueError("it has no position embedding")
+    if prefix != "encoder." and math.isqrt(position.shape[1] - 1) ** 2 != position.shape[1] - 1:
+        raise ValueError(
+            f"its position embedding has {position.shape[1]} rows, which are no square grid and a"
+            " class token's"
+        )
     if format == "timm" and token not in state:
-        state["encoder.pos_embed"] = state["encoder.pos_embed"][:, 1:]
+        state["encoder.pos_embed"] = position[:, 1:]
     if format == "crossmae":
         state = gather_final_norm(state)
     if format == "vitdet":
@@ -218,6 +239,8 @@ def export(
         else:
             new = rename(key, inverse)
         if RELATIVE_POSITION.search(key) and format != "vitdet":
+            new = None
+        if _has_no_decoder(format, state, key):
             new = None
         if new is not None:
             result[new] = tensor
@@ -256,4 +279,5 @@ def _has_no_decoder(format: str, state: Mapping[str, Tensor], key: str) -> bool:
         return not key.startswith("encoder.") or key == "encoder.cls_token"
     is_crossmae = "decoder.feature_weights" in state
     has_none = format == "timm" or (format == "huggingface" and is_crossmae)
-    return has_none and key.startswith("decoder.")
+    is_norm = key.startswith("decoder.encoder_norm.")
+    return has_none and key.startswith("decoder.") and not is_norm

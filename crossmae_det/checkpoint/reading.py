@@ -14,11 +14,25 @@ import torch
 from torch import Tensor
 
 from crossmae_det.checkpoint.locations import checkpoint_files
-from crossmae_det.checkpoint.pickles import read_pickle
+from crossmae_det.checkpoint.pickles import check_tuples, read_pickle
 
 # How files of torch.save begin: today's, and those from before torch 1.6.
 ARCHIVE = b"PK\x03\x04"
+GIT_LFS = b"version https:/"
 LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+# Where files keep weights, and averages of them: this project, MAE, timm, Lightning.
+MODELS = ("model", "state_dict", "model_state_dict")
+AVERAGES = ("ema", "model_ema", "state_dict_ema")
+# What is in front of every name: of DistributedDataParallel, and of modules that hold the model.
+WRAPPERS = ("module", "model")
+LONGEST_NAME = 300
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+# Pickles in a legacy file before its numbers: magic number, protocol, machine, content.
+OBJECTS_OF_LEGACY = 4
 # What published training checkpoints hold beside tensors and plain values: their command line.
 ADMITTED_CLASSES: list[Any] = [Namespace]
 
@@ -61,8 +75,13 @@ def _read_file(path: Path) -> dict[str, Any]:
             _check_archive(path)
             content = _torch_load(path, mmap=True)
         elif head == LEGACY:
+            with path.open("rb") as file:
+                for _ in range(OBJECTS_OF_LEGACY):
+                    check_tuples(file)
             content = _torch_load(path, mmap=False)
-        elif path.suffix == ".safetensors" or head[8:9] == b"{":
+        elif head.startswith(GIT_LFS):
+            raise ValueError("it is a pointer of Git LFS: fetch the file itself with git lfs pull")
+        elif path.suffix.lower() == ".safetensors" or head[8:9] == b"{":
             content = safetensors.torch.load_file(path)
         else:
             content = read_pickle(path)
@@ -72,7 +91,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    return content
+    return dict.copy(content)  # a plain one: an ordered one may have attributes over its methods
 
 
 def _check_archive(path: Path) -> None:
@@ -85,11 +104,16 @@ def _check_archive(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("it has two parts of one name")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed, which torch.save never does")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("it claims to hold more than its size")
         damaged = archive.testzip()
+        for entry in entries:
+            if entry.filename.endswith("/data.pkl"):
+                check_tuples(archive.open(entry))
     if damaged is not None:
         raise ValueError(f"the checksum of its part '{damaged}' is wrong: fetch or write it again")
 
@@ -120,36 +144,54 @@ def extract_state_dict(
     Args:
         checkpoint: what the file holds.
         path: the file, for messages.
-        weights: "model" for what is under "model" or "state_dict", or else for the file itself;
-            "ema" for the averaged weights of a run.
+        weights: "model" for what is under one of :data:`MODELS`, or else for the file itself; "ema"
+            for averaged weights, under one of :data:`AVERAGES`.
 
     Returns:
-        Tensors by name. Where all names begin with what DistributedDataParallel or torch.compile
-        put in front of them, that is left out.
+        Tensors by name. What DistributedDataParallel, torch.compile and Lightning put in front of
+        all names is left out.
 
     Raises:
         ValueError: there are none, or something else than tensors.
     """
+    keys = AVERAGES if weights == "ema" else MODELS
+    found = [checkpoint[key] for key in keys if isinstance(checkpoint.get(key), Mapping)]
+    if weights == "ema" and not found:
+        raise ValueError(
+            f"{path} holds no averaged weights, neither under {' nor '.join(AVERAGES)}"
+        )
+    state = dict.copy(found[0]) if found else dict(checkpoint)
     if weights == "ema":
-        if "ema" not in checkpoint:
-            raise ValueError(
-                f"{path} holds no averaged weights; the run had train.ema.enabled=False"
-            )
-        state = {key: value for key, value in checkpoint["ema"].items() if key != "n_averaged"}
-    else:
-        state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    if not isinstance(state, Mapping) or not state:
+        state.pop("n_averaged", None)
+    if not state:
         raise ValueError(f"{path} holds no weights, neither under 'model' nor at its top level")
     for name, value in state.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{path}: an entry is called {name!r}, which is no name of a tensor")
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: entry '{name}' is a {type(value).__name__}, not a tensor")
-        if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
-            raise ValueError(
-                f"{path}: '{name}' is not a plain tensor ({value.layout}, {value.dtype})"
-            )
-    for wrapper in ("module.", "_orig_mod."):
-        if all(name.startswith(wrapper) for name in state):
-            state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    return dict(state)
+        if not isinstance(name, str) or not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ValueError(f"{path}: one of its entries has a name that is none of a tensor")
+        _check_tensor(name, value, path)
+    return _unwrapped(state)
+
+
+def _check_tensor(name: str, value: Any, path: str | PathLike[str]) -> None:
+    """Refuse what is not an array of numbers that lies in the file."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{path}: entry '{name}' is a {type(value).__name__}, not a tensor")
+    if value.device.type != "cpu" or value.layout != torch.strided or value.dtype not in DTYPES:
+        raise ValueError(
+            f"{path}: '{name}' is not a plain tensor ({value.device.type}, {value.layout},"
+            f" {value.dtype})"
+        )
+    # A stride of 0 makes a number as many as one likes.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{path}: '{name}' is larger than what the file holds of it")
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without what wrappers put in front of, or into, their names."""
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    while len({name.partition(".")[0] for name in state}) == 1:
+        wrapper = next(iter(state)).partition(".")[0]
+        if wrapper not in WRAPPERS or not all("." in name for name in state):
+            break
+        state = {name.partition(".")[2]: value for name, value in state.items()}
+    return state

@@ -45,8 +45,10 @@ def resized(
     if RELATIVE_POSITION.search(name) and tensor.ndim == 2:
         return resample_table(tensor.float(), (len(target) + 1) // 2)
     if grid is not None and len(tensor) == 1:
-        position = with_class_row(tensor)
-        side = math.isqrt(position.shape[1] - 1)
-        if side and side * side == position.shape[1] - 1:
-            return resample_position_embedding(position.float(), (side, side), grid)
+        if tensor.shape[1] == grid[0] * grid[1]:
+            return with_class_row(tensor.float())
+        # Of another grid a file does not tell the sides: only a square one is beyond doubt.
+        side = math.isqrt(tensor.shape[1] - 1)
+        if side and side * side == tensor.shape[1] - 1:
+            return resample_position_embedding(tensor.float(), (side, side), grid)
     return None

@@ -3,7 +3,6 @@
 Legend: L patches, C channels, D blocks of a decoder.
 """
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -17,6 +16,22 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 APART = re.compile(
     r"(?P<stem>.+\.attention)\.(?P<name>query|key|value|[qkv]_proj)\.(?P<last>weight|bias)"
 )
+
+# Of what is computed with, by the end of its native name.
+DIMENSIONS = {
+    "patch_embed.proj.weight": 4,
+    "pos_embed": 3,
+    "cls_token": 3,
+    "mask_token": 3,
+    "rel_pos_h": 2,
+    "rel_pos_w": 2,
+    "attn.qkv.weight": 2,
+    "attn.qkv.bias": 1,
+    "mlp.fc1.weight": 2,
+    "decoder.feature_weights": 2,
+    "encoder_norm.weight": 1,
+    "encoder_norm.bias": 1,
+}
 
 
 def join_queries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -38,9 +53,11 @@ def join_queries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name in names:
             if name not in state:
                 raise ValueError(f"it has '{key}' but no '{name}'")
-            if state[name].shape != tensor.shape:
+            other = state[name]
+            if (other.shape, other.dtype) != (tensor.shape, tensor.dtype) or not tensor.ndim:
                 raise ValueError(
-                    f"'{key}' is {tuple(tensor.shape)} and '{name}' {tuple(state[name].shape)}"
+                    f"'{key}' is {tuple(tensor.shape)} of {tensor.dtype} and '{name}'"
+                    f" {tuple(other.shape)} of {other.dtype}"
                 )
         if key == names[0]:
             joined = torch.cat([state[name] for name in names])
@@ -75,8 +92,11 @@ def spread_final_norm(tensors: dict[str, Tensor], sources: dict[str, str]) -> No
     """
     if "decoder.feature_weights" in tensors or "decoder.encoder_norm.weight" not in tensors:
         return
-    blocks = (re.match(r"decoder\.blocks\.(\d+)\.", key) for key in tensors)
-    depth = 1 + max(int(match[1]) for match in blocks if match)
+    matches = (re.match(r"decoder\.blocks\.(\d{1,4})\.", key) for key in tensors)
+    blocks = {int(match[1]) for match in matches if match}
+    depth = len(blocks)
+    if blocks != set(range(depth)):
+        raise ValueError(f"the blocks of its decoder are not numbered from 0: {sorted(blocks)[:5]}")
     tensors["decoder.feature_weights"] = torch.ones(depth, 1)
     sources["decoder.feature_weights"] = "decoder_blocks"
     for last in ("weight", "bias"):
@@ -104,7 +124,24 @@ def gather_final_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_class_row(position: Tensor) -> Tensor:
-    """A position embedding (1, 1 + L, C), from one of (1, L, C) where L is a square."""
-    if position.ndim != 3 or math.isqrt(position.shape[1]) ** 2 != position.shape[1]:
-        return position
+    """A position embedding (1, 1 + L, C) from one of (1, L, C): the class token's row is zeros."""
     return torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)
+
+
+def check_shapes(trunk: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    """Refuse tensors that are not what their names say, before anything is computed with them.
+
+    Args:
+        trunk: weights by native name.
+        names: native name -> name in the file.
+
+    Raises:
+        ValueError: another number of dimensions, or a side of 0.
+    """
+    for name, tensor in trunk.items():
+        for ending, dimensions in DIMENSIONS.items():
+            if name.endswith(ending) and (tensor.ndim != dimensions or 0 in tensor.shape):
+                raise ValueError(
+                    f"'{names[name]}' is {tuple(tensor.shape)}, where {dimensions} dimensions are"
+                    " usual"
+                )

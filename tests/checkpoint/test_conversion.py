@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from crossmae_det.checkpoint import convert, load, read_checkpoint, save_checkpoint, to_published
 from crossmae_det.detection import ViTBackbone
 from crossmae_det.modeling import ViT
+from crossmae_det.modeling.vit import LAYER_NORM
 from crossmae_det.pretraining import MAE, CrossMAE
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -70,7 +71,7 @@ class Detector(torch.nn.Module):
 def test_detectron2_loads_it(model, source, tmp_path, suffix):
     report = convert(source, tmp_path / f"vitdet{suffix}", "vitdet")
     assert "encoder.cls_token" in report.dropped
-    sizes = dict(window_size=0, pretrain_img_size=32)
+    sizes = dict(window_size=0, pretrain_img_size=32, norm_layer=LAYER_NORM)
     theirs = Detector(DetectronViT(**SIZES, **sizes)).eval()
     DetectionCheckpointer(theirs).load(str(tmp_path / f"vitdet{suffix}"))
     ours = Detector(ViTBackbone(**SIZES)).eval()

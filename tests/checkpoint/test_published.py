@@ -12,6 +12,7 @@ from crossmae_det.checkpoint.published import export
 from crossmae_det.checkpoint.structure import with_class_row
 from crossmae_det.detection import ViTBackbone
 from crossmae_det.modeling import ViT
+from crossmae_det.modeling.vit import LAYER_NORM
 from crossmae_det.pretraining import MAE, CrossMAE
 from crossmae_det.pretraining.masking import mask_patches
 
@@ -299,7 +300,9 @@ def test_a_query_without_its_key_is_named():
 
 def detectron2_vit(**options):
     sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
-    model = DetectronViT(**(sizes | dict(window_size=0, use_rel_pos=True) | options)).eval()
+    model = DetectronViT(
+        **(sizes | dict(window_size=0, use_rel_pos=True, norm_layer=LAYER_NORM) | options)
+    ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model

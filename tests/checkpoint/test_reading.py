@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import threading
+import warnings
 import zipfile
 
 import huggingface_hub
@@ -101,7 +102,32 @@ def test_a_folder_with_one_checkpoint_with_parts_or_of_a_run(tmp_path):
         read_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 3}', "no json"])
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "nowhere.pth", "../a.pth"])
+def test_a_last_checkpoint_that_is_none(tmp_path, name):
+    save_checkpoint({"model": WEIGHTS}, tmp_path / "a.pth")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "last_checkpoint").write_text(name)
+    with pytest.raises(FileNotFoundError, match="last_checkpoint names no file beside it"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://127.0.0.1:abc/a.pth", "cannot fetch http://127.0.0.1:abc/a.pth"),
+        ("http://[::1/a.pth", r"cannot fetch http://\[::1/a.pth"),
+        ("http://127.0.0.1/../../a.pth", "its path leads upwards"),
+        ("s3://bucket/a.pth", "s3://bucket/a.pth: addresses begin with http://, https://, hf://"),
+    ],
+)
+def test_addresses_that_are_none(address, message):
+    with pytest.raises((OSError, ValueError), match=message) as error:
+        read_checkpoint(address)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 3}', "no json", "[" * 100_000])
 def test_an_index_that_is_none(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match="index.json is no index of a checkpoint in parts"):
@@ -150,17 +176,22 @@ def test_the_hub(tmp_path, monkeypatch):
         return str(tmp_path / file)
 
     def folder(repo, revision, allow_patterns):
-        asked.append((repo, revision, allow_patterns[0]))
+        asked.append((repo, revision, allow_patterns))
         return str(tmp_path)
 
+    listed = ["README.md", "model.safetensors", "model.pth", "deep/b.safetensors"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: listed)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", one)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", folder)
     assert_weights(read_checkpoint("hf://owner/model@main/model.safetensors"))
     assert_weights(read_checkpoint("hf://owner/model"))
     assert asked == [
         ("owner/model", "model.safetensors", "main"),
-        ("owner/model", None, "*.safetensors"),
+        ("owner/model", None, ["model.safetensors"]),
     ]
+    listed[:] = ["small.pth", "large.pth"]
+    with pytest.raises(FileNotFoundError, match="not one checkpoint at its top: name the file"):
+        read_checkpoint("hf://owner/model")
     with pytest.raises(ValueError, match="is not of the form hf://owner/repository"):
         read_checkpoint("hf://owner")
 
@@ -199,6 +230,18 @@ def rewritten(data, change):
     return target.getvalue()
 
 
+def doubled(data):
+    """An archive of torch.save that has its first numbers twice."""
+    source, target = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    with zipfile.ZipFile(target, "w") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's, about just that
+        for name in source.namelist():
+            file.writestr(name, source.read(name))
+            if name.endswith("/data/0"):
+                file.writestr(name, bytes(len(source.read(name))))
+    return target.getvalue()
+
+
 def hostile_files():
     """Name -> bytes."""
     good = saved({"model": WEIGHTS})
@@ -231,6 +274,18 @@ def hostile_files():
         "memo of any size": b"\x80\x02}r\xff\xff\xff\xff" + b"X\x01\x00\x00\x00ah\x01s.",
         "bytes of any size": b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"a.",
         "frame of any size": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"}.",
+        "key of endless hash": b"\x80\x02})" + b"2\x86" * 45 + b"Ns.",
+        "key of endless hash in torch.save": rewritten(
+            good, lambda _: b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 45 + b"}h\x00Ns."
+        ),
+        "key of endless depth": b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.",
+        "key of endless depth in torch.save": rewritten(
+            good, lambda _: b"\x80\x02})" + b"\x85" * 300_000 + b"Ns."
+        ),
+        "bytearray of any size": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".",
+        "two parts of one name": doubled(good),
+        "name in two lines": saved({"model": {"a\n\x1b[31mred": torch.zeros(1)}}),
+        "pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
         "list": saved([torch.zeros(1)]),
         "number": pickle.dumps(3),
         "text": b"not a checkpoint",
@@ -272,10 +327,8 @@ def test_the_hostile_files_are_hostile(tmp_path, monkeypatch):
 
 
 def test_what_pickles_may_name_calls_nothing_of_a_library():
-    assert {stand_in.__module__ for stand_in in ADMITTED.values()} == {
-        "builtins",  # dict
-        "crossmae_det.checkpoint.pickles",
-    }
+    modules = {stand_in.__module__ for stand_in in ADMITTED.values()}
+    assert modules == {"crossmae_det.checkpoint.pickles"}
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -287,8 +340,12 @@ def test_the_weights_of_a_file():
     assert_weights(extract_state_dict(WEIGHTS, "a.pth"))
     assert_weights(extract_state_dict({"model": WEIGHTS, "epoch": 3}, "a.pth"))
     assert_weights(extract_state_dict({"state_dict": WEIGHTS}, "a.pth"))
-    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in WEIGHTS.items()}
-    assert_weights(extract_state_dict(wrapped, "a.pth"))
+    for wrapper in ("module._orig_mod.", "_orig_mod.module.", "module.module.", "model."):
+        wrapped = {f"{wrapper}{name}": tensor for name, tensor in WEIGHTS.items()}
+        assert_weights(extract_state_dict(wrapped, "a.pth"))
+    assert_weights(extract_state_dict({"model": "vit_base", "state_dict": WEIGHTS}, "a.pth"))
+    for key in ("ema", "model_ema", "state_dict_ema"):
+        assert_weights(extract_state_dict({"model": {}, key: WEIGHTS}, "a.pth", weights="ema"))
 
 
 @pytest.mark.parametrize(
@@ -297,10 +354,12 @@ def test_the_weights_of_a_file():
         (3, "entry 'a' is a int, not a tensor"),
         (torch.zeros(1, device="meta"), "'a' is not a plain tensor"),
         (torch.eye(2).to_sparse(), "'a' is not a plain tensor"),
+        (torch.zeros(2, dtype=torch.complex64), "'a' is not a plain tensor"),
+        (torch.zeros(1).expand(10**9), "'a' is larger than what the file holds of it"),
     ],
 )
 def test_what_is_no_weight(value, message):
     with pytest.raises(ValueError, match=f"b.pth: {message}"):
         extract_state_dict({"model": {"a": value}}, "b.pth")
-    with pytest.raises(ValueError, match="an entry is called 3"):
+    with pytest.raises(ValueError, match="one of its entries has a name"):
         extract_state_dict({3: torch.zeros(1)}, "b.pth")

@@ -171,12 +171,12 @@ def test_a_checkpoint_that_lacks_a_tensor_says_how_to_go_on(train, tmp_path):
     path = tmp_path / "other.pth"
     state = ViT(64, 16, 32, 4, 2).state_dict()
     del state["blocks.1.norm1.bias"]
-    save_checkpoint({"model": state | {"blocks.1.ls1.gamma": torch.ones(32)}}, path)
+    save_checkpoint({"model": state | {"blocks.1.extra": torch.ones(32)}}, path)
     load = f"train.init_checkpoint={path}"
-    line = train(load, flags=["--allow-unexpected", "*.gamma"])
+    line = train(load, flags=["--allow-unexpected", "*.extra"])
     assert "--allow-missing 'backbone.net.blocks.1.norm1.bias' keeps its initial values" in line
     line = train(load, flags=["--allow-missing", "*.norm1.bias"])
-    assert "'blocks.1.ls1.gamma' (32,) here: it is a ViT with LayerScale" in line
+    assert "no place for 'blocks.1.extra' (32,)" in line
 
 
 def test_a_device_that_is_not_there_is_named(train):

@@ -201,12 +201,12 @@ def test_what_became_of_the_weights_that_a_run_starts_from_is_written_down(
     trunk = instantiate(cfg.model.backbone.net)
     state = dict(trunk.state_dict())
     del state["blocks.1.norm1.bias"]
-    save_checkpoint({"model": state | {"blocks.1.ls1.gamma": torch.ones(1)}}, tmp_path / "a.pth")
+    save_checkpoint({"model": state | {"blocks.1.extra": torch.ones(1)}}, tmp_path / "a.pth")
     cfg.train.init_checkpoint = str(tmp_path / "a.pth")
-    allowed = dict(allow_missing=["*.norm1.bias"], allow_unexpected=["*.gamma"])
+    allowed = dict(allow_missing=["*.norm1.bias"], allow_unexpected=["*.extra"])
     run(cfg, Namespace(eval_only=False, resume=False, **allowed))
     report = json.loads((tmp_path / "output" / "init_checkpoint.json").read_text())
-    assert report["unexpected"] == ["blocks.1.ls1.gamma"]
+    assert report["unexpected"] == ["blocks.1.extra"]
     assert "backbone.net.blocks.1.norm1.bias" in report["initialised"]
     assert "backbone.net.blocks.1.norm1.weight" in report["loaded"]
 
