@@ -129,7 +129,7 @@ def test_without_configs_mae_and_crossmae_of_three_sizes_are_compared(run_benchm
 
 
 def test_bad_input_ends_in_one_line(refusal, tmp_path):
-    assert "nothing to measure: name --pretraining or --data" in refusal()
+    assert "nothing to measure: name --backbones, --growth, --pretraining or" in refusal()
     assert "--step times the configs of --pretraining" in refusal("--step", "--data", tmp_path)
     line = refusal("--pretraining", "pretraining/mae_vit_b_800epochs.py")
     assert line.startswith("benchmark.py: error: no config file 'pretraining/mae_vit_b_800epochs")
