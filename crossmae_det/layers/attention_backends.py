@@ -32,6 +32,8 @@ BACKENDS = ("auto", "eager", "sdpa", "folded", "flex", "chunked")
 DEVICES = {"flex": "cuda", "chunked": "cpu"}
 # Flash kernels take no more channels per head, and only multiples of 8.
 FLASH_CHANNELS = 256
+# What "auto" stood for so far.
+_logged: set[tuple[str, ...]] = set()
 
 RelativePosition = tuple[Tensor, Tensor]
 
@@ -74,7 +76,7 @@ def attend(
         return _sdpa(q, k, v, rel_pos)
     if backend == "auto":
         backend = choose_backend(device, q.dtype, q.shape[-1], rel_pos)
-        _log_choice(backend, device, str(q.dtype).removeprefix("torch."))
+        _log_choice(device, str(q.dtype).removeprefix("torch."), backend)
     elif device != DEVICES.get(backend, device):
         others = [name for name in BACKENDS if DEVICES.get(name, device) == device]
         raise ValueError(
@@ -107,10 +109,14 @@ def choose_backend(
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
-def _log_choice(backend: str, device: str, dtype: str) -> None:
-    """Once in a process; for the compiler it is a constant, so it does not break the graph."""
-    logger.info("Attention with relative position on %s in %s: %s", device, dtype, backend)
+def _log_choice(*choice: str) -> None:
+    """Log (device, dtype, backend) once in a process.
+
+    To the compiler this is a constant, for which it runs it once: the graph is not broken.
+    """
+    if choice not in _logged:
+        _logged.add(choice)
+        logger.info("Attention with relative position on %s in %s: %s", *choice)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, rel_pos: RelativePosition | None = None) -> Tensor:

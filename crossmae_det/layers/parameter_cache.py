@@ -13,11 +13,12 @@ CAPACITY = 8
 class ParameterCache:
     """Keeps what was computed from a parameter, for as long as the parameter stays as it is.
 
-    It keeps nothing while gradients are recorded, as every backward pass needs a graph of its own,
-    nor while a graph is compiled, where it would be a constant. Otherwise a value is taken again
-    only where the parameter is the same object, with the same memory and the same version: an
-    optimizer step, ``load_state_dict`` and ``.to()`` each change one of them. A write through
-    ``parameter.data`` changes none; :meth:`clear` is for that.
+    It keeps nothing while a graph is compiled, where it would be a constant, and forgets all where
+    gradients are recorded: a backward pass needs a graph of its own, and an optimizer's step may
+    follow. torch's fused optimizers change a parameter without a trace. Otherwise a value is taken
+    again only where the parameter is the same object, with the same memory and the same version:
+    ``load_state_dict``, ``.to()`` and whatever else writes to it change one of them. A write
+    through ``parameter.data`` changes none; :meth:`clear` is for that.
     """
 
     def __init__(self) -> None:
@@ -34,13 +35,13 @@ class ParameterCache:
             parameter: one cache is for one parameter.
             compute: a function of the parameter and of the key.
         """
-        # Inference tensors have no version.
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or parameter.is_inference()
-            or parameter.device.type == "meta"
-        ):
+        if torch.compiler.is_compiling():
+            return compute(parameter)
+        if torch.is_grad_enabled():
+            self.clear()
+            return compute(parameter)
+        # Inference tensors have no version, and those on "meta" no memory.
+        if parameter.is_inference() or parameter.is_meta:
             return compute(parameter)
         if self._owner is None or self._owner() is not parameter:
             self.clear()

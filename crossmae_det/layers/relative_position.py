@@ -37,9 +37,9 @@ def pairwise_table(table: Tensor, size: int) -> Tensor:
     Returns:
         (size, size, D): entry [i, j] belongs to query i and key j.
     """
-    # Query i looks at rows i to i + size - 1, the last of them first: a view instead of an index,
-    # whose gradient would be a scatter.
-    return resample_table(table, size).unfold(0, size, 1).flip(2).transpose(1, 2)
+    positions = torch.arange(size, device=table.device)
+    distance = positions[:, None] - positions[None, :] + (size - 1)
+    return resample_table(table, size)[distance]
 
 
 def axis_scores(

@@ -103,6 +103,16 @@ def _unpartition(windows: Tensor, size: int, height: int, width: int) -> Tensor:
     return x
 
 
+@torch.library.custom_op("crossmae_det::window_padding_sum", mutates_args=())
+def _padding_sum(windows: Tensor, size: int, height: int, width: int) -> Tensor:
+    """(N * K, M, S * S, D) -> (M, D)."""
+    grid = (height, width)
+    total = windows.new_zeros(windows.shape[1], windows.shape[3])
+    for part in _padding(_by_window(windows, size, grid), grid):
+        total += part.sum((0, 1, 2, 3, 4))
+    return total
+
+
 @_partition.register_fake
 def _(x: Tensor, pad: Tensor, size: int, height: int, width: int) -> Tensor:
     return _empty_windows(x, size, (height, width))
@@ -113,15 +123,17 @@ def _(windows: Tensor, size: int, height: int, width: int) -> Tensor:
     return _empty_map(windows, size, (height, width))
 
 
+@_padding_sum.register_fake
+def _(windows: Tensor, size: int, height: int, width: int) -> Tensor:
+    return windows.new_empty(windows.shape[1], windows.shape[3])
+
+
 def _keep_sizes(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.sizes = inputs[-3:]
 
 
 def _partition_gradient(ctx: Any, grad: Tensor) -> tuple:
-    size, *grid = ctx.sizes
-    grad_pad = grad.new_zeros(grad.shape[1], grad.shape[3])
-    for part in _padding(_by_window(grad, size, grid), grid):
-        grad_pad = grad_pad + part.sum((0, 1, 2, 3, 4))
+    grad_pad = _padding_sum(grad, *ctx.sizes)
     return _unpartition(grad, *ctx.sizes), grad_pad, None, None, None
 
 
