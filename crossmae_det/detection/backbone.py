@@ -204,6 +204,7 @@ def build_crossmae_vit_backbone(cfg, input_shape: ShapeSpec) -> ViTBackbone:
         drop_path_rate=vit.DROP_PATH_RATE,
         use_act_checkpoint=vit.USE_ACT_CHECKPOINT,
         freeze_blocks=vit.FREEZE_BLOCKS,
+        attention_backend=vit.ATTENTION_BACKEND,
     )
 
 

@@ -25,6 +25,7 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     vit.DROP_PATH_RATE = 0.1
     vit.USE_ACT_CHECKPOINT = False
     vit.FREEZE_BLOCKS = 0
+    vit.ATTENTION_BACKEND = "auto"  # or eager, sdpa, folded, flex, chunked: same results
 
     pyramid = cfg.MODEL.PYRAMID = CfgNode()
     pyramid.OUT_CHANNELS = 256

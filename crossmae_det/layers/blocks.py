@@ -10,7 +10,6 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from crossmae_det.layers.attention import Attention, CrossAttention
-from crossmae_det.layers.windows import window_partition, window_unpartition
 
 
 class Block(nn.Module):
@@ -24,6 +23,7 @@ class Block(nn.Module):
         norm_layer: makes a norm from a number of channels.
         window_size: side of the attention windows in map mode; 0 for global attention.
         rel_pos_size: (H, W) of the relative-position tables, or None for none.
+        attention_backend: a name in :data:`.attention_backends.BACKENDS`.
     """
 
     def __init__(
@@ -36,11 +36,12 @@ class Block(nn.Module):
         norm_layer: Callable[[int], nn.Module],
         window_size: int = 0,
         rel_pos_size: tuple[int, int] | None = None,
+        attention_backend: str = "auto",
     ):
         super().__init__()
         self.window_size = window_size
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, rel_pos_size)
+        self.attn = Attention(dim, num_heads, rel_pos_size, attention_backend)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -56,14 +57,7 @@ class Block(nn.Module):
         Returns:
             (N, L, C).
         """
-        y = self.norm1(x)
-        if grid is None or not self.window_size:
-            y = self.attn(y, grid)
-        else:
-            size = self.window_size
-            y = self.attn(window_partition(y.unflatten(1, grid), size), (size, size))
-            y = window_unpartition(y, size, grid).flatten(1, 2)
-        x = x + self.drop_path(y)
+        x = x + self.drop_path(self.attn(self.norm1(x), grid, self.window_size))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

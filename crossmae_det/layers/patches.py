@@ -63,7 +63,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed every patch: (N, B, H * P, W * P) -> (N, L, C)."""
-        return self.proj(images).flatten(2).transpose(1, 2)
+        # Contiguous, or every token stays spread over memory: sums of tensors keep the strides of
+        # the first, and each norm would copy its input.
+        return self.proj(images).flatten(2).transpose(1, 2).contiguous()
 
     def embed_visible(self, images: Tensor, visible: Tensor) -> Tensor:
         """Embed only some of the patches.

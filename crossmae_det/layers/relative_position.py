@@ -42,21 +42,35 @@ def pairwise_table(table: Tensor, size: int) -> Tensor:
     return resample_table(table, size)[distance]
 
 
-def decomposed_bias(q: Tensor, table_h: Tensor, table_w: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Attention bias of decomposed relative positions.
+def axis_scores(
+    q: Tensor, pairs_h: Tensor, pairs_w: Tensor, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The two parts of the bias, each between the queries and the keys of one axis.
 
     Args:
         q: (N, M, L, D) queries before scaling.
-        table_h: (2 * S_h - 1, D) table of the vertical distances.
-        table_w: (2 * S_w - 1, D) table of the horizontal distances.
+        pairs_h: (H, H, D) from :func:`pairwise_table` of the vertical distances.
+        pairs_w: (W, W, D) from :func:`pairwise_table` of the horizontal distances.
         grid: (H, W) with H * W = L.
 
     Returns:
-        (N, M, L, L) additive bias for the scaled attention scores.
+        (N, M, L, H), by row of the key, and (N, M, L, W), by column of the key, both in the type
+        of ``q``.
     """
-    height, width = grid
-    n, heads, length, channels = q.shape
-    query_grid = q.reshape(n, heads, height, width, channels)
-    rel_h = torch.einsum("nmyxd,yvd->nmyxv", query_grid, pairwise_table(table_h, height))
-    rel_w = torch.einsum("nmyxd,xud->nmyxu", query_grid, pairwise_table(table_w, width))
-    return (rel_h[..., :, None] + rel_w[..., None, :]).reshape(n, heads, length, length)
+    query_grid = q.unflatten(2, grid)
+    rel_h = torch.einsum("nmyxd,yvd->nmyxv", query_grid, pairs_h)
+    rel_w = torch.einsum("nmyxd,xud->nmyxu", query_grid, pairs_w)
+    return rel_h.flatten(2, 3).to(q.dtype), rel_w.flatten(2, 3).to(q.dtype)
+
+
+def full_bias(rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """The bias of every pair from its two parts.
+
+    Args:
+        rel_h: (..., L, H).
+        rel_w: (..., L, W).
+
+    Returns:
+        (..., L, H * W) additive bias for the scaled attention scores.
+    """
+    return (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)

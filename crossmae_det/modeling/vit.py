@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crossmae_det.layers.blocks import Block
+from crossmae_det.layers.parameter_cache import ParameterCache
 from crossmae_det.layers.patches import PatchEmbed
 from crossmae_det.layers.position_embedding import (
     resample_position_embedding,
@@ -53,6 +54,8 @@ class ViT(nn.Module):
         use_act_checkpoint: recompute the blocks' activations in the backward pass, to save memory.
         freeze_blocks: keep the patch embedding, the position embedding and the first
             ``freeze_blocks`` blocks as they are: no gradients, no stochastic depth. 0 for none.
+        attention_backend: how attention is computed, which changes its speed and its memory only:
+            a name in :data:`crossmae_det.layers.attention_backends.BACKENDS`.
 
     Raises:
         ValueError: a size, an index or a rate out of range.
@@ -77,6 +80,7 @@ class ViT(nn.Module):
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
         use_act_checkpoint: bool = False,
         freeze_blocks: int = 0,
+        attention_backend: str = "auto",
     ):
         super().__init__()
         if not 0 <= freeze_blocks <= depth:
@@ -92,6 +96,7 @@ class ViT(nn.Module):
         self.pos_grid = self._grid(pretrain_img_size or img_size)
         self.pos_embed = nn.Parameter(sincos_position_embedding(embed_dim, self.pos_grid))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self._positions = ParameterCache()
 
         global_indices = self._global_indices(depth, global_blocks, window_size)
         self.blocks = nn.ModuleList()
@@ -107,6 +112,7 @@ class ViT(nn.Module):
                     norm_layer=norm_layer,
                     window_size=window,
                     rel_pos_size=rel_pos_size if use_rel_pos else None,
+                    attention_backend=attention_backend,
                 )
             )
         self._initialise()
@@ -153,9 +159,18 @@ class ViT(nn.Module):
     def train(self, mode: bool = True) -> "ViT":
         """Set training mode; frozen blocks stay in evaluation mode, without stochastic depth."""
         super().train(mode)
+        self._positions.clear()
         for block in self.blocks[: self.freeze_blocks]:
             block.eval()
         return self
+
+    def _position(self, grid: tuple[int, int]) -> Tensor:
+        """The position embedding of a grid, class token first: (1, 1 + H * W, C)."""
+        return self._positions(
+            grid,
+            self.pos_embed,
+            lambda embedding: resample_position_embedding(embedding, self.pos_grid, grid),
+        )
 
     def _run_block(self, block: nn.Module, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         if self.use_act_checkpoint and torch.is_grad_enabled():
@@ -184,9 +199,7 @@ class ViT(nn.Module):
                 f"token mode needs images divisible by the patch {self.patch_size},"
                 f" got {height}x{width} pixels"
             )
-        position = resample_position_embedding(
-            self.pos_embed, self.pos_grid, self._grid((height, width))
-        )
+        position = self._position(self._grid((height, width)))
         patch_position = position[:, 1:]
         if visible is None:
             x = self.patch_embed(images) + patch_position
@@ -222,7 +235,7 @@ class ViT(nn.Module):
         if height % patch_h or width % patch_w:
             images = F.pad(images, (0, -width % patch_w, 0, -height % patch_h))
         grid = self._grid((height, width))
-        position = resample_position_embedding(self.pos_embed, self.pos_grid, grid)
+        position = self._position(grid)
         x = self.patch_embed(images) + position[:, 1:]
         for block in self.blocks:
             x = self._run_block(block, x, grid)

@@ -8,6 +8,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import ImageList
 
 from crossmae_det.detection import SimpleFeaturePyramid, ViTBackbone, vit_backbone
+from crossmae_det.layers.attention_backends import BACKENDS
+from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.yaml import default_config
 
 SIZES = {
@@ -21,7 +23,7 @@ SIZES = {
 }
 
 
-def twins(window_size):
+def twins(window_size, **overrides):
     """detectron2's ViT and ours with the same random weights, relative positions included."""
     torch.manual_seed(0)
     theirs = D2ViT(
@@ -32,7 +34,7 @@ def twins(window_size):
     )
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    ours = ViTBackbone(**SIZES, window_size=window_size, global_blocks=[1, 3])
+    ours = ViTBackbone(**SIZES, window_size=window_size, global_blocks=[1, 3], **overrides)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -41,13 +43,25 @@ def relative(difference, reference):
     return (difference.norm() / reference.norm()).item()
 
 
+WHERE = [("cpu", name) for name in BACKENDS if name != "flex"] + [
+    pytest.param(
+        "cuda",
+        name,
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    )
+    for name in BACKENDS
+    if name != "chunked"
+]
+
+
 # A grid of 12 x 12, of 8 x 13 and of 5 x 3 patches; windows of 4 divide the first, of 5 none of
 # them.
 @pytest.mark.parametrize("window_size", [4, 5])
+@pytest.mark.parametrize(("device", "backend"), WHERE)
 @pytest.mark.parametrize("size", [(96, 96), (64, 104), (40, 24)])
-def test_map_mode_is_detectron2s_vit_in_values_and_gradients(window_size, size):
-    theirs, ours = twins(window_size)
-    images = torch.randn(2, 3, *size)
+def test_map_mode_is_detectron2s_vit_in_values_and_gradients(window_size, size, device, backend):
+    theirs, ours = (x.to(device) for x in twins(window_size, attention_backend=backend))
+    images = torch.randn(2, 3, *size).to(device)
     expected, got = theirs(images)["last_feat"], ours(images)["last_feat"]
     assert relative(got - expected, expected) < 1e-4
     weight = torch.randn_like(expected)
@@ -153,3 +167,15 @@ def test_yaml_configs_can_name_the_backbones(name, features):
     backbone = BACKBONE_REGISTRY.get(name)(cfg, ShapeSpec(channels=3))
     assert list(backbone.output_shape()) == features
     assert list(backbone(torch.zeros(1, 3, 64, 64))) == features
+
+
+def test_configs_name_the_attention_backend():
+    cfg = default_config()
+    cfg.MODEL.VIT.SIZE, cfg.MODEL.VIT.DEPTH, cfg.INPUT.IMAGE_SIZE = "tiny", 2, 64
+    cfg.MODEL.VIT.ATTENTION_BACKEND = "sdpa"
+    backbone = BACKBONE_REGISTRY.get("build_crossmae_vit_backbone")(cfg, ShapeSpec(channels=3))
+    assert [block.attn.backend for block in backbone.blocks] == ["sdpa", "sdpa"]
+    lazy = get_config("common/models/mask_rcnn_vit.py").model.backbone.net
+    assert lazy.attention_backend == "auto"
+    with pytest.raises(ValueError, match="unknown attention backend 'xformers'; backends are auto"):
+        vit_backbone("tiny", attention_backend="xformers")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from crossmae_det.layers.attention import Attention, CrossAttention
-from crossmae_det.layers.relative_position import decomposed_bias
+from crossmae_det.layers.relative_position import axis_scores, full_bias, pairwise_table
 
 
 def naive_attention(attention, x, grid):
@@ -13,29 +13,61 @@ def naive_attention(attention, x, grid):
     q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
     scores = q @ k.transpose(-1, -2) / (channels // heads) ** 0.5
     if grid is not None and attention.use_rel_pos:
-        scores = scores + decomposed_bias(q, attention.rel_pos_h, attention.rel_pos_w, grid)
+        pairs_h = pairwise_table(attention.rel_pos_h, grid[0])
+        pairs_w = pairwise_table(attention.rel_pos_w, grid[1])
+        scores = scores + full_bias(*axis_scores(q, pairs_h, pairs_w, grid))
     out = scores.softmax(-1) @ v
     return attention.proj(out.transpose(1, 2).reshape(n, length, channels))
+
+
+def naive_windows(attention, x, grid, size):
+    """Zeros around the map, every window by itself, and the zeros cut away again."""
+    (height, width), channels = grid, x.shape[-1]
+    padded = x.new_zeros(len(x), height + size, width + size, channels)
+    padded[:, :height, :width] = x.unflatten(1, grid)
+    y = torch.zeros_like(padded)
+    for top in range(0, height, size):
+        for left in range(0, width, size):
+            place = (slice(None), slice(top, top + size), slice(left, left + size))
+            window = naive_attention(attention, padded[place].flatten(1, 2), (size, size))
+            y[place] = window.unflatten(1, (size, size))
+    return y[:, :height, :width].flatten(1, 2)
+
+
+def random_attention(table_size):
+    torch.manual_seed(0)
+    attention = Attention(12, 3, table_size)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return attention
+
+
+def assert_same(attention, x, y, expected):
+    torch.testing.assert_close(y, expected)
+    weight = torch.randn_like(y)
+    inputs = [x, *attention.parameters()]
+    got = torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True)
+    want = torch.autograd.grad((expected * weight).sum(), inputs, allow_unused=True)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("table_size", [None, (3, 4), (5, 5)])
 @pytest.mark.parametrize("grid", [None, (3, 4)])
 def test_equals_the_definition_in_values_and_gradients(table_size, grid):
-    torch.manual_seed(0)
-    attention = Attention(12, 3, table_size)
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    x = torch.randn(2, 12, 12)
-    y, expected = attention(x, grid), naive_attention(attention, x, grid)
-    torch.testing.assert_close(y, expected)
-    weight = torch.randn_like(y)
-    parameters = list(attention.parameters())
-    got = torch.autograd.grad((y * weight).sum(), parameters, allow_unused=True)
-    want = torch.autograd.grad((expected * weight).sum(), parameters, allow_unused=True)
-    for a, b in zip(got, want, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b)
+    attention = random_attention(table_size)
+    x = torch.randn(2, 12, 12, requires_grad=True)
+    assert_same(attention, x, attention(x, grid), naive_attention(attention, x, grid))
+
+
+@pytest.mark.parametrize("table_size", [None, (3, 3), (5, 2)])
+@pytest.mark.parametrize("grid", [(3, 6), (4, 6), (5, 7), (2, 1)])
+def test_windows_equal_those_of_a_map_padded_with_zeros(table_size, grid):
+    attention = random_attention(table_size)
+    x = torch.randn(2, grid[0] * grid[1], 12, requires_grad=True)
+    assert_same(attention, x, attention(x, grid, 3), naive_windows(attention, x, grid, 3))
 
 
 def test_heads_must_divide_the_width():

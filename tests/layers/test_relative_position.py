@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from crossmae_det.layers.relative_position import decomposed_bias, pairwise_table, resample_table
+from crossmae_det.layers.relative_position import (
+    axis_scores,
+    full_bias,
+    pairwise_table,
+    resample_table,
+)
+
+
+def decomposed_bias(q, table_h, table_w, grid):
+    pairs = pairwise_table(table_h, grid[0]), pairwise_table(table_w, grid[1])
+    return full_bias(*axis_scores(q, *pairs, grid))
 
 
 def naive_bias(q, table_h, table_w, grid):
@@ -44,6 +54,15 @@ def test_resampling_keeps_a_linear_table_linear():
     assert resampled.shape == (5, 1)
     torch.testing.assert_close(resampled.diff(dim=0).diff(dim=0)[1:-1], torch.zeros(1, 1))
     torch.testing.assert_close(resampled, -resampled.flip(0))
+
+
+def test_the_parts_have_the_type_of_the_queries_under_autocast():
+    q, table = torch.randn(1, 1, 4, 8), torch.randn(3, 8)
+    pairs = pairwise_table(table, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = axis_scores(q.bfloat16(), pairs, pairs, (2, 2))
+        assert all(part.dtype == torch.bfloat16 for part in parts)
+        assert all(part.dtype == q.dtype for part in axis_scores(q, pairs, pairs, (2, 2)))
 
 
 def test_pairwise_table_is_indexed_by_query_minus_key():

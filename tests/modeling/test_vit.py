@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -92,6 +94,63 @@ def test_activation_checkpointing_gives_the_same_gradients():
         gradients.append([p.grad for p in vit.parameters() if p.grad is not None])
     assert len(gradients[0]) > 30
     torch.testing.assert_close(*gradients)
+
+
+def positions(vit):
+    """What the trunk adds for positions, of a model whose size is not that of its parameters."""
+    return [vit.pos_embed, *[p for name, p in vit.named_parameters() if "rel_pos" in name]]
+
+
+@pytest.mark.parametrize("change", ["optimizer", "load_state_dict", "to", "data", "copy"])
+def test_positions_are_resampled_again_when_they_change(change):
+    options = {"pretrain_img_size": 16, "window_size": 3, "use_rel_pos": True}
+    vit = make(img_size=64, **options)
+    images = torch.randn(1, 3, 40, 32)
+    with torch.no_grad():
+        before = vit.forward_map(images)
+        assert torch.equal(vit.forward_map(images), before)
+    if change == "optimizer":
+        optimizer = torch.optim.AdamW(positions(vit), lr=0.5)
+        vit.train().forward_map(images).square().sum().backward()
+        optimizer.step()
+        vit.eval()
+    elif change == "load_state_dict":
+        vit.load_state_dict({name: p + 0.5 for name, p in vit.state_dict().items()})
+    elif change == "to":
+        vit.to(torch.float64)
+        images = images.double()
+    elif change == "data":
+        for parameter in positions(vit):
+            parameter.data.add_(0.5)  # no version tells of it
+        vit.eval()
+    else:
+        vit = copy.deepcopy(vit)
+        for parameter in positions(vit):
+            torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        after = vit.forward_map(images)
+    fresh = make(img_size=64, **options).to(after.dtype)
+    fresh.load_state_dict(vit.state_dict())
+    assert torch.equal(after, fresh.forward_map(images))
+    assert change == "to" or not torch.equal(after, before)
+
+
+def test_positions_are_resampled_once_for_each_size(monkeypatch):
+    calls = []
+    original = torch.nn.functional.interpolate
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    vit = make(img_size=64, pretrain_img_size=16, use_rel_pos=True)
+    images = [torch.randn(1, 3, 40, 32), torch.randn(1, 3, 24, 24)]
+    with torch.no_grad():
+        for image in images:
+            vit.forward_map(image)
+        once = len(calls)
+        assert once > 0
+        for image in images * 2:
+            vit.forward_map(image)
+    assert len(calls) == once
 
 
 def test_frozen_blocks_get_no_gradient_and_no_stochastic_depth():

@@ -29,6 +29,7 @@ model.backbone = L(SimpleFeaturePyramid)(
         drop_path_rate=0.1,
         use_act_checkpoint=False,
         freeze_blocks=0,
+        attention_backend="auto",  # or eager, sdpa, folded, flex, chunked: same results
         out_feature="last_feat",
     ),
     in_feature="${.net.out_feature}",

@@ -1,0 +1,228 @@
+"""Every backend against the definition, one query at a time, in values and gradients."""
+
+import logging
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from crossmae_det.layers import attention_backends, chunked_attention
+from crossmae_det.layers.attention import Attention
+from crossmae_det.layers.attention_backends import BACKENDS, attend, choose_backend
+from crossmae_det.layers.relative_position import axis_scores, pairwise_table
+
+CPU = ("auto", "eager", "sdpa", "folded", "chunked")
+CUDA = ("auto", "eager", "sdpa", "folded", "flex")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+everywhere = pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", name) for name in CPU]
+    + [pytest.param("cuda", name, marks=needs_cuda) for name in CUDA],
+)
+# All that does not compile: tests/modeling/test_compile.py does.
+CONTRACT = ("test_schema", "test_autograd_registration", "test_faketensor")
+NAMES = ("q", "k", "v", "table_h", "table_w")
+
+
+def random_inputs(grid, table_grid=None, *, n=2, heads=2, channels=16):
+    """q, k, v and the tables, on the CPU; entries of size 1 where that makes scores of size 1."""
+    torch.manual_seed(0)
+    height, width = table_grid or grid
+    length = grid[0] * grid[1]
+    tokens = [torch.randn(n, heads, length, channels) for _ in range(3)]
+    tables = [torch.randn(2 * side - 1, channels) * channels**-0.5 for side in (height, width)]
+    return tokens + tables
+
+
+def naive(q, k, v, table_h, table_w, grid):
+    """One query at a time, and its bias one key at a time; the tables fit the grid."""
+    height, width = grid
+    rows = []
+    for query in range(height * width):
+        bias = []
+        for key in range(height * width):
+            dy = query // width - key // width + height - 1
+            dx = query % width - key % width + width - 1
+            bias.append(q[:, :, query] @ (table_h[dy] + table_w[dx]))
+        products = torch.einsum("nmd,nmkd->nmk", q[:, :, query], k) / q.shape[-1] ** 0.5
+        weights = (products + torch.stack(bias, dim=-1)).softmax(-1)
+        rows.append(torch.einsum("nmk,nmkd->nmd", weights, v))
+    return torch.stack(rows, dim=2)
+
+
+def with_gradients(function, inputs, device="cpu", dtype=torch.float32):
+    """Value and gradients in float32 on the CPU, of inputs given in ``dtype`` on ``device``."""
+    inputs = [x.to(device, dtype).requires_grad_() for x in inputs]
+    y = function(*inputs)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    gradients = torch.autograd.grad((y * weight).sum(), inputs)
+    return [x.detach().float().cpu() for x in (y, *gradients)]
+
+
+def by_backend(backend, grid):
+    def function(q, k, v, table_h, table_w):
+        pairs = pairwise_table(table_h, grid[0]), pairwise_table(table_w, grid[1])
+        return attend(q, k, v, axis_scores(q, *pairs, grid), backend)
+
+    return function
+
+
+def assert_equal(got, expected, tolerance):
+    for name, a, b in zip(("output", *NAMES), got, expected, strict=True):
+        assert (a - b).abs().max() < tolerance * max(1, b.abs().max()), name
+
+
+@everywhere
+@pytest.mark.parametrize("grid", [(4, 4), (3, 6), (5, 2), (1, 3)])
+def test_equals_the_definition_in_values_and_gradients(device, backend, grid):
+    inputs = random_inputs(grid)
+    expected = with_gradients(lambda *x: naive(*x, grid), inputs)
+    assert_equal(with_gradients(by_backend(backend, grid), inputs, device), expected, 1e-4)
+
+
+@everywhere
+@pytest.mark.parametrize("table_grid", [(7, 3), (3, 9)])
+def test_tables_of_another_size_are_resampled(device, backend, table_grid):
+    grid = (4, 6)
+    inputs = random_inputs(grid, table_grid)
+
+    def resampled(q, k, v, *tables):
+        fitting = [
+            torch.nn.functional.interpolate(table.T[None], size=2 * side - 1, mode="linear")[0].T
+            for table, side in zip(tables, grid, strict=True)
+        ]
+        return naive(q, k, v, *fitting, grid)
+
+    expected = with_gradients(resampled, inputs)
+    assert_equal(with_gradients(by_backend(backend, grid), inputs, device), expected, 1e-4)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_close(device, backend, dtype):
+    grid = (4, 6)
+    inputs = [x.to(dtype).float() for x in random_inputs(grid)]
+    expected = with_gradients(lambda *x: naive(*x, grid), inputs)
+    got = with_gradients(by_backend(backend, grid), inputs, device, dtype)
+    assert_equal(got, expected, 0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_runs_under_autocast(device, backend, dtype):
+    torch.manual_seed(0)
+    attention = Attention(32, 2, (4, 6), backend)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 24, 32)
+    results = []
+    for use_autocast, name in ((False, "eager"), (True, backend)):
+        attention.backend = name
+        attention.to(device).zero_grad()
+        with torch.autocast(device, dtype, enabled=use_autocast):
+            y = attention(x.to(device), (4, 6))
+            y_window = attention(x.to(device), (4, 6), 4)
+        assert y.dtype == (dtype if use_autocast else torch.float32)
+        (y.float().square().sum() + y_window.float().square().sum()).backward()
+        gradients = [p.grad for p in attention.parameters()]
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        results.append([y.float(), y_window.float(), *gradients])
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@everywhere
+def test_without_relative_position_it_is_plain_attention(device, backend):
+    inputs = random_inputs((3, 5))[:3]
+
+    def plain(q, k, v):
+        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+    got = with_gradients(lambda *x: attend(*x, backend=backend), inputs, device)
+    for a, b in zip(got, with_gradients(plain, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# Chunks of one matrix and 16 queries, of several matrices, of all; lengths they do not divide.
+@pytest.mark.parametrize("scores", [1, 900, 2000, 10**6])
+def test_chunks_of_any_size_give_the_same(monkeypatch, scores):
+    monkeypatch.setattr(chunked_attention, "SCORES_PER_CORE", scores)
+    grid = (3, 7)
+    inputs = random_inputs(grid, n=3)
+    assert_equal(
+        with_gradients(by_backend("chunked", grid), inputs),
+        with_gradients(by_backend("eager", grid), inputs),
+        1e-5,
+    )
+
+
+def test_the_chunked_operator_keeps_its_contract():
+    grid = (3, 4)
+    q, k, v, table_h, table_w = random_inputs(grid)
+    rel_pos = axis_scores(q, pairwise_table(table_h, 3), pairwise_table(table_w, 4), grid)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, *rel_pos)]
+    opcheck(chunked_attention.chunked_attention, (*inputs, 0.25), test_utils=CONTRACT)
+
+
+def test_large_scores_do_not_overflow():
+    grid = (4, 4)
+    inputs = random_inputs(grid)
+    inputs[0] *= 100
+    expected = by_backend("eager", grid)(*inputs)
+    assert expected.isfinite().all()
+    for backend in CPU:
+        torch.testing.assert_close(
+            by_backend(backend, grid)(*inputs), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_unknown_names_and_backends_of_other_devices_are_refused():
+    with pytest.raises(ValueError, match="unknown attention backend 'fast'; backends are auto, ea"):
+        Attention(8, 2, backend="fast")
+    with pytest.raises(
+        ValueError,
+        match="'flex' runs on cuda only, and this is cpu; here are auto, eager, sdpa, folded, chu",
+    ):
+        by_backend("flex", (2, 2))(*random_inputs((2, 2)))
+
+
+@needs_cuda
+def test_the_cpu_backend_is_refused_on_cuda():
+    inputs = [x.cuda() for x in random_inputs((2, 2))]
+    with pytest.raises(ValueError, match="'chunked' runs on cpu only, and this is cuda"):
+        by_backend("chunked", (2, 2))(*inputs)
+
+
+def test_auto_follows_device_type_and_size(monkeypatch):
+    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda name: name)
+
+    def chosen(device, dtype, side):
+        rel_pos = (torch.empty(1, 1, 1, side),) * 2
+        return choose_backend(device, dtype, 64, rel_pos)
+
+    assert chosen("cpu", torch.float32, 64) == "chunked"
+    assert chosen("mps", torch.float32, 64) == "sdpa"
+    assert chosen("cuda", torch.bfloat16, 96) == "folded"  # 64 + 2 * 96 = 256
+    assert chosen("cuda", torch.bfloat16, 97) == "flex"
+    assert chosen("cuda", torch.float32, 97) == "folded"
+    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda name: None)
+    assert chosen("cuda", torch.bfloat16, 97) == "folded"
+
+
+def test_the_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(attention_backends, "_logged", set())
+    inputs = random_inputs((2, 2))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            by_backend("auto", (2, 2))(*inputs)
+        by_backend("auto", (2, 2))(*[x.double() for x in inputs])
+    assert [record.getMessage() for record in caplog.records] == [
+        "Attention with relative position on cpu in float32: chunked",
+        "Attention with relative position on cpu in float64: chunked",
+    ]
+
+
+def test_on_meta_every_backend_has_shapes():
+    inputs = [x.to("meta") for x in random_inputs((3, 4))]
+    for backend in BACKENDS:
+        assert by_backend(backend, (3, 4))(*inputs).shape == (2, 2, 12, 16)
