@@ -45,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         help=f"{', '.join(backbones.BACKBONES)}, timm/NAME, a checkpoint, or CONFIG[=CHECKPOINT];"
+        " ours also with @ and an attention backend or act-checkpoint behind it;"
         " the others are compared with the first",
     )
     what.add_argument(

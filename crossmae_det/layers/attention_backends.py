@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +167,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, rel_pos: RelativePosition) -> Tensor:
         return score + bias
 
     # Uncompiled it is slow, and has all scores in memory.
-    function = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    function: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     return function(q, k, v, score_mod=add_bias)
 
 

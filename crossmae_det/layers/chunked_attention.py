@@ -56,7 +56,7 @@ def _weights(
 
     The functions with ``out`` and the methods that end in ``_`` are not subject to autocast.
     """
-    weights = memory(*q.shape[:2], k.shape[1])
+    weights = memory(q.shape[0], q.shape[1], k.shape[1])
     by_axis = weights.view(*q.shape[:2], rel_h.shape[-1], rel_w.shape[-1])
     torch.add(rel_h[..., :, None], rel_w[..., None, :], out=by_axis)
     weights.baddbmm_(q, k.transpose(1, 2), alpha=scale)
@@ -111,7 +111,7 @@ def _backward(
     for m, i in _chunks(n * heads, length):
         weights = _weights(q[m, i], k[m], rel_h[m, i], rel_w[m, i], scale, memory)
         grad_v[m].baddbmm_(weights.transpose(1, 2), grad[m, i])
-        scores = more_memory(*weights.shape)
+        scores = more_memory(weights.shape[0], weights.shape[1], weights.shape[2])
         torch.bmm(grad[m, i], v[m].transpose(1, 2), out=scores)
         scores.mul_(weights)
         # The gradient of a softmax w: (g - sum of g w) w, with g w in `scores`.
@@ -122,7 +122,7 @@ def _backward(
         torch.sum(by_axis, -1, out=grad_h[m, i])
         torch.sum(by_axis, -2, out=grad_w[m, i])
     gradients = (x.unflatten(0, (n, heads)) for x in (grad_q, grad_k, grad_v, grad_h, grad_w))
-    return tuple(gradients)  # type: ignore[return-value]
+    return tuple(gradients)
 
 
 @_backward.register_fake

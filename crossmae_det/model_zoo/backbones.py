@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from crossmae_det.benchmark import OneBlock
 from crossmae_det.checkpoint import inspect, load
 from crossmae_det.detection import SimpleFeaturePyramid, vit_backbone
+from crossmae_det.layers.attention_backends import BACKENDS
 from crossmae_det.model_zoo.costs import name_classes
 from crossmae_det.model_zoo.records import read_records
 from crossmae_det.model_zoo.zoo import get_config, list_configs
@@ -34,6 +35,8 @@ PARTS = ("alone", "pyramid", "detector")
 DETECTOR = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
 IN_FEATURE = "last_feat"
 PYRAMID: dict[str, Any] = dict(scale_factors=(4.0, 2.0, 1.0, 0.5), norm="LN", out_channels=256)
+# After an @, beside the attention backends: recompute the activations of every block.
+ACT_CHECKPOINT = "act-checkpoint"
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
 
 # Sizes as published: Swin's table 7, MViTv2's table 2.
@@ -93,10 +96,9 @@ class TimmBackbone(Backbone):
         return self._shapes
 
 
-def _ours(size: str, image_size: int) -> Backbone:
-    return vit_backbone(
-        size, img_size=image_size, pretrain_img_size=224, window_size=14, use_rel_pos=True
-    )
+def _ours(size: str, image_size: int, **options: Any) -> Backbone:
+    sizes: dict[str, Any] = dict(img_size=image_size, pretrain_img_size=224, window_size=14)
+    return vit_backbone(size, **sizes, use_rel_pos=True, **options)
 
 
 def _detectron_vit(size: str, image_size: int) -> Backbone:
@@ -148,7 +150,8 @@ def build(name: str, part: str, image_size: int) -> nn.Module:
     """A backbone by name.
 
     Args:
-        name: a key of :data:`BACKBONES`; ``timm/NAME``; a checkpoint, whose trunk is built in the
+        name: a key of :data:`BACKBONES`, of ours with ``@`` and an attention backend or
+            ``act-checkpoint`` behind it; ``timm/NAME``; a checkpoint, whose trunk is built in the
             sizes that it has and loaded; or a config of a detector, with ``=CHECKPOINT`` or not.
         part: "alone", "pyramid" (the simple one for plain ViTs, FPN for others) or "detector".
         image_size: side of the images in pixels.
@@ -201,6 +204,8 @@ def check_name(name: str) -> None:
     elif name.endswith(CHECKPOINT_SUFFIXES):
         if "://" not in name and not Path(name).is_file():
             raise FileNotFoundError(f"checkpoint {name} does not exist")
+    elif "@" in name:
+        _options(name)
     elif name not in BACKBONES:
         close = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.3)
         hint = f"; did you mean '{close[0]}'?" if close else ""
@@ -216,7 +221,28 @@ def _trunk(name: str, image_size: int) -> Backbone:
         return TimmBackbone(name.removeprefix("timm/"), image_size)
     if name.endswith(CHECKPOINT_SUFFIXES):
         return _trunk_of_checkpoint(name, image_size)
+    if "@" in name:
+        size, options = _options(name)
+        return _ours(size, image_size, **options)
     return BACKBONES[name](image_size)
+
+
+def _options(name: str) -> tuple[str, dict[str, Any]]:
+    """The size and the options of ``vit-SIZE@OPTION``.
+
+    Raises:
+        ValueError: no size of ours, or no such option.
+    """
+    backbone, _, option = name.partition("@")
+    size = backbone.removeprefix("vit-")
+    if size not in SIZES or option not in (*BACKENDS, ACT_CHECKPOINT):
+        raise ValueError(
+            f"there is no backbone '{name}': options are vit-SIZE@OPTION, of"
+            f" {', '.join((*BACKENDS, ACT_CHECKPOINT))}"
+        )
+    if option == ACT_CHECKPOINT:
+        return size, {"use_act_checkpoint": True}
+    return size, {"attention_backend": option}
 
 
 def _trunk_of_checkpoint(path: str, image_size: int) -> Backbone:

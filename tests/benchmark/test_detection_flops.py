@@ -1,7 +1,6 @@
 """Counted FLOPs of detectors against sums by hand, part by part.
 
-Legend: C channels of the trunk, P of the pyramid's levels; L patches of the image, T with the
-padding of the windows.
+Legend: C channels of the trunk, P of the pyramid's levels; L patches of the image.
 """
 
 from collections import Counter
@@ -18,8 +17,9 @@ from crossmae_det.modeling import ViT
 
 MASK_RCNN = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
 CASCADE = "coco/cascade_mask_rcnn_crossmae_vit_b_100ep.py"
-# 96 x 96 pixels are 6 x 6 patches: windows of 4 x 4 pad them to 8 x 8.
-GRID, WINDOW, L, T = 6, 4, 36, 64
+# 96 x 96 pixels are 6 x 6 patches: windows of 4 x 4 pad them to 8 x 8. Nothing is projected for the
+# padding, but it takes part in the attention.
+GRID, WINDOW, L = 6, 4, 36
 C, P, CONV, FC, PROPOSALS, DETECTIONS, CLASSES = 32, 16, 8, 24, 7, 5, 80
 LEVELS = [(GRID * 4) ** 2, (GRID * 2) ** 2, GRID**2, (GRID // 2) ** 2, 2**2]
 
@@ -47,9 +47,9 @@ def linear(rows, inner, columns):
     return 2 * rows * inner * columns
 
 
-def block(tokens, windows, side):
+def block(windows, side):
     """A block whose attention is within ``windows`` of ``side`` x ``side`` of the tokens."""
-    maps = linear(tokens, C, 3 * C) + linear(tokens, C, C)
+    maps = linear(L, C, 3 * C) + linear(L, C, C)
     inside = side**2
     scores = 2 * linear(inside, C, inside)
     relative_position = 2 * linear(inside, C, side)  # each query with a row, then with a column
@@ -93,8 +93,8 @@ def mask_head():
 def test_flops_are_those_by_hand(name, box_heads):
     cost = detection_cost(candidate(name))
     assert cost.flops == {
-        "windowed_blocks": 2 * block(T, windows=4, side=WINDOW),
-        "global_blocks": block(L, windows=1, side=GRID),
+        "windowed_blocks": 2 * block(windows=4, side=WINDOW),
+        "global_blocks": block(windows=1, side=GRID),
         "patch_embedding": linear(L, 3 * 16**2, C),
         "pyramid": pyramid(),
         "rpn": rpn(),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from crossmae_det.benchmark import Report, Section, environment
+from crossmae_det.benchmark.report import JSON_VERSION
 
 
 @pytest.fixture
@@ -55,6 +56,7 @@ def test_markdown(report, tmp_path):
 def test_json_has_all_digits(report, tmp_path):
     report.write_json(tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text()) == {
+        "version": JSON_VERSION,
         "command": "python tools/benchmark.py",
         "environment": {"CPU": "abacus", "cores": 2},
         "speed": [{"name": "a", "rate": 0.5012}],

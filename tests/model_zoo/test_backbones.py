@@ -54,6 +54,7 @@ def test_a_checkpoint_is_built_in_its_sizes_and_loaded(tmp_path):
     ("name", "error", "message"),
     [
         ("vit-bse", ValueError, "no backbone 'vit-bse'; did you mean 'vit-base'?"),
+        ("vit-base@fast", ValueError, "no backbone 'vit-base@fast': options are vit-SIZE@OPTION"),
         ("timm/no_such_model", ValueError, "timm has no model 'no_such_model'"),
         ("nowhere.pth", FileNotFoundError, "nowhere.pth does not exist"),
         ("nowhere.py", FileNotFoundError, "no config file 'nowhere.py'"),
@@ -69,6 +70,11 @@ def test_what_has_no_such_part():
         build("timm/vit_tiny_r_s16_p8_224", "pyramid", 224)
     with pytest.raises(ValueError, match="is not of a detector; take coco/"):
         build("pretraining/mae_vit_b_800ep.py", "alone", 64)
+
+
+def test_options_of_ours():
+    assert build("vit-tiny@eager", "alone", 64).blocks[0].attn.backend == "eager"
+    assert build("vit-tiny@act-checkpoint", "alone", 64).use_act_checkpoint
 
 
 def test_blocks_for_the_curve():
