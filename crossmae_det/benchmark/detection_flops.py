@@ -150,15 +150,15 @@ def backbone_parts(backbone: Any, counts: Mapping[str, int]) -> dict[str, int]:
         counts: FLOPs by the name of the module, as torch's counter names them.
 
     Returns:
-        "trunk", of one with windows "windowed_blocks", "global_blocks" and "patch_embedding"; and
+        "trunk", of one of blocks "windowed_blocks", "global_blocks" and "patch_embedding"; and
         "pyramid" where there is one.
     """
     inside, trunk = trunk_of(backbone)
     root = type(backbone).__name__
     whole = counts.get(f"{root}.{inside}".rstrip("."), counts["Global"])
     parts = {}
-    blocks = getattr(trunk, "blocks", [])
-    if any(getattr(block, "window_size", 0) for block in blocks):
+    blocks = getattr(trunk, "blocks", ())
+    if len(blocks) and all(hasattr(block, "window_size") for block in blocks):
         for kind, windowed in (("windowed_blocks", True), ("global_blocks", False)):
             parts[kind] = sum(
                 counts[f"{root}.{inside}blocks.{index}"]
