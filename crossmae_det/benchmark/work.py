@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
 
@@ -69,6 +70,7 @@ class Work:
 
         def run() -> None:
             with (
+                EventStorage(),  # detectors note their losses in one
                 torch.set_grad_enabled(self.train),
                 torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
             ):
