@@ -17,6 +17,9 @@ OUT_OF_MEMORY = "out of memory"
 CPU_ALLOCATOR = "can't allocate memory"
 
 
+START_METHODS = {"cpu": "forkserver", "cuda": "spawn"}
+
+
 @dataclass
 class Outcome:
     """What became of a piece of work.
@@ -77,9 +80,12 @@ class _Worker:
     """A process that does one piece of work whenever it is asked."""
 
     def __init__(self, work: Work):
-        # Not forked from this process, which may hold CUDA, threads and memory of its own.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, work.build.__module__])
+        # Not forked from this process, which may hold threads and memory of its own. Whoever uses
+        # CUDA must not be forked at all from one that has only looked for a GPU, as imports do.
+        method = START_METHODS[work.device]
+        context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":  # imports once for all
+            context.set_forkserver_preload([__name__, work.build.__module__])
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
         self._process.start()

@@ -1,5 +1,6 @@
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from crossmae_det.benchmark import (
     grow,
     growth_section,
     read_json,
+    workers,
 )
 from crossmae_det.benchmark.growth import fitted_exponent
 from crossmae_det.benchmark.workers import OUT_OF_MEMORY, measure
@@ -155,6 +157,20 @@ def test_blocks_are_measured_over_sizes():
 def test_sizes_that_no_backbone_takes(sizes, batches, message):
     with pytest.raises(ValueError, match=message):
         check_sizes(sizes, batches)
+
+
+def test_processes_that_use_cuda_are_not_forked(monkeypatch):
+    assert workers.START_METHODS["cuda"] == "spawn"
+    # It works here, too, where there may be no GPU.
+    monkeypatch.setitem(workers.START_METHODS, "cpu", "spawn")
+    (outcome,) = measure([work()], 1, "")
+    assert not outcome.failure and len(outcome.seconds) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_backbone_is_measured_on_cuda():
+    (outcome,) = measure([replace(work(train=True), device="cuda")], 1, "")
+    assert not outcome.failure and outcome.bytes > 0
 
 
 def test_no_repeats():
