@@ -15,10 +15,10 @@ READY := $(VENV)/.ready
 UNFINISHED := $(VENV)/.unfinished
 CHECK_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("setup: Python 3.10 or newer is needed, and " + sys.executable + " is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.12")'
 
-.PHONY: help setup demo compare test lint format clean
+.PHONY: help setup demo compare benchmark test lint format clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## set up the virtual environment, once
 	@echo "setup: $(VENV) is ready"
@@ -49,6 +49,11 @@ demo: $(READY)  ## pretrain on the built-in data set, then train and evaluate Ma
 compare: $(TRUNK)  ## AP from the demo's pretrained trunk beside AP from a random one, three seeds
 	$(RUN) tools/compare_trunks.py --config-file configs/demo/mask_rcnn.py --seeds 3 \
 	    --trunks pretrained=$(TRUNK) random= --output output/compare
+
+benchmark: $(READY)  ## the backbone against detectron2's, in five minutes, into output/benchmark
+	$(RUN) tools/benchmark.py --backbones detectron2-vit-base vit-base --image-sizes 512 1024 --repeats 3 \
+	    --json output/benchmark/backbones.json --csv output/benchmark/backbones.csv \
+	    --markdown output/benchmark/backbones.md --plots output/benchmark
 
 $(TRUNK): | $(READY)
 	$(PRETRAIN)

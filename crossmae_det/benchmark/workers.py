@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -85,7 +86,8 @@ class _Worker:
         method = START_METHODS[work.device]
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":  # imports once for all
-            context.set_forkserver_preload([__name__, work.build.__module__])
+            build = work.build.func if isinstance(work.build, partial) else work.build
+            context.set_forkserver_preload([__name__, build.__module__])
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
         self._process.start()

@@ -166,13 +166,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, rel_pos: RelativePosition) -> Tensor:
         bias = rel_h[n, head, query, key // width] + rel_w[n, head, query, key % width]
         return score + bias
 
-    # Uncompiled it is slow, and has all scores in memory.
-    function: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    return function(q, k, v, score_mod=add_bias)
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, score_mod=add_bias)
+    # Uncompiled it would be slow, and have all scores in memory.
+    return _compiled_flex()(q, k, v, score_mod=add_bias)
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 

@@ -9,7 +9,8 @@ the softmax. The backward pass makes them again, from queries, keys and relative
 autograd and to the compiler all of it is one operator.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,12 +42,12 @@ class _Scores:
     def __init__(self, like: Tensor):
         self.memory = like.new_empty(0)
 
-    def __call__(self, matrices: int, queries: int, keys: int) -> Tensor:
-        """(matrices, queries, keys), contiguous, of any values."""
-        size = matrices * queries * keys
+    def __call__(self, shape: Sequence[int]) -> Tensor:
+        """A contiguous tensor of any values."""
+        size = math.prod(shape)
         if size > self.memory.numel():  # the first chunk is the largest
             self.memory = self.memory.new_empty(size)
-        return self.memory[:size].view(matrices, queries, keys)
+        return self.memory[:size].view(*shape)
 
 
 def _weights(
@@ -56,7 +57,7 @@ def _weights(
 
     The functions with ``out`` and the methods that end in ``_`` are not subject to autocast.
     """
-    weights = memory(q.shape[0], q.shape[1], k.shape[1])
+    weights = memory((*q.shape[:2], k.shape[1]))
     by_axis = weights.view(*q.shape[:2], rel_h.shape[-1], rel_w.shape[-1])
     torch.add(rel_h[..., :, None], rel_w[..., None, :], out=by_axis)
     weights.baddbmm_(q, k.transpose(1, 2), alpha=scale)
@@ -111,8 +112,7 @@ def _backward(
     for m, i in _chunks(n * heads, length):
         weights = _weights(q[m, i], k[m], rel_h[m, i], rel_w[m, i], scale, memory)
         grad_v[m].baddbmm_(weights.transpose(1, 2), grad[m, i])
-        scores = more_memory(weights.shape[0], weights.shape[1], weights.shape[2])
-        torch.bmm(grad[m, i], v[m].transpose(1, 2), out=scores)
+        scores = torch.bmm(grad[m, i], v[m].transpose(1, 2), out=more_memory(weights.shape))
         scores.mul_(weights)
         # The gradient of a softmax w: (g - sum of g w) w, with g w in `scores`.
         scores.sub_(weights.mul_(scores.sum(-1, keepdim=True)))
@@ -121,8 +121,11 @@ def _backward(
         by_axis = scores.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))
         torch.sum(by_axis, -1, out=grad_h[m, i])
         torch.sum(by_axis, -2, out=grad_w[m, i])
-    gradients = (x.unflatten(0, (n, heads)) for x in (grad_q, grad_k, grad_v, grad_h, grad_w))
-    return tuple(gradients)
+    shape = (n, heads)
+    return (
+        *(grad_q.unflatten(0, shape), grad_k.unflatten(0, shape), grad_v.unflatten(0, shape)),
+        *(grad_h.unflatten(0, shape), grad_w.unflatten(0, shape)),
+    )
 
 
 @_backward.register_fake
