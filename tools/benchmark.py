@@ -143,11 +143,11 @@ def compare_backbones(args: argparse.Namespace, device: str) -> Iterator[benchma
         values = [benchmark.case_values(case) for group in groups for case in group]
         plot_latency(values, Path(args.plots, "latency"))
         known = backbones.published_precision()
-        points = {
-            case["backbone"]: (case["flops"] / 1e9, known[case["backbone"]])
-            for case in values
-            if case["backbone"] in known
-        }
+        points = {}
+        for case in values:
+            if case["backbone"] in known:
+                precision, weights = known[case["backbone"]]
+                points[f"{case['backbone']}, {weights}"] = (case["flops"] / 1e9, precision)
         plot_precision(
             [(name, *point) for name, point in points.items()], Path(args.plots, "precision")
         )

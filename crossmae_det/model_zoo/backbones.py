@@ -315,11 +315,8 @@ def block_builder(size: str, kind: str, image_size: int = 1024) -> Callable[[], 
     return partial(build_block, size, kind, image_size)
 
 
-def published_precision() -> dict[str, float]:
-    """Box AP on COCO of backbones by name, as published (MODEL_ZOO.md has the sources).
-
-    Ours are from CrossMAE's weights, detectron2's from MAE's.
-    """
+def published_precision() -> dict[str, tuple[float, str]]:
+    """Box AP on COCO of backbones by name, and of which weights (MODEL_ZOO.md has the sources)."""
     known = {}
     sizes = {f"ViT-{size[0].upper()}": size for size in SIZES}
     for table in read_records("published")["tables"]:
@@ -327,7 +324,7 @@ def published_precision() -> dict[str, float]:
             if "box AP" not in row:
                 continue
             if str(row.get("pretraining", "")).startswith("CrossMAE"):
-                known[f"vit-{sizes[row['backbone']]}"] = row["box AP"]
+                known[f"vit-{sizes[row['backbone']]}"] = (row["box AP"], "CrossMAE")
             elif row.get("detector") == "Mask R-CNN":
-                known[f"detectron2-vit-{sizes[row['backbone']]}"] = row["box AP"]
+                known[f"detectron2-vit-{sizes[row['backbone']]}"] = (row["box AP"], "MAE")
     return known

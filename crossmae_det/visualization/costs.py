@@ -79,9 +79,14 @@ def plot_precision(
     for number, (name, gflops, precision) in enumerate(known):
         axes.plot([gflops], [precision], "o", color=f"C{number % 10}")
         axes.annotate(
-            name, (gflops, precision), xytext=(6, 4), textcoords="offset points", fontsize=9
+            name,
+            (gflops, precision),
+            xytext=(0, 8),
+            textcoords="offset points",
+            fontsize=9,
+            horizontalalignment="center",
         )
-    axes.margins(0.25)
+    axes.margins(0.35)
     _decorate(axes, "Published box AP on COCO against cost", "GFLOPs of the backbone", "box AP (%)")
     return _save(figure, stem)
 
