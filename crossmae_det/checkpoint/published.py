@@ -153,9 +153,12 @@ def translate(state_dict: Mapping[str, Tensor], allowed: Allowed = lambda key: F
     check_shapes(native.tensors, native.sources)
     if native.layout == "crossmae":
         spread_final_norm(native.tensors, native.sources)
-    if native.layout in ("timm", "huggingface") and "encoder.cls_token" not in native.tensors:
+    if native.layout == "timm" and "encoder.cls_token" not in native.tensors:
+        # timm's position embedding has no row for it, then. That of detectron2's trunks and ours
+        # has: they are a trunk and nothing else, without a norm or a head.
         position = native.tensors.get("encoder.pos_embed")
-        if position is not None:
+        is_trunk = all(name.startswith("encoder.") for name in native.tensors)
+        if position is not None and not is_trunk:
             native.tensors["encoder.pos_embed"] = with_class_row(position)
     if native.layout == "huggingface":
         # As the file has them, where it is of a model without a decoder.
@@ -213,14 +216,16 @@ def export(
             f" with --allow-missing '{token}'"
         )
     position = state.get("encoder.pos_embed")
-    if position is None:
-        raise ValueError("it has no position embedding")
-    if prefix != "encoder." and math.isqrt(position.shape[1] - 1) ** 2 != position.shape[1] - 1:
+    if (
+        position is not None
+        and prefix != "encoder."
+        and math.isqrt(position.shape[1] - 1) ** 2 != position.shape[1] - 1
+    ):
         raise ValueError(
             f"its position embedding has {position.shape[1]} rows, which are no square grid and a"
             " class token's"
         )
-    if format == "timm" and token not in state:
+    if format == "timm" and token not in state and position is not None:
         state["encoder.pos_embed"] = position[:, 1:]
     if format == "crossmae":
         state = gather_final_norm(state)

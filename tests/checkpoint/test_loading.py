@@ -43,6 +43,14 @@ def test_a_trunk_goes_into_a_detector_and_all_is_accounted_for(tmp_path, prefix)
     assert len(report.loaded) + len(report.initialised) == len(after)
 
 
+def test_a_trunk_without_a_class_token_has_its_row_all_the_same(tmp_path):
+    """As detectron2's ViT and a trunk for maps: 17 rows are 4 x 4 and the class token's."""
+    source, target = Detector().backbone.net, Detector()
+    report = load(target, save(tmp_path, source.state_dict()))
+    assert not report.resampled and "backbone.net.pos_embed" in report.loaded
+    assert torch.equal(target.backbone.net.pos_embed, source.pos_embed)
+
+
 def test_a_position_embedding_of_another_grid_is_resampled(tmp_path):
     trunk = ViT(**(SIZES | {"img_size": 64}))
     model = ViT(**(SIZES | {"img_size": (32, 48)}))

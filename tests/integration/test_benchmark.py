@@ -172,7 +172,8 @@ def test_backbones_in_one_command(repo, tmp_path):
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "a.json").read_text())
     theirs, ours = results["backbones"]
-    assert ours["parameters"] == theirs["parameters"] and ours["flops"] == theirs["flops"]
+    assert ours["parameters"] == theirs["parameters"]
+    assert ours["flops"] < theirs["flops"]  # 4 x 4 patches: nothing is projected for the padding
     assert set(ours["flops_by_part"]) == {"windowed_blocks", "global_blocks", "patch_embedding"}
     assert ours["median_seconds"] > 0 and ours["peak_bytes"] > 0 and not ours["failure"]
     assert "time x detectron2-vit-tiny" in process.stdout
