@@ -32,6 +32,7 @@ CONFIGS = [
     for name in ("mae_vit_{}_800ep", "crossmae_vit_{}_800ep", "crossmae_vit_{}_800ep_pred75")
 ]
 CROP_SIZE = 224
+DETECTION_SIZE = 1024
 GROWTH_SIZES = [256, 384, 512, 768, 1024, 1280, 1536]
 
 
@@ -127,7 +128,7 @@ def backbone_work(args: argparse.Namespace, device: str) -> list[list[benchmark.
             )
             for name in args.backbones
         ]
-        for size in args.image_sizes or [1024]
+        for size in args.image_sizes or [DETECTION_SIZE]
         for batch in args.batch_sizes
     ]
 
@@ -154,12 +155,16 @@ def compare_backbones(args: argparse.Namespace, device: str) -> Iterator[benchma
 
 
 def grow(args: argparse.Namespace, device: str) -> benchmark.Section:
-    name = f"vit-{args.growth}"
+    # Their tables are made for one size, and resampled at the others.
+    builds = {
+        kind: partial(backbones.build_block, args.growth, kind, DETECTION_SIZE)
+        for kind in ("windowed", "global")
+    }
     work = benchmark.Work(
-        name=name,
-        build=partial(backbones.build_block, args.growth, "global", 256),
+        name=f"vit-{args.growth}",
+        build=builds["global"],
         detector=False,
-        image_size=256,
+        image_size=DETECTION_SIZE,
         batch_size=args.batch_sizes[0],
         train=args.train,
         precision=args.precision,
@@ -168,11 +173,11 @@ def grow(args: argparse.Namespace, device: str) -> benchmark.Section:
     )
     curves = benchmark.grow(
         work,
-        partial(backbones.block_builder, args.growth),
+        builds,
         args.image_sizes or GROWTH_SIZES,
         args.repeats,
     )
-    section = benchmark.growth_section(curves, name, work)
+    section = benchmark.growth_section(curves, work)
     if args.plots:
         plot_growth(section.values, Path(args.plots, "growth"))
     return section
@@ -201,7 +206,7 @@ def loading(args: argparse.Namespace) -> Iterator[benchmark.Section]:
     ours, usual = RandomCrops(CROP_SIZE), benchmark.UsualCrops(CROP_SIZE)
     rates = benchmark.time_loading(images, ours, usual, args.repeats)
     yield benchmark.loading_section(rates, args.data, CROP_SIZE)
-    yield from detection_loading(args.data, (args.image_sizes or [1024])[0], args.repeats)
+    yield from detection_loading(args.data, (args.image_sizes or [DETECTION_SIZE])[0], args.repeats)
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from crossmae_det.benchmark.detection_flops import backbone_parts, detector_cost, flops_of
+from crossmae_det.benchmark.detection_flops import backbone_parts, detector_cost
+from crossmae_det.benchmark.flops import flops_of, parameters_of
 from crossmae_det.benchmark.report import Section
 from crossmae_det.benchmark.timing import Spread, ratios
 from crossmae_det.benchmark.work import Work
@@ -49,7 +50,7 @@ def count(work: Work) -> Count:
     """Count a model's parameters and the FLOPs of one image, on the meta device."""
     # Not made on the meta device: some models ask for values while they are built.
     model: nn.Module = work.build().eval().to("meta")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = parameters_of(model)
     if work.detector:
         return Count(parameters, detector_cost(work.name, model, work.image_size).flops)
     images = torch.empty(1, 3, work.image_size, work.image_size, device="meta")

@@ -5,16 +5,16 @@ them, on the meta device. A detector also sorts boxes and samples features insid
 counted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from crossmae_det.benchmark.candidate import Candidate
+from crossmae_det.benchmark.flops import flops_of, parameters_of
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,18 @@ def detector_cost(name: str, model: Any, side: int) -> DetectionCost:
         # Its forward method also chooses among classes, which needs the boxes themselves.
         mask_input = inside(detections, heads.mask_pooler)
         flops["mask_head"] = flops_of(heads.mask_head.layers, mask_input)[0]["Global"]
+    trunk_parameters = parameters_of(trunk_of(pyramid)[1])
     return DetectionCost(
         name=name,
         image_size=side,
         proposals=proposals,
         detections=detections,
         parameters={
-            "trunk": _parameters(trunk_of(pyramid)[1]),
-            "pyramid": _parameters(pyramid) - _parameters(trunk_of(pyramid)[1]),
-            "rpn": _parameters(rpn),
-            "box_heads": _parameters(heads.box_head) + _parameters(heads.box_predictor),
-            "mask_head": _parameters(heads.mask_head) if heads.mask_on else 0,
+            "trunk": trunk_parameters,
+            "pyramid": parameters_of(pyramid) - trunk_parameters,
+            "rpn": parameters_of(rpn),
+            "box_heads": parameters_of(heads.box_head) + parameters_of(heads.box_predictor),
+            "mask_head": parameters_of(heads.mask_head) if heads.mask_on else 0,
         },
         flops=flops,
     )
@@ -120,18 +121,6 @@ def detector_cost(name: str, model: Any, side: int) -> DetectionCost:
 
 def _listed(module: Any) -> list[Any]:
     return list(module) if isinstance(module, nn.ModuleList) else [module]
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def flops_of(function: Callable, argument: Any) -> tuple[dict[str, int], Any]:
-    """FLOPs by the name of the module, "Global" for all of them, and what the function returns."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        result = function(argument)
-    counts = {name: sum(parts.values()) for name, parts in counter.get_flop_counts().items()}
-    return counts, result
 
 
 def trunk_of(backbone: Any) -> tuple[str, Any]:

@@ -8,7 +8,7 @@ Models are on torch's meta device. There attention is two products; of the fused
 on a CPU, torch's counter (2.14) sees nothing at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +49,19 @@ class PretrainingCost:
         return self.encoder_flops + self.decoder_flops
 
 
+def parameters_of(module: nn.Module) -> int:
+    """The number of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def flops_of(function: Callable, argument: Any) -> tuple[dict[str, int], Any]:
+    """FLOPs by the name of the module, "Global" for all of them, and what the function returns."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        result = function(argument)
+    counts = {name: sum(parts.values()) for name, parts in counter.get_flop_counts().items()}
+    return counts, result
+
+
 def pretraining_cost(candidate: Candidate) -> PretrainingCost:
     """Count a pretraining model, whose decoder is its submodule ``decoder``.
 
@@ -59,21 +72,19 @@ def pretraining_cost(candidate: Candidate) -> PretrainingCost:
     decoder = getattr(model, "decoder", None)
     if not isinstance(decoder, nn.Module):
         raise ValueError(f"{candidate.name}: not a pretraining model; it has no decoder")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(candidate.images(1, "meta"))
+    counts, _ = flops_of(model, candidate.images(1, "meta"))
     # By difference: the trunk is entered through a method of its own, where no counter sees a
     # module begin.
-    decoder_flops = sum(counter.get_flop_counts()[f"{type(model).__name__}.decoder"].values())
-    decoder_parameters = sum(parameter.numel() for parameter in decoder.parameters())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    decoder_flops = counts[f"{type(model).__name__}.decoder"]
+    decoder_parameters = parameters_of(decoder)
     return PretrainingCost(
         name=candidate.name,
         method=type(model).__name__,
         prediction_ratio=model.prediction_ratio,
-        encoder_parameters=parameters - decoder_parameters,
+        encoder_parameters=parameters_of(model) - decoder_parameters,
         decoder_parameters=decoder_parameters,
         decoder_flops=decoder_flops,
-        encoder_flops=counter.get_total_flops() - decoder_flops,
+        encoder_flops=counts["Global"] - decoder_flops,
     )
 
 

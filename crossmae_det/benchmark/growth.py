@@ -3,7 +3,7 @@
 Legend: N images, S side of an image in pixels, L patches, C channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from crossmae_det.benchmark.report import Section
 from crossmae_det.benchmark.work import Work
 from crossmae_det.benchmark.workers import measure
-
-KINDS = ("windowed", "global")
 
 
 class OneBlock(nn.Module):
@@ -61,22 +59,27 @@ class Growth:
 
 
 def grow(
-    work: Work, build: Callable[[str], Callable[[], nn.Module]], sizes: Sequence[int], repeats: int
+    work: Work,
+    builds: Mapping[str, Callable[[], nn.Module]],
+    sizes: Sequence[int],
+    repeats: int,
 ) -> list[Growth]:
     """Measure a windowed and a global block over sizes of the image, in turns at each size.
 
     Args:
         work: what is done with a block; its name, build and image size are replaced.
-        build: kind -> what builds the block, a picklable callable.
+        builds: kind of block -> what builds it, a picklable callable.
         sizes: sides of the image in pixels, at least two for a fit.
         repeats: rounds that count.
 
     Raises:
         ValueError: ``repeats`` is not positive.
     """
-    points: dict[str, list[Point]] = {kind: [] for kind in KINDS}
+    points: dict[str, list[Point]] = {kind: [] for kind in builds}
     for size in sizes:
-        works = [replace(work, name=kind, build=build(kind), image_size=size) for kind in KINDS]
+        works = [
+            replace(work, name=kind, build=build, image_size=size) for kind, build in builds.items()
+        ]
         for outcome in measure(works, repeats, f"blocks at {size} x {size}"):
             failed = bool(outcome.failure)
             points[outcome.work.name].append(
@@ -115,8 +118,8 @@ def fitted_exponent(points: Sequence[tuple[int, float | None]]) -> float | None:
     return float(np.polyfit(sides, values, 1)[0])
 
 
-def growth_section(curves: Sequence[Growth], name: str, work: Work) -> Section:
-    """The curves as a table."""
+def growth_section(curves: Sequence[Growth], work: Work) -> Section:
+    """The curves as a table; ``work`` is what :func:`grow` was given."""
     rows = [
         [
             f"{point.kind} block",
@@ -143,7 +146,7 @@ def growth_section(curves: Sequence[Growth], name: str, work: Work) -> Section:
     }
     return Section(
         key="growth",
-        title=f"One block of {name}: {step}, batch of {work.batch_size}, {work.precision}",
+        title=f"One block of {work.name}: {step}, batch of {work.batch_size}, {work.precision}",
         headers=["block", "pixels", "median ms", "MiB"],
         rows=rows,
         notes=[*notes, "Proportional to the area is 2; to pairs of patches 4. MiB: peak memory."],

@@ -147,8 +147,8 @@ def loading_section(rates: LoadingRates, dataset: str, image_size: int) -> Secti
         title=f"Decoding and cropping to {image_size} x {image_size}: images/s of one core",
         headers=["pipeline", "images/s (range)", "x usual (range)"],
         rows=[
-            ["usual", _rate(usual), "1"],
-            ["crossmae_det", _rate(ours), str(ratio)],
+            ["usual", rate_text(usual), "1"],
+            ["crossmae_det", rate_text(ours), str(ratio)],
         ],
         notes=[
             f"{rates.images} images of {dataset}, read before; {repeats} repeats in turns;"
@@ -168,5 +168,6 @@ def loading_section(rates: LoadingRates, dataset: str, image_size: int) -> Secti
     )
 
 
-def _rate(rate: Spread) -> str:
+def rate_text(rate: Spread) -> str:
+    """A rate for a table."""
     return f"{rate.median:.1f} ({rate.low:.1f} to {rate.high:.1f})"

@@ -3,7 +3,6 @@
 Legend: C channels of the trunk, D channels of a decoder.
 """
 
-import math
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 from crossmae_det.checkpoint.names import TITLES
 from crossmae_det.checkpoint.published import translate
 from crossmae_det.checkpoint.reading import extract_state_dict, read_checkpoint
+from crossmae_det.checkpoint.structure import square_side
 from crossmae_det.modeling import SIZES
 
 
@@ -110,8 +110,8 @@ def _trunk(trunk: Mapping[str, Tensor]) -> dict[str, Any]:
     facts["class token"] = "cls_token" in trunk
     position = trunk.get("pos_embed")
     if position is not None:
-        side = math.isqrt(position.shape[1] - 1)
-        if side * side == position.shape[1] - 1:
+        side = square_side(position)
+        if side is not None:
             facts["image size"] = [side * patch for patch in kernel.shape[2:]]
         facts["positions"] = position.shape[1]
     if tables:

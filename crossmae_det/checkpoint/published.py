@@ -6,7 +6,6 @@ has not, is ``decoder.encoder_norm`` as in MAE; a classifier's ``fc_norm`` and `
 names. Numbers are never changed, so a round trip is exact.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from crossmae_det.checkpoint.structure import (
     join_queries,
     split_queries,
     spread_final_norm,
+    square_side,
     with_class_row,
 )
 
@@ -216,11 +216,7 @@ def export(
             f" with --allow-missing '{token}'"
         )
     position = state.get("encoder.pos_embed")
-    if (
-        position is not None
-        and prefix != "encoder."
-        and math.isqrt(position.shape[1] - 1) ** 2 != position.shape[1] - 1
-    ):
+    if position is not None and prefix != "encoder." and square_side(position) is None:
         raise ValueError(
             f"its position embedding has {position.shape[1]} rows, which are no square grid and a"
             " class token's"
@@ -229,27 +225,14 @@ def export(
         state["encoder.pos_embed"] = position[:, 1:]
     if format == "crossmae":
         state = gather_final_norm(state)
-    if format == "vitdet":
-        names = {f"backbone.net.{name}": native for name, native in TRUNK.items()}
-        del names["backbone.net.cls_token"]  # map mode has none
-    else:
-        names = FORMATS[format]
-    inverse = {native: published for published, native in names.items()}
-    if format == "huggingface":
-        inside = {native: published for published, native in HUGGINGFACE_BLOCK.items()}
+    new_name = _exporter(format)
     result = {}
     for key, tensor in state.items():
-        if format == "huggingface":
-            new = rename_block(key, inverse, inside)
-        else:
-            new = rename(key, inverse)
-        if RELATIVE_POSITION.search(key) and format != "vitdet":
-            new = None
-        if _has_no_decoder(format, state, key):
-            new = None
+        left_out = _left_out(format, state, key)
+        new = None if left_out else new_name(key)
         if new is not None:
             result[new] = tensor
-        elif allowed(key) or _has_no_decoder(format, state, key):
+        elif left_out or allowed(key):
             dropped.append(key)
         else:
             raise ValueError(
@@ -257,6 +240,25 @@ def export(
                 f" --allow-unexpected '{key}' leaves it out"
             )
     return split_queries(result) if format == "huggingface" else result, dropped
+
+
+def _exporter(format: str) -> Callable[[str], str | None]:
+    """Native name -> name in a format, or None."""
+    if format == "vitdet":
+        # But for the class token, which map mode has not.
+        trunk = {
+            native: f"backbone.net.{name}" for name, native in TRUNK.items() if name != "cls_token"
+        }
+        return lambda key: rename(key, trunk)
+    names = {native: published for published, native in FORMATS[format].items()}
+    inside = {native: published for published, native in HUGGINGFACE_BLOCK.items()}
+
+    def new_name(key: str) -> str | None:
+        if RELATIVE_POSITION.search(key):
+            return None
+        return rename_block(key, names, inside) if format == "huggingface" else rename(key, names)
+
+    return new_name
 
 
 def _published_format(state_dict: Mapping[str, Tensor]) -> str:
@@ -278,7 +280,7 @@ def _trunk_and_decoder(
     return kept, [key for key in state_dict if key not in trunk]
 
 
-def _has_no_decoder(format: str, state: Mapping[str, Tensor], key: str) -> bool:
+def _left_out(format: str, state: Mapping[str, Tensor], key: str) -> bool:
     """Whether a key is left out of a format as a matter of course."""
     if format == "vitdet":
         return not key.startswith("encoder.") or key == "encoder.cls_token"

@@ -3,13 +3,11 @@
 Legend: L patches on a grid, C channels of the trunk, B channels of an image.
 """
 
-import math
-
 from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor
 
 from crossmae_det.checkpoint.names import RELATIVE_POSITION
-from crossmae_det.checkpoint.structure import with_class_row
+from crossmae_det.checkpoint.structure import square_side, with_class_row
 from crossmae_det.layers.position_embedding import resample_position_embedding
 from crossmae_det.layers.relative_position import resample_table
 
@@ -48,7 +46,7 @@ def resized(
         if tensor.shape[1] == grid[0] * grid[1]:
             return with_class_row(tensor.float())
         # Of another grid a file does not tell the sides: only a square one is beyond doubt.
-        side = math.isqrt(tensor.shape[1] - 1)
-        if side and side * side == tensor.shape[1] - 1:
+        side = square_side(tensor)
+        if side is not None:
             return resample_position_embedding(tensor.float(), (side, side), grid)
     return None

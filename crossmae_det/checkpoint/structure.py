@@ -3,6 +3,7 @@
 Legend: L patches, C channels, D blocks of a decoder.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -121,6 +122,12 @@ def gather_final_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     result = {key: tensor for key, tensor in state.items() if key not in norms}
     del result["decoder.feature_weights"]
     return result | {f"decoder.encoder_norm.{last}": tensor for last, tensor in one.items()}
+
+
+def square_side(position: Tensor) -> int | None:
+    """The side of the grid of a position embedding (1, 1 + L, C); None where it is no square."""
+    side = math.isqrt(max(0, position.shape[1] - 1))
+    return side if side and side * side == position.shape[1] - 1 else None
 
 
 def with_class_row(position: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from crossmae_det.checkpoint import load
+from crossmae_det.checkpoint import load, read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
 from crossmae_det.engine.hooks import (
     BestCheckpointer,
@@ -73,10 +73,11 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     if not cfg.train.init_checkpoint:
         raise ValueError("--eval-only needs weights: add train.init_checkpoint=PATH")
     checkpoint = cfg.train.init_checkpoint
-    logger.info(load(model, checkpoint, whole=True, **allowed))
+    content = read_checkpoint(checkpoint)
+    logger.info(load(model, checkpoint, content=content, whole=True, **allowed))
     results = evaluate(cfg, model, checkpoint=checkpoint)
     if cfg.train.ema.enabled:
-        load(model, checkpoint, whole=True, weights="ema", **allowed)
+        load(model, checkpoint, content=content, whole=True, weights="ema", **allowed)
         if averaged := evaluate(cfg, model, name=EMA_FOLDER, checkpoint=checkpoint):
             results["ema"] = averaged
     return results

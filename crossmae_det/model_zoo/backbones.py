@@ -310,11 +310,6 @@ def build_block(size: str, kind: str, image_size: int) -> nn.Module:
     return OneBlock(wanted, trunk.embed_dim, trunk.patch_size[0])
 
 
-def block_builder(size: str, kind: str, image_size: int = 1024) -> Callable[[], nn.Module]:
-    """What builds a block: see :func:`build_block`."""
-    return partial(build_block, size, kind, image_size)
-
-
 def published_precision() -> dict[str, tuple[float, str]]:
     """Box AP on COCO of backbones by name, and of which weights (MODEL_ZOO.md has the sources)."""
     known = {}

@@ -9,11 +9,11 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 
 from crossmae_det.benchmark import Section
-from crossmae_det.benchmark.loading import mapped_images_per_second, single_threaded
+from crossmae_det.benchmark.loading import mapped_images_per_second, rate_text, single_threaded
 from crossmae_det.benchmark.timing import Spread, interleaved
+from crossmae_det.model_zoo.backbones import DETECTOR
 from crossmae_det.model_zoo.zoo import get_config
 
-CONFIG = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
 # Images of a repeat: some seconds of large-scale jitter.
 IMAGES = 64
 
@@ -32,7 +32,7 @@ def detection_loading(dataset: str, image_size: int, repeats: int) -> Iterator[S
     """
     if dataset not in DatasetCatalog.list() and ".json:" not in dataset:
         return
-    cfg = get_config(CONFIG)
+    cfg = get_config(DETECTOR)
     cfg.dataloader.image_size = image_size
     cfg.dataloader.train.dataset.names = cfg.dataloader.test.dataset.names = dataset
     records: list[dict[str, Any]] = instantiate(cfg.dataloader.train.dataset)
@@ -46,7 +46,7 @@ def detection_loading(dataset: str, image_size: int, repeats: int) -> Iterator[S
         key="large_scale_jitter",
         title=f"Large-scale jitter to {image_size} x {image_size}: images/s of one worker",
         headers=["pipeline", "images/s (range)"],
-        rows=[["crossmae_det", f"{spread.median:.1f} ({spread.low:.1f} to {spread.high:.1f})"]],
+        rows=[["crossmae_det", rate_text(spread)]],
         notes=[
             f"{len(chosen)} images of {dataset} with their masks: decode, flip, resize by 0.1 to 2,"
             f" crop; {repeats} repeats, one core; range: lowest to highest of them."

@@ -136,11 +136,12 @@ def block(kind):
 
 
 def test_blocks_are_measured_over_sizes():
-    curves = grow(work(), lambda kind: partial(block, kind), [32, 64], repeats=1)
+    builds = {kind: partial(block, kind) for kind in ("windowed", "global")}
+    curves = grow(work(), builds, [32, 64], repeats=1)
     assert [curve.kind for curve in curves] == ["windowed", "global"]
     assert [p.image_size for p in curves[0].points] == [32, 64]
     assert all(point.seconds > 0 for curve in curves for point in curve.points)
-    section = growth_section(curves, "vit-tiny", work())
+    section = growth_section(curves, work())
     assert len(section.rows) == 4
     assert section.values["global"]["time_exponent"] == curves[1].time_exponent
     assert block("global")(torch.zeros(2, 3, 32, 64))["tokens"].shape == (2, 4 * 8, 16)

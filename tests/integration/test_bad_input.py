@@ -1,17 +1,16 @@
 """What a user can get wrong: one line that says what to do, exit code 2, nothing lost."""
 
-import importlib.util
 import json
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
+from tool_calls import call_tool, load_tool
 
 from crossmae_det.checkpoint import save_checkpoint
-from crossmae_det.engine import run_tool
 from crossmae_det.modeling import ViT
 
 CONFIG = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
@@ -23,13 +22,9 @@ def tool(repo, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(repo / "tools"))
 
     def call(name, *arguments):
-        spec = importlib.util.spec_from_file_location("tool", repo / "tools" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        main = module.main
+        main = load_tool(repo, name).main
         with pytest.raises(SystemExit) as stop:
-            run_tool((lambda: main("")) if "train" in name else main)
+            call_tool(partial(main, "") if "train" in name else main, monkeypatch, name, *arguments)
         captured = capsys.readouterr()
         error = captured.err
         assert stop.value.code == 2

@@ -1,17 +1,16 @@
 """The benchmark as a user starts it. Nothing here depends on how long anything took."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import cv2
 import numpy as np
 import pytest
 import torch
-
-from crossmae_det.engine import run_tool
+from tool_calls import call_tool, load_tool
 
 MAE = "pretraining/mae_vit_b_800ep.py"
 CROSSMAE = "pretraining/crossmae_vit_b_800ep.py"
@@ -40,16 +39,7 @@ def images(tmp_path):
 @pytest.fixture
 def run_benchmark(repo, monkeypatch):
     """Run the tool in this process."""
-    path = repo / "tools" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
-        run_tool(module.main)
-
-    return call
+    return partial(call_tool, load_tool(repo, "benchmark").main, monkeypatch, "benchmark")
 
 
 @pytest.fixture

@@ -1,15 +1,14 @@
 """MODEL_ZOO.md is what the records give, and says of every number where it comes from."""
 
-import importlib.util
 import json
 import re
 import shutil
-import sys
+from functools import partial
 
 import pytest
+from tool_calls import call_tool, load_tool
 
 from crossmae_det import model_zoo
-from crossmae_det.engine import run_tool
 from crossmae_det.model_zoo.costs import BASELINES, measure
 from crossmae_det.model_zoo.page import PAGE, is_up_to_date
 from crossmae_det.model_zoo.records import FOLDER, checkpoints, read_records
@@ -176,16 +175,8 @@ def test_crossmae_is_compared_with_the_mae_of_its_encoder_and_image_size(section
 @pytest.fixture
 def tool(repo, monkeypatch):
     """Run the tool in this process."""
-    path = repo / "tools" / "make_model_zoo.py"
-    spec = importlib.util.spec_from_file_location("make_model_zoo", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["make_model_zoo.py", *map(str, arguments)])
-        run_tool(module.main)
-
-    return call
+    main = load_tool(repo, "make_model_zoo").main
+    return partial(call_tool, main, monkeypatch, "make_model_zoo")
 
 
 def test_the_tool_checks_and_writes_the_page(tool, tmp_path, capsys):
