@@ -1,12 +1,13 @@
-"""Attention with decomposed relative position on a CPU, a cacheful of scores at a time.
+"""Attention with decomposed relative position on a CPU, a cacheful of it at a time.
 
 Legend: N images or windows, M heads, B = N * M, H x W keys = queries, L = H * W, D channels per
 head.
 
-The scores of some queries are made, used and overwritten by those of the next ones, while they are
-in the cache: all of them never exist, nor do they travel to memory and back between the steps of
-the softmax. The backward pass makes them again, from queries, keys and relative positions. To
-autograd and to the compiler all of it is one operator.
+The bias of some queries is made, used and overwritten by that of the next ones, while it is in the
+cache: all of it never exists, nor does it travel to memory and back. torch's fused attention does
+the rest of the forward pass. It knows no gradient of a bias: the backward pass makes the weights
+again, from queries, keys and relative positions, some queries at a time as well. To autograd and
+to the compiler all of it is one operator.
 """
 
 import math
@@ -14,18 +15,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# Scores that a core has at a time. With 2 MB of them in float32 a ViT-B is fastest, on cores with
-# 0.5 MB of cache each and 32 MB for all: half of it or twice as many take 10 % longer.
-SCORES_PER_CORE = 2**19
+# Pairs of a query and a key for each core. Forward: the fused kernel shares out 256 queries at a
+# time, and these are two such shares for 4096 keys; ten times as many would leave the last level of
+# cache. Backward: 2 MB of weights in float32; half of it or twice as many take 10 % longer, on
+# cores with 0.5 MB of cache each and 32 MB for all.
+FORWARD_PAIRS_PER_CORE = 2**21
+BACKWARD_PAIRS_PER_CORE = 2**19
 
 
-def _chunks(count: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of the ``count`` matrices and of their ``length`` queries; one matrix for each core,
-    or more where they are small."""
-    queries = min(length, max(16, SCORES_PER_CORE // length))
-    matrices = max(1, SCORES_PER_CORE * torch.get_num_threads() // (queries * length))
+def _chunks(count: int, length: int, pairs_per_core: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the ``count`` matrices and of their ``length`` queries, for so many pairs."""
+    pairs = pairs_per_core * torch.get_num_threads()
+    queries = min(length, max(16, pairs // length))
+    matrices = max(1, pairs // (queries * length))
     for first in range(0, count, matrices):
         for query in range(0, length, queries):
             yield slice(first, first + matrices), slice(query, query + queries)
@@ -36,8 +41,8 @@ def _flat(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.flatten(0, 1).contiguous() for tensor in tensors)
 
 
-class _Scores:
-    """Memory for a chunk, used again for the next one."""
+class _Pairs:
+    """Memory for what a chunk has for each pair, used again for the next one."""
 
     def __init__(self, like: Tensor):
         self.memory = like.new_empty(0)
@@ -50,18 +55,12 @@ class _Scores:
         return self.memory[:size].view(*shape)
 
 
-def _weights(
-    q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float, memory: _Scores
-) -> Tensor:
-    """Softmax of the scores of a chunk: (b, l, D), (b, L, D), (b, l, H), (b, l, W) -> (b, l, L).
-
-    The functions with ``out`` and the methods that end in ``_`` are not subject to autocast.
-    """
-    weights = memory((*q.shape[:2], k.shape[1]))
-    by_axis = weights.view(*q.shape[:2], rel_h.shape[-1], rel_w.shape[-1])
-    torch.add(rel_h[..., :, None], rel_w[..., None, :], out=by_axis)
-    weights.baddbmm_(q, k.transpose(1, 2), alpha=scale)
-    return torch.softmax(weights, -1, out=weights)
+def _bias(rel_h: Tensor, rel_w: Tensor, memory: _Pairs) -> Tensor:
+    """(b, l, H), (b, l, W) -> (b, l, H * W)."""
+    height, width = rel_h.shape[-1], rel_w.shape[-1]
+    bias = memory((*rel_h.shape[:2], height * width))
+    torch.add(rel_h[..., :, None], rel_w[..., None, :], out=bias.unflatten(-1, (height, width)))
+    return bias
 
 
 @torch.library.custom_op("crossmae_det::chunked_attention", mutates_args=())
@@ -83,10 +82,14 @@ def chunked_attention(
     n, heads, length, _ = q.shape
     flat_q, flat_k, flat_v, flat_h, flat_w = _flat(q, k, v, rel_h, rel_w)
     flat_out = torch.empty_like(flat_q)
-    memory = _Scores(q)
-    for m, i in _chunks(n * heads, length):
-        weights = _weights(flat_q[m, i], flat_k[m], flat_h[m, i], flat_w[m, i], scale, memory)
-        flat_out[m, i].baddbmm_(weights, flat_v[m], beta=0)
+    memory = _Pairs(q)
+    with torch.autocast("cpu", enabled=False):  # in the type of the tensors, whoever calls
+        for m, i in _chunks(n * heads, length, FORWARD_PAIRS_PER_CORE):
+            # The matrices of a chunk are the heads of one image to the kernel.
+            bias = _bias(flat_h[m, i], flat_w[m, i], memory)
+            flat_out[m, i] = F.scaled_dot_product_attention(
+                flat_q[None, m, i], flat_k[None, m], flat_v[None, m], bias[None], scale=scale
+            )[0]
     return out.copy_(flat_out.view(n, heads, length, -1))
 
 
@@ -108,17 +111,20 @@ def _backward(
     grad, q, k, v, rel_h, rel_w = _flat(grad, q, k, v, rel_h, rel_w)
     grad_q, grad_h, grad_w = (torch.empty_like(x) for x in (q, rel_h, rel_w))
     grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-    memory, more_memory = _Scores(q), _Scores(q)
-    for m, i in _chunks(n * heads, length):
-        weights = _weights(q[m, i], k[m], rel_h[m, i], rel_w[m, i], scale, memory)
+    memory, more_memory = _Pairs(q), _Pairs(q)
+    # The functions with `out` and the methods that end in `_` are not subject to autocast.
+    for m, i in _chunks(n * heads, length, BACKWARD_PAIRS_PER_CORE):
+        scores = _bias(rel_h[m, i], rel_w[m, i], memory)
+        scores.baddbmm_(q[m, i], k[m].transpose(1, 2), alpha=scale)
+        weights = torch.softmax(scores, -1, out=scores)
         grad_v[m].baddbmm_(weights.transpose(1, 2), grad[m, i])
-        scores = torch.bmm(grad[m, i], v[m].transpose(1, 2), out=more_memory(weights.shape))
-        scores.mul_(weights)
-        # The gradient of a softmax w: (g - sum of g w) w, with g w in `scores`.
-        scores.sub_(weights.mul_(scores.sum(-1, keepdim=True)))
-        grad_q[m, i].baddbmm_(scores, k[m], beta=0, alpha=scale)
-        grad_k[m].baddbmm_(scores.transpose(1, 2), q[m, i], alpha=scale)
-        by_axis = scores.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))
+        grads = torch.bmm(grad[m, i], v[m].transpose(1, 2), out=more_memory(weights.shape))
+        grads.mul_(weights)
+        # The gradient of a softmax w: (g - sum of g w) w, with g w in `grads`.
+        grads.sub_(weights.mul_(grads.sum(-1, keepdim=True)))
+        grad_q[m, i].baddbmm_(grads, k[m], beta=0, alpha=scale)
+        grad_k[m].baddbmm_(grads.transpose(1, 2), q[m, i], alpha=scale)
+        by_axis = grads.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))
         torch.sum(by_axis, -1, out=grad_h[m, i])
         torch.sum(by_axis, -2, out=grad_w[m, i])
     shape = (n, heads)

@@ -144,9 +144,10 @@ def test_without_relative_position_it_is_plain_attention(device, backend):
 
 
 # Chunks of one matrix and 16 queries, of several matrices, of all; lengths they do not divide.
-@pytest.mark.parametrize("scores", [1, 900, 2000, 10**6])
-def test_chunks_of_any_size_give_the_same(monkeypatch, scores):
-    monkeypatch.setattr(chunked_attention, "SCORES_PER_CORE", scores)
+@pytest.mark.parametrize("pairs", [1, 900, 2000, 10**6])
+def test_chunks_of_any_size_give_the_same(monkeypatch, pairs):
+    monkeypatch.setattr(chunked_attention, "FORWARD_PAIRS_PER_CORE", pairs)
+    monkeypatch.setattr(chunked_attention, "BACKWARD_PAIRS_PER_CORE", pairs)
     grid = (3, 7)
     inputs = random_inputs(grid, n=3)
     assert_equal(
