@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from crossmae_det import benchmark
-from crossmae_det.engine import keep_freed_memory, resolve_device, run_tool
+from crossmae_det.engine import resolve_device, run_tool
 from crossmae_det.model_zoo import backbones
-from crossmae_det.model_zoo.costs import read_candidate
+from crossmae_det.model_zoo.costs import training_candidate, variations
 from crossmae_det.model_zoo.loaders import detection_loading
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.modeling import SIZES
@@ -62,7 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--step",
         action="store_true",
-        help="also time training steps of the configs, in turns; all are in memory together",
+        help="also time and memory of training steps of the configs, in turns; all are in memory"
+        " together",
     )
     what.add_argument(
         "--data",
@@ -80,6 +83,22 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--train", action="store_true", help="forward, backward and optimizer")
     how.add_argument("--image-sizes", type=int, nargs="+", metavar="PIXELS", help="default: 1024")
     how.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N")
+    how.add_argument(
+        "--prediction-ratios",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="RATIO",
+        help="of --pretraining: every CrossMAE with these fractions of the patches predicted",
+    )
+    how.add_argument(
+        "--decoder-depths",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="BLOCKS",
+        help="of --pretraining: every CrossMAE with so many blocks in its decoder",
+    )
     how.add_argument("--compile", action="store_true", help="compile the backbones")
     how.add_argument("--batch-size", type=int, default=32, help="of --step (default: 32)")
     how.add_argument(
@@ -104,6 +123,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("nothing to measure: name --backbones, --growth, --pretraining or --data")
     if args.step and args.pretraining is None:
         parser.error("--step times the configs of --pretraining: name it, too")
+    if (args.prediction_ratios or args.decoder_depths) and args.pretraining is None:
+        parser.error(
+            "prediction ratios and decoder depths are those of --pretraining: name it, too"
+        )
     if args.against and not args.backbones:
         parser.error("--against compares backbones: name --backbones, too")
     return args
@@ -183,16 +206,19 @@ def grow(args: argparse.Namespace, device: str) -> benchmark.Section:
     return section
 
 
-def pretraining(args: argparse.Namespace, device) -> Iterator[benchmark.Section]:
+def pretraining(args: argparse.Namespace, device: torch.device) -> Iterator[benchmark.Section]:
     # The learning rate follows from the batch size.
     overrides = [f"dataloader.train.total_batch_size={args.batch_size}", *args.opts]
-    candidates = [read_candidate(config, overrides) for config in args.pretraining or CONFIGS]
-    costs = [benchmark.pretraining_cost(candidate) for candidate in candidates]
+    builds = [
+        partial(training_candidate, device.type, config, overrides, variation)
+        for config in args.pretraining or CONFIGS
+        for variation in variations(config, args.prediction_ratios, args.decoder_depths)
+    ]
+    costs = [benchmark.pretraining_cost(build()) for build in builds]
     yield benchmark.pretraining_section(costs)
     if args.step:
-        keep_freed_memory(device)  # as in training
         times = benchmark.time_steps(
-            candidates,
+            builds,
             batch_size=args.batch_size,
             precision=args.precision,
             repeats=args.repeats,

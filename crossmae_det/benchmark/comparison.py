@@ -12,8 +12,8 @@ from tqdm import tqdm
 from crossmae_det.benchmark.detection_flops import backbone_parts, detector_cost
 from crossmae_det.benchmark.flops import flops_of, parameters_of
 from crossmae_det.benchmark.report import Section
-from crossmae_det.benchmark.timing import Spread, ratios
-from crossmae_det.benchmark.work import Work
+from crossmae_det.benchmark.timing import Spread
+from crossmae_det.benchmark.work import MEMORY_NOTES, Work
 from crossmae_det.benchmark.workers import Outcome, measure
 
 
@@ -40,7 +40,7 @@ class Case:
         memory_ratio: peak memory over the first backbone's, likewise.
     """
 
-    outcome: Outcome
+    outcome: Outcome[Work]
     count: Count
     time_ratio: Spread | None
     memory_ratio: float | None
@@ -80,18 +80,11 @@ def compare(groups: Sequence[Sequence[Work]], repeats: int) -> list[list[Case]]:
         first = outcomes[0]
         results.append(
             [
-                Case(outcome, counts[outcome.work.name, size], *_against(outcome, first))
+                Case(outcome, counts[outcome.work.name, size], *outcome.against(first))
                 for outcome in outcomes
             ]
         )
     return results
-
-
-def _against(outcome: Outcome, first: Outcome) -> tuple[Spread | None, float | None]:
-    if outcome.failure or first.failure:
-        return None, None
-    memory = outcome.bytes / first.bytes if first.bytes else None
-    return ratios(outcome.seconds, first.seconds), memory
 
 
 def comparison_section(groups: Sequence[Sequence[Case]]) -> Section:
@@ -112,12 +105,7 @@ def comparison_section(groups: Sequence[Sequence[Case]]) -> Section:
             " highest of the ratios, round by round.",
             "GFLOPs: of the forward pass of one image, 2 FLOPs for each multiply-add; products of"
             " matrices and convolutions.",
-            "MiB: peak, "
-            + (
-                "of CUDA's allocator."
-                if work.device == "cuda"
-                else "the high-water mark of a process of its own, over what it had before."
-            ),
+            MEMORY_NOTES[work.device],
         ],
         values=[case_values(case) for case in cases],
     )

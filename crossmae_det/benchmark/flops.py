@@ -30,6 +30,7 @@ class PretrainingCost:
         name: of the candidate.
         method: class of the model.
         prediction_ratio: fraction of all patches that are predicted.
+        decoder_depth: blocks of the decoder.
         encoder_parameters: number of those of all that is not the decoder.
         decoder_parameters: number of those of the decoder.
         decoder_flops: FLOPs of the decoder, from the trunk's tokens to pixels.
@@ -39,6 +40,7 @@ class PretrainingCost:
     name: str
     method: str
     prediction_ratio: float
+    decoder_depth: int
     encoder_parameters: int
     decoder_parameters: int
     decoder_flops: int
@@ -81,6 +83,7 @@ def pretraining_cost(candidate: Candidate) -> PretrainingCost:
         name=candidate.name,
         method=type(model).__name__,
         prediction_ratio=model.prediction_ratio,
+        decoder_depth=len(model.decoder.blocks),
         encoder_parameters=parameters_of(model) - decoder_parameters,
         decoder_parameters=decoder_parameters,
         decoder_flops=decoder_flops,
@@ -115,6 +118,7 @@ def pretraining_section(costs: Sequence[PretrainingCost]) -> Section:
             [
                 cost.name,
                 f"{cost.prediction_ratio:g}",
+                str(cost.decoder_depth),
                 f"{cost.decoder_parameters / 1e6:.1f}",
                 _ratio(ratios, "decoder_parameters"),
                 f"{cost.decoder_flops / 1e9:.2f}",
@@ -131,14 +135,14 @@ def pretraining_section(costs: Sequence[PretrainingCost]) -> Section:
         key="pretraining",
         title="Cost of pretraining: forward pass of one image",
         headers=[
-            *("config", "predicted", "decoder M params", against),
+            *("config", "predicted", "depth", "decoder M params", against),
             *("decoder GFLOPs", against, "total GFLOPs", against),
         ],
         rows=rows,
         notes=[
             "2 FLOPs for each multiply-add; all products of matrices, attention included.",
-            f"Predicted: fraction of all patches; {against}: over the {BASELINE} with the same"
-            " encoder.",
+            f"Predicted: fraction of all patches; depth: blocks of the decoder; {against}: over the"
+            f" {BASELINE} with the same encoder.",
         ],
         values=values,
     )

@@ -3,58 +3,67 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import timer
 
 from crossmae_det.benchmark.candidate import Candidate, total_loss
 from crossmae_det.benchmark.flops import step_flops
 from crossmae_det.benchmark.gemm import ATTEMPTS, GemmRate, largest_linear_shapes
 from crossmae_det.benchmark.report import Section
-from crossmae_det.benchmark.timing import Spread, interleaved, ratios
-from crossmae_det.benchmark.work import PRECISIONS
-
-
-class Timing(NamedTuple):
-    """Seconds of a step, and FLOP/s of the products measured right before and after it (mean)."""
-
-    seconds: float
-    gemm_rate: float
+from crossmae_det.benchmark.timing import Spread
+from crossmae_det.benchmark.work import MEMORY_NOTES, PRECISIONS
+from crossmae_det.benchmark.workers import Outcome, measure
 
 
 @dataclass(frozen=True)
-class StepTimes:
+class StepWork:
+    """Training steps of one candidate: forward and backward pass and the optimizer.
+
+    Attributes:
+        build: makes the candidate.
+        batch_size: images of a step, uint8.
+        precision: a key of ``PRECISIONS``, by autocast.
+        device: "cpu" or "cuda".
+    """
+
+    build: Callable[[], Candidate]
+    batch_size: int
+    precision: str
+    device: str
+
+    def prepare(self) -> Callable[[], None]:
+        """The training step, ready to be called."""
+        torch.manual_seed(0)
+        candidate = self.build()
+        model = candidate.build().to(self.device).train()
+        images = candidate.images(self.batch_size, "cpu")
+        if self.device == "cuda":
+            images = images.pin_memory()  # as the loader does
+        return partial(training_step, model, candidate.optimizer(model), images, self.precision)
+
+
+@dataclass(frozen=True)
+class Steps:
     """The steps of one candidate.
 
     Attributes:
         name: of the candidate.
         flops: FLOPs of forward and backward pass of a step.
-        timings: of each round.
+        outcome: what was measured; its references are FLOP/s of products of matrices.
     """
 
     name: str
     flops: int
-    timings: list[Timing]
-
-    @property
-    def seconds(self) -> list[float]:
-        return [timing.seconds for timing in self.timings]
-
-    @property
-    def median_seconds(self) -> float:
-        return float(np.median(self.seconds))
-
-    @property
-    def p90_seconds(self) -> float:
-        return float(np.percentile(self.seconds, 90))
+    outcome: Outcome[StepWork]
 
     @property
     def efficiency(self) -> Spread:
         """Time that products of so many FLOPs would take, over the time of the step."""
-        return Spread.of([self.flops / t.gemm_rate / t.seconds for t in self.timings])
+        rounds = zip(self.outcome.seconds, self.outcome.references, strict=True)
+        return Spread.of([self.flops / rate / seconds for seconds, rate in rounds])
 
 
 @dataclass(frozen=True)
@@ -71,28 +80,27 @@ class StepComparison:
     batch_size: int
     precision: str
     gemm_shapes: list[str]
-    steps: list[StepTimes]
+    steps: list[Steps]
 
     @property
-    def gemm_rate(self) -> Spread:
-        """FLOP/s of the products, over the whole comparison."""
-        return Spread.of([timing.gemm_rate for step in self.steps for timing in step.timings])
+    def gemm_rate(self) -> Spread | None:
+        """FLOP/s of the products, over the whole comparison; None if every step failed."""
+        rates = [rate for step in self.steps for rate in step.outcome.references]
+        return Spread.of(rates) if rates else None
 
 
 def time_steps(
-    candidates: Sequence[Candidate],
+    builds: Sequence[Callable[[], Candidate]],
     *,
     batch_size: int,
     precision: str,
     repeats: int,
     device: torch.device,
 ) -> StepComparison:
-    """Time training steps, in turns: forward and backward pass and the optimizer, on uint8 images.
-
-    All models and the states of their optimizers are in memory together.
+    """Time training steps, in turns, each candidate in a process of its own.
 
     Args:
-        candidates: at least one.
+        builds: at least one; each makes a candidate, here and in its process, and is picklable.
         batch_size: images of a step.
         precision: a key of ``PRECISIONS``: of the products alone and, by autocast, of the models.
         repeats: steps of each candidate that count.
@@ -101,26 +109,19 @@ def time_steps(
     Raises:
         ValueError: a number out of range.
     """
+    candidates = [build() for build in builds]
     flops = [step_flops(candidate, batch_size) for candidate in candidates]
     shapes = [s for candidate in candidates for s in largest_linear_shapes(candidate, batch_size)]
     gemm_rate = GemmRate(shapes, device, PRECISIONS[precision])
-
-    def measure(step: Callable[[], None]) -> Timing:
-        before = gemm_rate()
-        start = timer()
-        step()
-        seconds = timer() - start
-        return Timing(seconds, (before + gemm_rate()) / 2)
-
-    steps = [_prepare(candidate, batch_size, precision, device) for candidate in candidates]
-    measured = interleaved([partial(measure, step) for step in steps], repeats, "training steps")
+    works = [StepWork(build, batch_size, precision, device.type) for build in builds]
+    outcomes = measure(works, repeats, "training steps", gemm_rate)
     return StepComparison(
         batch_size=batch_size,
         precision=precision,
         gemm_shapes=[str(shape) for shape in gemm_rate.shapes],
         steps=[
-            StepTimes(candidate.name, count, timings)
-            for candidate, count, timings in zip(candidates, flops, measured, strict=True)
+            Steps(candidate.name, count, outcome)
+            for candidate, count, outcome in zip(candidates, flops, outcomes, strict=True)
         ],
     )
 
@@ -138,67 +139,75 @@ def training_step(
     optimizer.zero_grad()
 
 
-def _prepare(
-    candidate: Candidate, batch_size: int, precision: str, device: torch.device
-) -> Callable[[], None]:
-    """The training step of a candidate, ready to be called."""
-    model = candidate.build().to(device).train()
-    images = candidate.images(batch_size, "cpu")
-    if device.type == "cuda":
-        images = images.pin_memory()  # as the loader does
-    return partial(training_step, model, candidate.optimizer(model), images, precision)
-
-
 def step_section(comparison: StepComparison) -> Section:
     """The comparison as a table."""
-    gemm, first = comparison.gemm_rate, comparison.steps[0]
-    return Section(
-        key="step",
-        title=f"Training step: {comparison.precision}, batch of {comparison.batch_size}",
-        headers=[
-            *("config", "GFLOPs", "median s", "p90 s", "images/s"),
-            *("time x first (range)", "efficiency (range)"),
-        ],
-        rows=[_row(step, first, comparison.batch_size) for step in comparison.steps],
-        notes=[
-            f"{len(first.timings)} repeats in turns; range: lowest to highest of them.",
-            "Step: forward, backward and optimizer, of uint8 images; its GFLOPs are those of"
-            " forward and backward, 2 FLOPs for each multiply-add.",
+    gemm, first = comparison.gemm_rate, comparison.steps[0].outcome
+    notes = [
+        f"{max(len(step.outcome.seconds) for step in comparison.steps)} repeats in turns; range:"
+        " lowest to highest of them.",
+        "Step: forward, backward and optimizer, of uint8 images; its GFLOPs are those of forward"
+        " and backward, 2 FLOPs for each multiply-add.",
+        MEMORY_NOTES[first.work.device],
+    ]
+    if gemm:
+        notes += [
             f"Products of matrices in {comparison.precision}: {gemm.median / 1e9:.1f} GFLOP/s"
             f" ({gemm.low / 1e9:.1f} to {gemm.high / 1e9:.1f}), measured before and after each"
             f" step: {ATTEMPTS} each of {', '.join(comparison.gemm_shapes)}.",
             "Efficiency: the GFLOPs over that rate, over the time of the step.",
+        ]
+    values = [_values(step, first, comparison.batch_size) for step in comparison.steps]
+    return Section(
+        key="step",
+        title=f"Training step: {comparison.precision}, batch of {comparison.batch_size}",
+        headers=[
+            *("config", "GFLOPs", "median s", "p90 s", "images/s", "MiB"),
+            *("time x first (range)", "memory x", "efficiency (range)"),
         ],
+        rows=[_row(step, row, first) for step, row in zip(comparison.steps, values, strict=True)],
+        notes=notes,
         values={
             "batch_size": comparison.batch_size,
             "precision": comparison.precision,
-            "gemm_flops_per_second": asdict(gemm),
+            "gemm_flops_per_second": asdict(gemm) if gemm else None,
             "gemm_shapes": comparison.gemm_shapes,
-            "steps": [_values(step, first, comparison.batch_size) for step in comparison.steps],
+            "steps": values,
         },
     )
 
 
-def _row(step: StepTimes, first: StepTimes, batch_size: int) -> list[str]:
+def _row(step: Steps, values: dict[str, Any], first: Outcome[StepWork]) -> list[str]:
+    start = [step.name, f"{step.flops / 1e9:.1f}"]
+    if step.outcome.failure:
+        return [*start, step.outcome.failure, *["-"] * 6]
+    time, memory = step.outcome.against(first)
     return [
-        step.name,
-        f"{step.flops / 1e9:.1f}",
-        f"{step.median_seconds:.4g}",
-        f"{step.p90_seconds:.4g}",
-        f"{batch_size / step.median_seconds:.4g}",
-        str(ratios(step.seconds, first.seconds)),
+        *start,
+        f"{values['median_seconds']:.4g}",
+        f"{values['p90_seconds']:.4g}",
+        f"{values['images_per_second']:.4g}",
+        f"{step.outcome.bytes / 2**20:.0f}",
+        "-" if time is None else str(time),
+        "-" if memory is None else f"{memory:.2f}",
         str(step.efficiency),
     ]
 
 
-def _values(step: StepTimes, first: StepTimes, batch_size: int) -> dict[str, Any]:
-    return {
-        "name": step.name,
-        "flops": step.flops,
-        "median_seconds": step.median_seconds,
-        "p90_seconds": step.p90_seconds,
-        "images_per_second": batch_size / step.median_seconds,
-        "ratio_to_first": asdict(ratios(step.seconds, first.seconds)),
+def _values(step: Steps, first: Outcome[StepWork], batch_size: int) -> dict[str, Any]:
+    outcome = step.outcome
+    values = {"name": step.name, "flops": step.flops, "failure": outcome.failure}
+    if outcome.failure:
+        return values
+    median = float(np.median(outcome.seconds))
+    time, memory = outcome.against(first)
+    return values | {
+        "median_seconds": median,
+        "p90_seconds": float(np.percentile(outcome.seconds, 90)),
+        "images_per_second": batch_size / median,
+        "peak_bytes": outcome.bytes,
+        "ratio_to_first": asdict(time) if time else None,
+        "memory_ratio": memory,
         "efficiency": asdict(step.efficiency),
-        "timings": [timing._asdict() for timing in step.timings],
+        "seconds": outcome.seconds,
+        "gemm_rates": outcome.references,
     }

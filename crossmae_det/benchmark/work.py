@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -19,13 +19,36 @@ from torch.utils.benchmark import timer
 
 # Of autocast. fp16 without a gradient scaler: what is timed is the same.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What "MiB" is, by device.
+MEMORY_NOTES = {
+    "cpu": "MiB: peak, the high-water mark of a process of its own, over what it had before.",
+    "cuda": "MiB: peak, of CUDA's allocator.",
+}
 # Objects in a training image of noise; COCO's images have seven.
 OBJECTS = 7
 
 
+class Task(Protocol):
+    """What can be measured in a process of its own, and so is picklable.
+
+    Attributes:
+        build: makes what is measured; its module is imported once for all processes.
+        device: "cpu" or "cuda".
+    """
+
+    @property
+    def build(self) -> Callable[[], Any]: ...
+
+    @property
+    def device(self) -> str: ...
+
+    def prepare(self) -> Callable[[], None]:
+        """Build it; what does the work once is returned."""
+
+
 @dataclass(frozen=True)
 class Work:
-    """One case of a comparison. It is sent to a process of its own, so ``build`` must be picklable.
+    """One case of a comparison of backbones.
 
     Attributes:
         name: of the backbone.
@@ -134,7 +157,7 @@ class Meter:
         work: what is measured.
     """
 
-    def __init__(self, work: Work):
+    def __init__(self, work: Task):
         self.cuda = work.device == "cuda"
         self._before = 0 if self.cuda else _resident("VmRSS")
         self._run = work.prepare()

@@ -2,43 +2,60 @@
 
 import multiprocessing
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from crossmae_det.benchmark.work import Meter, Work
+from crossmae_det.benchmark.timing import Spread, ratios
+from crossmae_det.benchmark.work import Meter, Task
 
 OUT_OF_MEMORY = "out of memory"
 # What torch says on a CPU where there is no memory left.
 CPU_ALLOCATOR = "can't allocate memory"
-
-
 START_METHODS = {"cpu": "forkserver", "cuda": "spawn"}
+
+T = TypeVar("T", bound=Task)
 
 
 @dataclass
-class Outcome:
+class Outcome(Generic[T]):
     """What became of a piece of work.
 
     Attributes:
         work: what was measured.
         seconds: of each round; empty where it failed.
+        references: of each round, the mean of the reference before and after it.
         bytes: peak memory; 0 where it failed.
         failure: why it failed, in one line; "" where it did not.
     """
 
-    work: Work
+    work: T
     seconds: list[float] = field(default_factory=list)
+    references: list[float] = field(default_factory=list)
     bytes: int = 0
     failure: str = ""
 
+    def against(self, first: "Outcome[T]") -> tuple[Spread | None, float | None]:
+        """Time over that of ``first``, round by round, and peak memory over its; None where one of
+        them failed."""
+        if self.failure or first.failure:
+            return None, None
+        return ratios(
+            self.seconds, first.seconds
+        ), self.bytes / first.bytes if first.bytes else None
 
-def measure(works: Sequence[Work], repeats: int, description: str) -> list[Outcome]:
+
+def measure(
+    works: Sequence[T],
+    repeats: int,
+    description: str,
+    reference: Callable[[], float] | None = None,
+) -> list[Outcome[T]]:
     """Measure cases in turns, A B A B, each in a fresh process.
 
     The processes of all cases live at the same time, and one works while the others wait. A first
@@ -48,6 +65,7 @@ def measure(works: Sequence[Work], repeats: int, description: str) -> list[Outco
         works: the cases.
         repeats: rounds that count.
         description: for the progress bar.
+        reference: measured here before and after each piece of work: what the machine can do then.
 
     Raises:
         ValueError: ``repeats`` is not positive.
@@ -61,12 +79,15 @@ def measure(works: Sequence[Work], repeats: int, description: str) -> list[Outco
             for turn in range(repeats + 1):
                 for worker, outcome in zip(workers, outcomes, strict=True):
                     if not outcome.failure:
+                        before = reference() if reference else 0.0
                         answer = worker.ask("seconds")
                         if isinstance(answer, str):
                             outcome.failure = answer
                             outcome.seconds.clear()
                         elif turn:
                             outcome.seconds.append(answer)
+                            if reference:
+                                outcome.references.append((before + reference()) / 2)
                     bar.update()
         for worker, outcome in zip(workers, outcomes, strict=True):
             if not outcome.failure:
@@ -80,7 +101,7 @@ def measure(works: Sequence[Work], repeats: int, description: str) -> list[Outco
 class _Worker:
     """A process that does one piece of work whenever it is asked."""
 
-    def __init__(self, work: Work):
+    def __init__(self, work: Task):
         # Not forked from this process, which may hold threads and memory of its own. Whoever uses
         # CUDA must not be forked at all from one that has only looked for a GPU, as imports do.
         method = START_METHODS[work.device]
@@ -111,7 +132,7 @@ class _Worker:
             self._process.kill()
 
 
-def _serve(connection: Connection, work: Work) -> None:
+def _serve(connection: Connection, work: Task) -> None:
     meter: Meter | None = None
     while True:
         try:

@@ -8,7 +8,7 @@ sdpa      torch's fused attention; the relative position is a mask of all pairs
 folded    torch's fused attention without a mask, for its flash kernels: see :func:`_folded`
 flex      torch's FlexAttention, which adds the relative position inside the kernel; CUDA only
 chunked   a cacheful of scores at a time; CPU only: see :mod:`.chunked_attention`
-auto      one of these, by device, type and size
+auto      one of these, by device, type, size and whether gradients are wanted
 ========  =====================================================================================
 """
 
@@ -33,6 +33,9 @@ BACKENDS = ("auto", "eager", "sdpa", "folded", "flex", "chunked")
 DEVICES = {"flex": "cuda", "chunked": "cpu"}
 # Flash kernels take no more channels per head, and only multiples of 8.
 FLASH_CHANNELS = 256
+# Pairs of a query and a key, over all matrices, up to which a CPU is faster with all at once: 16 MB
+# of scores in float32.
+FEW_PAIRS = 2**22
 # What "auto" stood for so far.
 _logged: set[tuple[str, ...]] = set()
 
@@ -76,7 +79,7 @@ def attend(
         # Only shapes and FLOPs are wanted, which are those of the two products.
         return _sdpa(q, k, v, rel_pos)
     if backend == "auto":
-        backend = choose_backend(device, q.dtype, q.shape[-1], rel_pos)
+        backend = choose_backend(device, q.dtype, q.shape[-1], rel_pos, torch.is_grad_enabled())
         _log_choice(device, str(q.dtype).removeprefix("torch."), backend)
     elif device != DEVICES.get(backend, device):
         others = [name for name in BACKENDS if DEVICES.get(name, device) == device]
@@ -88,7 +91,7 @@ def attend(
 
 
 def choose_backend(
-    device: str, dtype: torch.dtype, channels: int, rel_pos: RelativePosition
+    device: str, dtype: torch.dtype, channels: int, rel_pos: RelativePosition, grad: bool
 ) -> str:
     """What "auto" stands for.
 
@@ -96,10 +99,14 @@ def choose_backend(
         device: type of the device.
         dtype: of queries, keys and values.
         channels: D.
-        rel_pos: the two parts of the bias, for the size of the grid.
+        rel_pos: the two parts of the bias, for their sizes.
+        grad: whether gradients are recorded.
     """
     if device == "cpu":
-        return "chunked"
+        if rel_pos[0].numel() * rel_pos[1].shape[-1] > FEW_PAIRS:
+            return "chunked"
+        # torch's fused kernel knows no gradient of a mask; the slow form of it would be taken.
+        return "eager" if grad else "sdpa"
     if device != "cuda":
         return "sdpa"
     # Beyond what a flash kernel takes, the folded form is computed by a slower one.

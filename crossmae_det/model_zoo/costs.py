@@ -1,8 +1,9 @@
 """What every shipped config costs: parameters and FLOPs, counted from shapes."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from crossmae_det.benchmark import Candidate, detection_cost, pretraining_cost
+from crossmae_det.engine import keep_freed_memory
 from crossmae_det.engine.job import build_optimizer
 from crossmae_det.model_zoo.zoo import get_config, list_configs
 
@@ -28,17 +30,54 @@ BASELINES = (
 MACHINE = "counted from the shapes of tensors, by torch {}"
 
 
-def read_candidate(config_file: str, overrides: Sequence[str] = ()) -> Candidate:
+def read_candidate(
+    config_file: str,
+    overrides: Sequence[str] = (),
+    variation: Sequence[str] = (),
+) -> Candidate:
     """A config as a candidate of the benchmark, by the name of its file.
 
     Args:
         config_file: as in :func:`get_config`.
         overrides: as in :func:`get_config`.
+        variation: more of them, of the model, which the name tells.
 
     Raises:
         FileNotFoundError, ValueError: as from :func:`get_config`.
     """
-    return _candidate(get_config(config_file, overrides), config_file)
+    candidate = _candidate(get_config(config_file, [*overrides, *variation]), config_file)
+    told = (override.removeprefix("model.") for override in variation)
+    return replace(candidate, name=" ".join([candidate.name, *told]))
+
+
+def training_candidate(device: str, *config: Any) -> Candidate:
+    """As :func:`read_candidate`; this process then keeps the memory that tensors free, as one that
+    trains does.
+
+    Args:
+        device: where it computes.
+        config: what :func:`read_candidate` takes.
+    """
+    keep_freed_memory(torch.device(device))
+    return read_candidate(*config)
+
+
+def variations(
+    config_file: str, ratios: Sequence[float], depths: Sequence[int]
+) -> list[tuple[str, ...]]:
+    """What :func:`read_candidate` takes for CrossMAE with every ratio and every depth; of an MAE,
+    nothing, as it predicts everything and is what they are compared with.
+
+    Args:
+        config_file: of a pretraining model.
+        ratios: prediction ratios; empty for that of the config.
+        depths: numbers of decoder blocks; empty for that of the config.
+    """
+    if "prediction_ratio" not in get_config(config_file).model:
+        return [()]
+    by_key = (("prediction_ratio", ratios), ("decoder_depth", depths))
+    axes = [[f"model.{key}={value}" for value in values] for key, values in by_key if values]
+    return list(itertools.product(*axes))
 
 
 def measure(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -232,7 +232,8 @@ def _pretraining_costs(measured: Mapping[str, Any], links: Links) -> str:
         mae = baseline_of(cost, counted)
         rows.append(
             [
-                *(_costed(row, links), row["image_size"], cost.prediction_ratio),
+                *(_costed(row, links), row["image_size"]),
+                *(cost.prediction_ratio, cost.decoder_depth),
                 *(_millions(cost.encoder_parameters), _millions(cost.decoder_parameters)),
                 _billions(cost.decoder_flops),
                 mae and f"{cost.decoder_flops / mae.decoder_flops:.2f}",
@@ -242,7 +243,8 @@ def _pretraining_costs(measured: Mapping[str, Any], links: Links) -> str:
             ]
         )
     headers = [
-        *("config", "pixels", "predicted", "encoder M params", "decoder M params"),
+        *("config", "pixels", "predicted", "decoder blocks"),
+        *("encoder M params", "decoder M params"),
         *("decoder GFLOPs", "x MAE", "total GFLOPs", "x MAE", "run"),
     ]
     return _table(headers, rows)

@@ -90,6 +90,7 @@ def test_forward_flops_are_those_by_hand(kind, options, decoder):
     assert (cost.encoder_flops, cost.decoder_flops) == (ENCODER, decoder)
     assert cost.total_flops == ENCODER + decoder
     assert (cost.name, cost.method) == (kind.__name__, kind.__name__)
+    assert cost.decoder_depth == DECODER_DEPTH
     assert cost.prediction_ratio == (0.75 if kind is MAE else options.get("prediction_ratio", 0.25))
 
 
@@ -145,8 +146,8 @@ def test_ratios_are_to_the_mae_of_the_same_size():
     }
     assert set(mae["ratio_to_MAE"].values()) == {1}
     assert alone["ratio_to_MAE"] == {}
-    assert section.rows[1][3::2] == ["1.00"] * 3
-    assert section.rows[2][3::2] == ["-"] * 3
+    assert section.rows[1][4::2] == ["1.00"] * 3
+    assert section.rows[2][4::2] == ["-"] * 3
     assert any("2 FLOPs for each multiply-add" in note for note in section.notes)
 
 

@@ -1,12 +1,15 @@
 """Steps of a tiny model. Nothing here depends on how long anything took."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from crossmae_det.benchmark import PRECISIONS, Candidate, step_section, time_steps
 from crossmae_det.benchmark.gemm import GemmRate, Shape, largest_linear_shapes
-from crossmae_det.benchmark.steps import StepComparison, StepTimes, Timing, training_step
+from crossmae_det.benchmark.steps import StepComparison, Steps, StepWork, training_step
+from crossmae_det.benchmark.workers import OUT_OF_MEMORY, Outcome
 from crossmae_det.modeling import ViT
 from crossmae_det.pretraining import MAE, CrossMAE
 
@@ -21,43 +24,57 @@ def candidate(kind=CrossMAE):
     return Candidate(kind.__name__, build, lambda model: torch.optim.AdamW(model.parameters()), 32)
 
 
-class Recorder(nn.Module):
-    """Notes its name, mode, batch and precision when it is called, but on the meta device."""
+class Linear(nn.Module):
+    """A product; where it is trained it can fail, and checks what it is given."""
 
-    def __init__(self, name, calls):
+    def __init__(self, precision, trouble=False):
         super().__init__()
-        self.name, self.calls = name, calls
         self.linear = nn.Linear(3, 4)
+        self.precision, self.trouble = precision, trouble
 
     def forward(self, images):
         product = self.linear(images.float().mean(dim=(2, 3)))
         if images.device.type != "meta":
-            self.calls.append((self.name, self.training, tuple(images.shape), product.dtype))
-            assert images.dtype == torch.uint8
+            assert self.training and images.dtype == torch.uint8
+            assert product.dtype == PRECISIONS[self.precision]
+            if self.trouble:
+                raise MemoryError
         return {"loss_a": product.float().sum(), "loss_b": product.float().pow(2).sum()}
+
+
+def linear(name, precision="fp32", trouble=False):
+    def optimizer(model):
+        return torch.optim.AdamW(model.parameters())
+
+    return Candidate(name, partial(Linear, precision, trouble), optimizer, (8, 6))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_steps_of_several_models_in_turns(precision):
-    calls = []
-    compared = [
-        Candidate(
-            name,
-            lambda name=name: Recorder(name, calls),
-            lambda model: torch.optim.AdamW(model.parameters()),
-            (8, 6),
-        )
-        for name in "ab"
-    ]
-    result = time_steps(compared, batch_size=5, precision=precision, repeats=2, device=CPU)
-    assert calls == [(name, True, (5, 3, 8, 6), PRECISIONS[precision]) for name in "ababab"]
+    builds = [partial(linear, name, precision) for name in "ab"]
+    result = time_steps(builds, batch_size=5, precision=precision, repeats=2, device=CPU)
     assert [step.name for step in result.steps] == ["a", "b"]
     assert result.gemm_shapes == ["5x3x4"]
     assert result.gemm_rate.low > 0
     for step in result.steps:
         assert step.flops == 2 * 2 * 5 * 3 * 4  # no gradient of the images
-        assert len(step.timings) == 2
-        assert min(step.seconds) > 0 and step.efficiency.low > 0
+        assert step.outcome.failure == ""
+        assert len(step.outcome.seconds) == len(step.outcome.references) == 2
+        assert min(step.outcome.seconds) > 0 and step.efficiency.low > 0
+
+
+def test_a_step_that_runs_out_of_memory_is_a_row():
+    builds = [partial(linear, "large", trouble=True), partial(linear, "small")]
+    result = time_steps(builds, batch_size=5, precision="fp32", repeats=1, device=CPU)
+    section = step_section(result)
+    assert section.rows[0][2] == OUT_OF_MEMORY
+    assert section.values["steps"][0]["failure"] == OUT_OF_MEMORY
+    assert len(section.rows[0]) == len(section.rows[1]) == len(section.headers)
+    assert section.rows[1][-3:-1] == ["-", "-"]  # nothing to compare with
+    assert section.values["steps"][1]["median_seconds"] > 0
+
+    everything = time_steps(builds[:1], batch_size=5, precision="fp32", repeats=1, device=CPU)
+    assert step_section(everything).values["gemm_flops_per_second"] is None
 
 
 @pytest.mark.parametrize("kind", [MAE, CrossMAE])
@@ -80,24 +97,33 @@ def test_the_products_measured_are_those_of_the_largest_maps():
     assert rate() > 0
 
 
+def steps(name, flops, seconds, rates, size):
+    work = StepWork(partial(linear, name), 8, "fp32", "cpu")
+    return Steps(name, flops, Outcome(work, seconds, rates, size))
+
+
 def test_the_table_of_steps():
-    steps = [
-        StepTimes("slow", 60, [Timing(2.0, 40.0), Timing(4.0, 20.0), Timing(2.0, 40.0)]),
-        StepTimes("fast", 30, [Timing(1.0, 40.0), Timing(2.0, 20.0), Timing(1.5, 40.0)]),
+    compared = [
+        steps("slow", 60, [2.0, 4.0, 2.0], [40.0, 20.0, 40.0], 2**21),
+        steps("fast", 30, [1.0, 2.0, 1.5], [40.0, 20.0, 40.0], 2**20),
     ]
-    section = step_section(StepComparison(8, "fp32", ["4x3x2"], steps))
+    section = step_section(StepComparison(8, "fp32", ["4x3x2"], compared))
     slow, fast = section.values["steps"]
     assert slow["ratio_to_first"] == {"median": 1, "low": 1, "high": 1}
     assert fast["ratio_to_first"] == {"median": 0.5, "low": 0.5, "high": 0.75}
+    assert (slow["memory_ratio"], fast["memory_ratio"]) == (1, 0.5)
     # 60 FLOPs at 40 a second are 1.5 s, of a step of 2 s.
     assert slow["efficiency"] == {"median": 0.75, "low": 0.75, "high": 0.75}
     assert (slow["median_seconds"], slow["images_per_second"]) == (2, 4)
     assert slow["p90_seconds"] == pytest.approx(3.6)
     assert section.values["gemm_flops_per_second"] == {"median": 40, "low": 20, "high": 40}
-    assert section.rows[1][0] == "fast" and "0.500 (0.500 to 0.750)" in section.rows[1]
+    fast_row = dict(zip(section.headers, section.rows[1], strict=True))
+    assert fast_row["config"] == "fast" and fast_row["MiB"] == "1"
+    assert fast_row["time x first (range)"] == "0.500 (0.500 to 0.750)"
+    assert fast_row["memory x"] == "0.50"
     assert "batch of 8" in section.title
 
 
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
-        time_steps([candidate()], batch_size=0, precision="fp32", repeats=1, device=CPU)
+        time_steps([candidate], batch_size=0, precision="fp32", repeats=1, device=CPU)

@@ -81,10 +81,10 @@ def test_everything_in_one_command(repo, tmp_path, images):
     assert crossmae["ratio_to_MAE"]["total_flops"] == (crossmae["total_flops"] / mae["total_flops"])
     step = results["step"]
     assert (step["batch_size"], step["precision"]) == (2, "fp32")
-    assert [(s["name"], len(s["timings"])) for s in step["steps"]] == [
-        ("mae_vit_b_800ep", 2),
-        ("crossmae_vit_b_800ep", 2),
-    ]
+    assert [s["name"] for s in step["steps"]] == ["mae_vit_b_800ep", "crossmae_vit_b_800ep"]
+    for case in step["steps"]:
+        assert len(case["seconds"]) == len(case["gemm_rates"]) == 2
+        assert case["failure"] == "" and case["peak_bytes"] > 0
     assert results["data"]["images"] == 3 and results["data"]["image_size"] == 224
     assert results["data"]["ratio"]["low"] > 0
 
@@ -107,6 +107,18 @@ def test_flops_of_vit_base_are_those_of_the_paper(run_benchmark, tmp_path, capsy
     assert "10.71" in capsys.readouterr().out
 
 
+def test_crossmae_with_other_ratios_and_depths(run_benchmark, tmp_path):
+    variations = ("--prediction-ratios", 0.25, 0.5, "--decoder-depths", 1, 12)
+    file = tmp_path / "results.json"
+    run_benchmark("--pretraining", MAE, CROSSMAE, *variations, "--json", file)
+    mae, *costs = json.loads(file.read_text())["pretraining"]
+    assert (mae["name"], mae["decoder_depth"]) == ("mae_vit_b_800ep", 8)
+    found = {(c["prediction_ratio"], c["decoder_depth"]): c["decoder_flops"] for c in costs}
+    assert [*found] == [(0.25, 1), (0.25, 12), (0.5, 1), (0.5, 12)]
+    assert found[0.25, 1] < found[0.5, 1] < found[0.25, 12] < found[0.5, 12]
+    assert costs[0]["name"] == "crossmae_vit_b_800ep prediction_ratio=0.25 decoder_depth=1"
+
+
 def test_without_configs_mae_and_crossmae_of_three_sizes_are_compared(run_benchmark, capsys):
     run_benchmark("--pretraining", *TINY)
     lines = capsys.readouterr().out.splitlines()
@@ -121,6 +133,10 @@ def test_without_configs_mae_and_crossmae_of_three_sizes_are_compared(run_benchm
 def test_bad_input_ends_in_one_line(refusal, tmp_path):
     assert "nothing to measure: name --backbones, --growth, --pretraining or" in refusal()
     assert "--step times the configs of --pretraining" in refusal("--step", "--data", tmp_path)
+    line = refusal("--backbones", "vit-tiny", "--decoder-depths", 4)
+    assert "decoder depths are those of --pretraining" in line
+    line = refusal("--pretraining", CROSSMAE, "--prediction-ratios", 0.9)
+    assert "prediction_ratio" in line and "0.9" in line
     line = refusal("--pretraining", "pretraining/mae_vit_b_800epochs.py")
     assert line.startswith("benchmark.py: error: no config file 'pretraining/mae_vit_b_800epochs")
     assert "did you mean 'pretraining/mae_vit_b_800ep.py'?" in line

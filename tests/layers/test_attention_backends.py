@@ -194,14 +194,18 @@ def test_the_cpu_backend_is_refused_on_cuda():
         by_backend("chunked", (2, 2))(*inputs)
 
 
-def test_auto_follows_device_type_and_size(monkeypatch):
+def test_auto_follows_device_type_size_and_grad_mode(monkeypatch):
     monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda name: name)
 
-    def chosen(device, dtype, side):
-        rel_pos = (torch.empty(1, 1, 1, side),) * 2
-        return choose_backend(device, dtype, 64, rel_pos)
+    def chosen(device, dtype, side, n=1, grad=True):
+        rel_pos = (torch.empty(n, 4, side**2, side, device="meta"),) * 2
+        return choose_backend(device, dtype, 64, rel_pos, grad)
 
-    assert chosen("cpu", torch.float32, 64) == "chunked"
+    # 4 heads x 32 ** 4 pairs are as many as few pairs are.
+    assert chosen("cpu", torch.float32, 32) == "eager"
+    assert chosen("cpu", torch.float32, 32, grad=False) == "sdpa"
+    assert chosen("cpu", torch.float32, 32, n=2) == "chunked"
+    assert chosen("cpu", torch.float32, 33, grad=False) == "chunked"
     assert chosen("mps", torch.float32, 64) == "sdpa"
     assert chosen("cuda", torch.bfloat16, 96) == "folded"  # 64 + 2 * 96 = 256
     assert chosen("cuda", torch.bfloat16, 97) == "flex"
@@ -218,8 +222,8 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
             by_backend("auto", (2, 2))(*inputs)
         by_backend("auto", (2, 2))(*[x.double() for x in inputs])
     assert [record.getMessage() for record in caplog.records] == [
-        "Attention with relative position on cpu in float32: chunked",
-        "Attention with relative position on cpu in float64: chunked",
+        "Attention with relative position on cpu in float32: eager",
+        "Attention with relative position on cpu in float64: eager",
     ]
 
 

@@ -129,9 +129,9 @@ def test_positions_are_resampled_again_when_they_change(change):
             torch.nn.init.normal_(parameter)
     with torch.no_grad():
         after = vit.forward_map(images)
-    fresh = make(img_size=64, **options).to(after.dtype)
-    fresh.load_state_dict(vit.state_dict())
-    assert torch.equal(after, fresh.forward_map(images))
+        fresh = make(img_size=64, **options).to(after.dtype)
+        fresh.load_state_dict(vit.state_dict())
+        assert torch.equal(after, fresh.forward_map(images))
     assert change == "to" or not torch.equal(after, before)
 
 
