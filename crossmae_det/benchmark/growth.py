@@ -67,7 +67,8 @@ def grow(
     """Measure a windowed and a global block over sizes of the image, in turns at each size.
 
     Args:
-        work: what is done with a block; its name, build and image size are replaced.
+        work: what is done with a block; its name, build and image size are replaced, and its
+            weights are not counted: they do not grow.
         builds: kind of block -> what builds it, a picklable callable.
         sizes: sides of the image in pixels, at least two for a fit.
         repeats: rounds that count.
@@ -78,7 +79,8 @@ def grow(
     points: dict[str, list[Point]] = {kind: [] for kind in builds}
     for size in sizes:
         works = [
-            replace(work, name=kind, build=build, image_size=size) for kind, build in builds.items()
+            replace(work, name=kind, build=build, image_size=size, count_model=False)
+            for kind, build in builds.items()
         ]
         for outcome in measure(works, repeats, f"blocks at {size} x {size}"):
             failed = bool(outcome.failure)
@@ -149,7 +151,10 @@ def growth_section(curves: Sequence[Growth], work: Work) -> Section:
         title=f"One block of {work.name}: {step}, batch of {work.batch_size}, {work.precision}",
         headers=["block", "pixels", "median ms", "MiB"],
         rows=rows,
-        notes=[*notes, "Proportional to the area is 2; to pairs of patches 4. MiB: peak memory."],
+        notes=[
+            *notes,
+            "Proportional to the area is 2; to pairs of patches 4. MiB: peak, without the weights.",
+        ],
         values=values,
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class StepWork:
     batch_size: int
     precision: str
     device: str
+    count_model: ClassVar[bool] = True
 
     def prepare(self) -> Callable[[], None]:
         """The training step, ready to be called."""

@@ -34,6 +34,7 @@ class Task(Protocol):
     Attributes:
         build: makes what is measured; its module is imported once for all processes.
         device: "cpu" or "cuda".
+        count_model: whether peak memory counts what the model itself takes.
     """
 
     @property
@@ -41,6 +42,9 @@ class Task(Protocol):
 
     @property
     def device(self) -> str: ...
+
+    @property
+    def count_model(self) -> bool: ...
 
     def prepare(self) -> Callable[[], None]:
         """Build it; what does the work once is returned."""
@@ -60,6 +64,7 @@ class Work:
         precision: a key of :data:`PRECISIONS`, by autocast.
         device: "cpu" or "cuda".
         compiled: compile the model.
+        count_model: whether peak memory counts what the model itself takes.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Work:
     precision: str
     device: str
     compiled: bool = False
+    count_model: bool = True
 
     def inputs(self, device: str) -> Any:
         """A batch of noise: (N, 3, S, S) floats, or what a detector of detectron2 takes."""
@@ -151,7 +157,7 @@ class Meter:
     """Time and memory of a piece of work, in the process that it is made in.
 
     On a CPU the memory is the process's own high-water mark, over what it had before the model was
-    built; on CUDA the allocator's.
+    built or, where the model is not to count, after; on CUDA the allocator's.
 
     Args:
         work: what is measured.
@@ -159,8 +165,12 @@ class Meter:
 
     def __init__(self, work: Task):
         self.cuda = work.device == "cuda"
-        self._before = 0 if self.cuda else _resident("VmRSS")
+        before = self._now()
         self._run = work.prepare()
+        self._before = before if work.count_model else self._now()
+
+    def _now(self) -> int:
+        return torch.cuda.memory_allocated() if self.cuda else _resident("VmRSS")
 
     def seconds(self) -> float:
         """Do the work once; torch's timer waits for the GPU.
@@ -179,9 +189,8 @@ class Meter:
 
     def bytes(self) -> int:
         """Peak memory since the beginning."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        return max(0, _resident("VmHWM") - self._before)
+        peak = torch.cuda.max_memory_allocated() if self.cuda else _resident("VmHWM")
+        return max(0, peak - self._before)
 
 
 def _resident(field: str) -> int:

@@ -302,12 +302,10 @@ def build_block(size: str, kind: str, image_size: int) -> nn.Module:
         kind: "windowed" or "global".
         image_size: side of the images in pixels.
     """
-    trunk = BACKBONES[f"vit-{size}"](image_size)
+    blocks = {"windowed": (), "global": (0,)}
+    trunk = _ours(size, image_size, depth=1, global_blocks=blocks[kind])
     assert isinstance(trunk, ViT)
-    wanted = next(
-        block for block in trunk.blocks if bool(block.window_size) == (kind == "windowed")
-    )
-    return OneBlock(wanted, trunk.embed_dim, trunk.patch_size[0])
+    return OneBlock(trunk.blocks[0], trunk.embed_dim, trunk.patch_size[0])
 
 
 def published_precision() -> dict[str, tuple[float, str]]:

@@ -47,6 +47,12 @@ class Maps(nn.Module):
         return {"map": self.conv(images)}
 
 
+class Heavy(Maps):
+    def __init__(self):
+        super().__init__()
+        self.ballast = nn.Parameter(torch.ones(24 * 2**20))  # 96 MiB
+
+
 def work(name="a", train=False, **options):
     return Work(name, partial(Maps, **options), False, 32, 2, train, "fp32", "cpu")
 
@@ -133,6 +139,12 @@ def block(kind):
     window = 2 if kind == "windowed" else 0
     trunk = ViT(32, 8, 16, 1, 2, window_size=window, global_blocks=[])
     return OneBlock(trunk.blocks[0], 16, 8)
+
+
+def test_memory_of_the_model_counts_or_does_not():
+    works = [replace(work(), build=Heavy, count_model=counted) for counted in (True, False)]
+    with_model, without = measure(works, 1, "memory")
+    assert with_model.bytes - without.bytes > 0.9 * 96 * 2**20
 
 
 def test_blocks_are_measured_over_sizes():
