@@ -11,7 +11,7 @@ benchmark.py --data coco_2017_val
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--part",
-        choices=backbones.PARTS,
+        choices=benchmark.PARTS,
         default="alone",
         help="backbones alone (default), with their pyramid, or in Mask R-CNN",
     )
@@ -118,8 +118,7 @@ def parse_arguments() -> argparse.Namespace:
         "--opts", nargs=argparse.REMAINDER, default=[], help="overrides, of every config"
     )
     args = parser.parse_args()
-    modes = (args.backbones, args.growth, args.pretraining, args.data)
-    if all(mode is None for mode in modes):
+    if all(mode is None for mode in (args.backbones, args.growth, args.pretraining, args.data)):
         parser.error("nothing to measure: name --backbones, --growth, --pretraining or --data")
     if args.step and args.pretraining is None:
         parser.error("--step times the configs of --pretraining: name it, too")
@@ -127,21 +126,32 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(
             "prediction ratios and decoder depths are those of --pretraining: name it, too"
         )
+    configs = [name for name in args.backbones or [] if ".py" in name or ".yaml" in name]
+    if args.opts and args.pretraining is None and not configs:
+        parser.error("--opts overrides configs, and none is named")
+    if (args.growth or args.step) and len(args.batch_sizes) > 1:
+        parser.error("--growth takes one of --batch-sizes, and --step takes --batch-size")
+    if args.data and len(args.image_sizes or []) > 1:
+        parser.error("--data takes one of --image-sizes")
+    if args.growth and (args.backbones or args.data):
+        parser.error("--growth is of a series of --image-sizes of its own: call it alone")
     if args.against and not args.backbones:
         parser.error("--against compares backbones: name --backbones, too")
     return args
 
 
-def backbone_work(args: argparse.Namespace, device: str) -> list[list[benchmark.Work]]:
-    """The cases, grouped by image size and batch."""
+Measurement = Callable[[], Iterable[benchmark.Section]]
+
+
+def compared(args: argparse.Namespace, device: str) -> Measurement:
     for name in args.backbones:
-        backbones.check_name(name)
-    return [
+        backbones.check_name(name, args.opts)
+    groups = [
         [
             benchmark.Work(
                 name=name,
-                build=partial(backbones.build, name, args.part, size),
-                detector=args.part == "detector",
+                build=partial(backbones.build, name, args.part, size, args.opts),
+                part=args.part,
                 image_size=size,
                 batch_size=batch,
                 train=args.train,
@@ -151,33 +161,25 @@ def backbone_work(args: argparse.Namespace, device: str) -> list[list[benchmark.
             )
             for name in args.backbones
         ]
-        for size in args.image_sizes or [DETECTION_SIZE]
+        for size in args.image_sizes
         for batch in args.batch_sizes
     ]
+    earlier = None
+    if args.against:
+        earlier = benchmark.read_json(args.against)
+        benchmark.find_earlier((work for group in groups for work in group), earlier)
+
+    def measure() -> Iterator[benchmark.Section]:
+        cases = benchmark.compare(groups, args.repeats)
+        yield benchmark.comparison_section(cases)
+        yield benchmark.flops_section(cases)
+        if earlier is not None:
+            yield benchmark.earlier_section(cases, earlier)
+
+    return measure
 
 
-def compare_backbones(args: argparse.Namespace, device: str) -> Iterator[benchmark.Section]:
-    earlier = benchmark.read_json(args.against) if args.against else None
-    groups = benchmark.compare(backbone_work(args, device), args.repeats)
-    yield benchmark.comparison_section(groups)
-    yield benchmark.flops_section(groups)
-    if earlier is not None:
-        yield benchmark.earlier_section(groups, earlier)
-    if args.plots:
-        values = [benchmark.case_values(case) for group in groups for case in group]
-        plot_latency(values, Path(args.plots, "latency"))
-        known = backbones.published_precision()
-        points = {}
-        for case in values:
-            if case["backbone"] in known:
-                precision, weights = known[case["backbone"]]
-                points[f"{case['backbone']}, {weights}"] = (case["flops"] / 1e9, precision)
-        plot_precision(
-            [(name, *point) for name, point in points.items()], Path(args.plots, "precision")
-        )
-
-
-def grow(args: argparse.Namespace, device: str) -> benchmark.Section:
+def growth(args: argparse.Namespace, device: str) -> Measurement:
     # Their tables are made for one size, and resampled at the others.
     builds = {
         kind: partial(backbones.build_block, args.growth, kind, DETECTION_SIZE)
@@ -186,7 +188,7 @@ def grow(args: argparse.Namespace, device: str) -> benchmark.Section:
     work = benchmark.Work(
         name=f"vit-{args.growth}",
         build=builds["global"],
-        detector=False,
+        part="alone",
         image_size=DETECTION_SIZE,
         batch_size=args.batch_sizes[0],
         train=args.train,
@@ -194,61 +196,96 @@ def grow(args: argparse.Namespace, device: str) -> benchmark.Section:
         device=device,
         compiled=args.compile,
     )
-    curves = benchmark.grow(
-        work,
-        builds,
-        args.image_sizes or GROWTH_SIZES,
-        args.repeats,
-    )
-    section = benchmark.growth_section(curves, work)
-    if args.plots:
-        plot_growth(section.values, Path(args.plots, "growth"))
-    return section
+
+    def measure() -> Iterator[benchmark.Section]:
+        curves = benchmark.grow(work, builds, args.image_sizes, args.repeats)
+        yield benchmark.growth_section(curves, work)
+
+    return measure
 
 
-def pretraining(args: argparse.Namespace, device: torch.device) -> Iterator[benchmark.Section]:
+def pretraining(args: argparse.Namespace, device: str) -> Measurement:
     # The learning rate follows from the batch size.
     overrides = [f"dataloader.train.total_batch_size={args.batch_size}", *args.opts]
     builds = [
-        partial(training_candidate, device.type, config, overrides, variation)
+        partial(training_candidate, device, config, overrides, variation)
         for config in args.pretraining or CONFIGS
         for variation in variations(config, args.prediction_ratios, args.decoder_depths)
     ]
     costs = [benchmark.pretraining_cost(build()) for build in builds]
-    yield benchmark.pretraining_section(costs)
-    if args.step:
-        times = benchmark.time_steps(
-            builds,
-            batch_size=args.batch_size,
-            precision=args.precision,
-            repeats=args.repeats,
-            device=device,
-        )
-        yield benchmark.step_section(times)
+
+    def measure() -> Iterator[benchmark.Section]:
+        yield benchmark.pretraining_section(costs)
+        if args.step:
+            times = benchmark.time_steps(
+                builds,
+                batch_size=args.batch_size,
+                precision=args.precision,
+                repeats=args.repeats,
+                device=torch.device(device),
+            )
+            yield benchmark.step_section(times)
+
+    return measure
 
 
-def loading(args: argparse.Namespace) -> Iterator[benchmark.Section]:
+def loading(args: argparse.Namespace, device: str) -> Measurement:
     images = find_images(image_set(args.data))
-    ours, usual = RandomCrops(CROP_SIZE), benchmark.UsualCrops(CROP_SIZE)
-    rates = benchmark.time_loading(images, ours, usual, args.repeats)
-    yield benchmark.loading_section(rates, args.data, CROP_SIZE)
-    yield from detection_loading(args.data, (args.image_sizes or [DETECTION_SIZE])[0], args.repeats)
+
+    def measure() -> Iterator[benchmark.Section]:
+        ours, usual = RandomCrops(CROP_SIZE), benchmark.UsualCrops(CROP_SIZE)
+        rates = benchmark.time_loading(images, ours, usual, args.repeats)
+        yield benchmark.loading_section(rates, args.data, CROP_SIZE)
+        yield from detection_loading(args.data, args.image_sizes[0], args.repeats)
+
+    return measure
+
+
+def draw(sections: Iterable[benchmark.Section], folder: Path) -> None:
+    values = {section.key: section.values for section in sections}
+    if "growth" in values:
+        plot_growth(values["growth"], folder / "growth")
+    cases = values.get("backbones", [])
+    plot_latency(cases, folder / "latency")
+    known = backbones.published_precision()
+    points = {}
+    for case in cases:
+        # The APs are those of detectors at this size.
+        if case["backbone"] in known and case["image_size"] == DETECTION_SIZE:
+            precision, weights = known[case["backbone"]]
+            points[f"{case['backbone']}, {weights}"] = (case["flops"] / 1e9, precision)
+    plot_precision([(name, *point) for name, point in points.items()], folder / "precision")
+
+
+def measurements(args: argparse.Namespace) -> tuple[list[Measurement], torch.device]:
+    """What was asked for, ready to be measured; what cannot be is refused here."""
+    device = resolve_device(args.device)
+    if str(device) not in ("cpu", "cuda", "cuda:0"):
+        raise ValueError(
+            f"--device {args.device}: measurements are of cpu and cuda; CUDA_VISIBLE_DEVICES names"
+            " the GPU"
+        )
+    if args.repeats < 1:
+        raise ValueError(f"the number of repeats must be at least 1, got {args.repeats}")
+    if not args.image_sizes:
+        args.image_sizes = GROWTH_SIZES if args.growth else [DETECTION_SIZE]
+    benchmark.check_sizes(args.image_sizes, args.batch_sizes)
+    modes = (
+        (args.backbones, compared),
+        (args.growth, growth),
+        (args.pretraining, pretraining),
+        (args.data, loading),
+    )
+    return [prepare(args, device.type) for asked, prepare in modes if asked is not None], device
 
 
 def main() -> None:
     args = parse_arguments()
-    # Refused before anything is measured.
-    device = resolve_device(args.device)
-    benchmark.check_sizes(args.image_sizes or [], args.batch_sizes)
-    sections: list[benchmark.Section] = []
-    if args.backbones:
-        sections += compare_backbones(args, device.type)
-    if args.growth:
-        sections.append(grow(args, device.type))
-    if args.pretraining is not None:
-        sections += pretraining(args, device)
-    if args.data is not None:
-        sections += loading(args)
+    prepared, device = measurements(args)
+    files = [Path(path) for path in (args.json, args.csv, args.markdown) if path]
+    for folder in [*(file.parent for file in files), *([Path(args.plots)] if args.plots else [])]:
+        folder.mkdir(parents=True, exist_ok=True)
+    sections = [section for measure in prepared for section in measure()]
     command = shlex.join(["python", *sys.argv])
     report = benchmark.Report(command, benchmark.environment(device), sections)
     print(report)
@@ -259,6 +296,8 @@ def main() -> None:
     ):
         if path:
             write(path)
+    if args.plots:
+        draw(sections, Path(args.plots))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ from crossmae_det.benchmark.comparison import (
     compare,
     comparison_section,
     earlier_section,
+    find_earlier,
     flops_section,
 )
-from crossmae_det.benchmark.detection_flops import DetectionCost, detection_cost
+from crossmae_det.benchmark.detection_flops import DetectionCost, detection_cost, trunk_of
 from crossmae_det.benchmark.flops import (
     PretrainingCost,
     baseline_of,
@@ -20,9 +21,10 @@ from crossmae_det.benchmark.growth import OneBlock, grow, growth_section
 from crossmae_det.benchmark.loading import UsualCrops, loading_section, time_loading
 from crossmae_det.benchmark.report import Report, Section, environment, read_json
 from crossmae_det.benchmark.steps import step_section, time_steps
-from crossmae_det.benchmark.work import PRECISIONS, Work, check_sizes
+from crossmae_det.benchmark.work import PARTS, PRECISIONS, Work, check_sizes
 
 __all__ = [
+    "PARTS",
     "PRECISIONS",
     "Candidate",
     "DetectionCost",
@@ -40,6 +42,7 @@ __all__ = [
     "detection_cost",
     "earlier_section",
     "environment",
+    "find_earlier",
     "flops_section",
     "grow",
     "growth_section",
@@ -51,4 +54,5 @@ __all__ = [
     "step_section",
     "time_loading",
     "time_steps",
+    "trunk_of",
 ]

@@ -1,6 +1,6 @@
 """Backbones side by side: parameters, FLOPs, latency, throughput and memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,16 @@ from crossmae_det.benchmark.report import Section
 from crossmae_det.benchmark.timing import Spread
 from crossmae_det.benchmark.work import MEMORY_NOTES, Work
 from crossmae_det.benchmark.workers import Outcome, measure
+
+KINDS = {
+    "alone": "Backbones",
+    "pyramid": "Backbones with their pyramid",
+    "detector": "Backbones in Mask R-CNN",
+}
+FEW_OBJECTS = (
+    "With random weights a detector finds few objects or none, and its mask head has little to do:"
+    " name a config and its checkpoint for the time of one that finds some."
+)
 
 
 @dataclass(frozen=True)
@@ -47,14 +57,24 @@ class Case:
 
 
 def count(work: Work) -> Count:
-    """Count a model's parameters and the FLOPs of one image, on the meta device."""
+    """Count a model's parameters and the FLOPs of one image, on the meta device.
+
+    Raises:
+        ValueError: the model does not take images of that size.
+    """
     # Not made on the meta device: some models ask for values while they are built.
     model: nn.Module = work.build().eval().to("meta")
     parameters = parameters_of(model)
-    if work.detector:
-        return Count(parameters, detector_cost(work.name, model, work.image_size).flops)
-    images = torch.empty(1, 3, work.image_size, work.image_size, device="meta")
-    counts, _ = flops_of(model, images)
+    size = work.image_size
+    try:
+        if work.part == "detector":
+            return Count(parameters, detector_cost(work.name, model, size).flops)
+        counts, _ = flops_of(model, torch.empty(1, 3, size, size, device="meta"))
+    except (RuntimeError, AssertionError) as error:  # what torch, timm and detectron2 raise then
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"'{work.name}' does not take images of {size} x {size} pixels: {reason[0]}"
+        ) from error
     return Count(parameters, backbone_parts(model, counts))
 
 
@@ -67,7 +87,7 @@ def compare(groups: Sequence[Sequence[Work]], repeats: int) -> list[list[Case]]:
         repeats: rounds that count.
 
     Raises:
-        ValueError: ``repeats`` is not positive.
+        ValueError: ``repeats`` is not positive, or a model does not take images of that size.
     """
     counts: dict[tuple[str, int], Count] = {}
     for work in tqdm([work for group in groups for work in group], desc="FLOPs"):
@@ -94,7 +114,10 @@ def comparison_section(groups: Sequence[Sequence[Case]]) -> Section:
     step = "forward, backward and AdamW" if work.train else "forward"
     return Section(
         key="backbones",
-        title=f"Backbones: {step}, {work.precision}, {work.device}",
+        title=", ".join(
+            [f"{KINDS[work.part]}: {step}", work.precision, work.device]
+            + ["compiled"] * work.compiled
+        ),
         headers=[
             *("backbone", "pixels", "batch", "M params", "GFLOPs", "median ms", "p90 ms"),
             *("images/s", "MiB", f"time x {first} (range)", "memory x"),
@@ -106,6 +129,7 @@ def comparison_section(groups: Sequence[Sequence[Case]]) -> Section:
             "GFLOPs: of the forward pass of one image, 2 FLOPs for each multiply-add; products of"
             " matrices and convolutions.",
             MEMORY_NOTES[work.device],
+            *([] if work.part != "detector" or work.train else [FEW_OBJECTS]),
         ],
         values=[case_values(case) for case in cases],
     )
@@ -116,6 +140,7 @@ def flops_section(groups: Sequence[Sequence[Case]]) -> Section:
     counts = {}
     for case in (case for group in groups for case in group):
         counts[case.outcome.work.name, case.outcome.work.image_size] = case.count
+    detectors = any(case.outcome.work.part == "detector" for group in groups for case in group)
     parts = list(dict.fromkeys(part for count in counts.values() for part in count.parts))
     return Section(
         key="flops",
@@ -128,14 +153,38 @@ def flops_section(groups: Sequence[Sequence[Case]]) -> Section:
             for (name, size), count in counts.items()
         ],
         notes=[
-            "2 FLOPs for each multiply-add; products of matrices and convolutions. Heads: with as"
-            " many boxes as the detector allows for."
+            "2 FLOPs for each multiply-add; products of matrices and convolutions."
+            + " Heads: with as many boxes as the detector allows for." * detectors
         ],
         values=[
             {"backbone": name, "image_size": size, **asdict(count)}
             for (name, size), count in counts.items()
         ],
     )
+
+
+def find_earlier(works: Iterable[Work], earlier: Mapping[str, Any]) -> dict[Work, dict[str, Any]]:
+    """What an earlier run measured of the same work.
+
+    Args:
+        works: the cases.
+        earlier: from :func:`crossmae_det.benchmark.read_json`.
+
+    Raises:
+        ValueError: they have no case in common.
+    """
+    found = {}
+    for work in works:
+        own = work_values(work).items()
+        for case in earlier.get("backbones", []):
+            if own <= case.items() and not case["failure"]:
+                found[work] = case
+    if not found:
+        raise ValueError(
+            "the earlier results have no backbone in common with this run, at the same size, batch,"
+            " precision, part and device"
+        )
+    return found
 
 
 def earlier_section(groups: Sequence[Sequence[Case]], earlier: Mapping[str, Any]) -> Section:
@@ -148,26 +197,21 @@ def earlier_section(groups: Sequence[Sequence[Case]], earlier: Mapping[str, Any]
     Raises:
         ValueError: they have no case in common.
     """
-    same = ("backbone", "image_size", "batch_size", "train", "precision", "device")
-    known = {
-        tuple(case[name] for name in same): case
-        for case in earlier.get("backbones", [])
-        if not case["failure"]
-    }
+    cases = [case for group in groups for case in group]
+    known = find_earlier((case.outcome.work for case in cases), earlier)
     rows, values = [], []
-    for case in (case_values(case) for group in groups for case in group):
-        old = known.get(tuple(case[name] for name in same))
-        if old is None or case["failure"]:
+    for case in cases:
+        work, new = case.outcome.work, case_values(case)
+        old = known.get(work)
+        if old is None or case.outcome.failure:
             continue
-        time = case["median_seconds"] / old["median_seconds"]
-        memory = case["peak_bytes"] / old["peak_bytes"] if old["peak_bytes"] else float("nan")
+        time = new["median_seconds"] / old["median_seconds"]
+        memory = new["peak_bytes"] / old["peak_bytes"] if old["peak_bytes"] else None
         rows.append(
-            [case["backbone"], str(case["image_size"]), str(case["batch_size"])]
-            + [f"{time:.3f}", f"{memory:.2f}"]
+            [work.name, str(work.image_size), str(work.batch_size), f"{time:.3f}"]
+            + ["-" if memory is None else f"{memory:.2f}"]
         )
-        values.append({name: case[name] for name in same} | {"time": time, "memory": memory})
-    if not rows:
-        raise ValueError("the earlier results have no backbone, size and batch in common")
+        values.append(work_values(work) | {"time": time, "memory": memory})
     machine = ", ".join(f"{name}: {value}" for name, value in earlier["environment"].items())
     return Section(
         key="earlier",
@@ -179,16 +223,24 @@ def earlier_section(groups: Sequence[Sequence[Case]], earlier: Mapping[str, Any]
     )
 
 
-def case_values(case: Case) -> dict[str, Any]:
-    """A case with all its digits, for JSON and CSV."""
-    outcome, work = case.outcome, case.outcome.work
-    values: dict[str, Any] = {
+def work_values(work: Work) -> dict[str, Any]:
+    """What tells cases apart, for JSON and CSV."""
+    return {
         "backbone": work.name,
+        "part": work.part,
         "image_size": work.image_size,
         "batch_size": work.batch_size,
         "train": work.train,
         "precision": work.precision,
         "device": work.device,
+        "compiled": work.compiled,
+    }
+
+
+def case_values(case: Case) -> dict[str, Any]:
+    """A case with all its digits, for JSON and CSV."""
+    outcome, work = case.outcome, case.outcome.work
+    values: dict[str, Any] = work_values(work) | {
         "parameters": case.count.parameters,
         "flops": case.count.flops,
         "flops_by_part": case.count.parts,

@@ -70,12 +70,14 @@ def grow(
         work: what is done with a block; its name, build and image size are replaced, and its
             weights are not counted: they do not grow.
         builds: kind of block -> what builds it, a picklable callable.
-        sizes: sides of the image in pixels, at least two for a fit.
+        sizes: sides of the image in pixels, at least two.
         repeats: rounds that count.
 
     Raises:
-        ValueError: ``repeats`` is not positive.
+        ValueError: ``repeats`` is not positive, or there are fewer than two sizes.
     """
+    if len(set(sizes)) < 2:
+        raise ValueError("a curve takes images of at least two sizes")
     points: dict[str, list[Point]] = {kind: [] for kind in builds}
     for size in sizes:
         works = [
@@ -137,7 +139,7 @@ def growth_section(curves: Sequence[Growth], work: Work) -> Section:
         f" {_exponent(curve.time_exponent)}, memory {_exponent(curve.memory_exponent)}."
         for curve in curves
     ]
-    step = "forward and backward" if work.train else "forward"
+    step = "forward, backward and AdamW" if work.train else "forward"
     values: dict[str, Any] = {
         curve.kind: {
             "time_exponent": curve.time_exponent,
@@ -148,7 +150,10 @@ def growth_section(curves: Sequence[Growth], work: Work) -> Section:
     }
     return Section(
         key="growth",
-        title=f"One block of {work.name}: {step}, batch of {work.batch_size}, {work.precision}",
+        title=(
+            f"One block of {work.name}: {step}, batch of {work.batch_size}, {work.precision},"
+            f" {work.device}"
+        ),
         headers=["block", "pixels", "median ms", "MiB"],
         rows=rows,
         notes=[

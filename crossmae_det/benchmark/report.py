@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from crossmae_det.checkpoint import atomic_path
 from crossmae_det.visualization.files import write_json
 
 # Of the JSON: another number where an older reader would misunderstand it.
-JSON_VERSION = 1
+JSON_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -124,24 +125,28 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        version = content.get("version")
+        number = content.get("version")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} was not written by the benchmark: {error}") from error
-    if version != JSON_VERSION:
+    if number is None:
+        raise ValueError(f"{path} was not written by the benchmark: it has no version")
+    if number != JSON_VERSION:
         raise ValueError(
-            f"{path} has results of version {version}, and this benchmark compares with version"
+            f"{path} has results of version {number}, and this benchmark compares with version"
             f" {JSON_VERSION}: measure anew"
         )
     return content
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What results depend on beside the code: CPU, cores, torch's threads and version, device."""
+    """What results depend on beside the code: CPU, cores, torch's threads, versions, device."""
     return {
         "CPU": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
+        "Python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: version(name) for name in ("torchvision", "detectron2", "timm")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 

@@ -6,6 +6,7 @@ Legend: N images, S side of an image in pixels.
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch.utils.benchmark import timer
 
 # Of autocast. fp16 without a gradient scaler: what is timed is the same.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What is measured of a backbone: by itself, with its pyramid, or inside a detector.
+PARTS = ("alone", "pyramid", "detector")
 # What "MiB" is, by device.
 MEMORY_NOTES = {
     "cpu": "MiB: peak, the high-water mark of a process of its own, over what it had before.",
@@ -57,19 +60,20 @@ class Work:
     Attributes:
         name: of the backbone.
         build: makes the model.
-        detector: whether it is a detector of detectron2; else it maps images (N, 3, S, S) to maps.
+        part: one of :data:`PARTS`. A "detector" is one of detectron2, the others map images
+            (N, 3, S, S) to maps.
         image_size: S.
         batch_size: N.
         train: forward, backward and optimizer (AdamW); else forward without gradients.
         precision: a key of :data:`PRECISIONS`, by autocast.
         device: "cpu" or "cuda".
-        compiled: compile the model.
+        compiled: compile the model, of a detector the backbone.
         count_model: whether peak memory counts what the model itself takes.
     """
 
     name: str
     build: Callable[[], nn.Module]
-    detector: bool
+    part: str
     image_size: int
     batch_size: int
     train: bool
@@ -78,12 +82,12 @@ class Work:
     compiled: bool = False
     count_model: bool = True
 
-    def inputs(self, device: str) -> Any:
+    def inputs(self) -> Any:
         """A batch of noise: (N, 3, S, S) floats, or what a detector of detectron2 takes."""
         n, side = self.batch_size, self.image_size
-        if not self.detector:
-            return torch.randn(n, 3, side, side, device=device)
-        return [_detector_input(side, self.train) for _ in range(n)]
+        if self.part == "detector":
+            return [_detector_input(side, self.train) for _ in range(n)]
+        return torch.randn(n, 3, side, side, device=self.device)
 
     def prepare(self) -> Callable[[], None]:
         """Build the model; what does the work once is returned."""
@@ -91,8 +95,9 @@ class Work:
         torch.manual_seed(0)
         model = self.build().to(device).train(self.train)
         if self.compiled:
-            model.compile()
-        inputs = self.inputs(self.device)
+            compiled: Any = model.backbone if self.part == "detector" else model
+            compiled.compile()
+        inputs = self.inputs()
         dtype = PRECISIONS[self.precision]
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True) if self.train else None
@@ -113,7 +118,7 @@ class Work:
 
 
 def check_sizes(image_sizes: Sequence[int], batch_sizes: Sequence[int]) -> None:
-    """Refuse sizes that no backbone can take.
+    """Refuse sizes that not every backbone can take.
 
     Raises:
         ValueError: a side that is no positive multiple of 32, the coarsest stride, or no image.
@@ -121,8 +126,8 @@ def check_sizes(image_sizes: Sequence[int], batch_sizes: Sequence[int]) -> None:
     for size in image_sizes:
         if size < 32 or size % 32:
             raise ValueError(
-                f"images of {size} pixels do not divide into the coarsest stride: take a multiple"
-                f" of 32, {max(32, round(size / 32) * 32)} say"
+                f"images of {size} pixels do not divide into the coarsest stride of most backbones:"
+                f" take a multiple of 32, {max(32, round(size / 32) * 32)} say"
             )
     for batch in batch_sizes:
         if batch < 1:
@@ -149,7 +154,7 @@ def _detector_input(side: int, train: bool) -> dict[str, Any]:
 
 
 def _loss(outputs: dict[str, Tensor]) -> Tensor:
-    """A scalar: the sum of a detector's losses, or something that depends on every map."""
+    """A scalar that depends on every map, or on every loss of a detector."""
     return torch.stack([output.float().pow(2).mean() for output in outputs.values()]).sum()
 
 
@@ -165,6 +170,7 @@ class Meter:
 
     def __init__(self, work: Task):
         self.cuda = work.device == "cuda"
+        self._clock = timer if self.cuda else time.perf_counter
         before = self._now()
         self._run = work.prepare()
         self._before = before if work.count_model else self._now()
@@ -173,16 +179,17 @@ class Meter:
         return torch.cuda.memory_allocated() if self.cuda else _resident("VmRSS")
 
     def seconds(self) -> float:
-        """Do the work once; torch's timer waits for the GPU.
+        """Do the work once. On CUDA torch's timer waits for the GPU; where there is none to wait
+        for, it may not even look for one: this process can be forked.
 
         On CUDA it is done once before, and the memory is given back after: other processes wait for
         their turn with the same memory, and asking the driver for it takes time.
         """
         if self.cuda:
             self._run()
-        start = timer()
+        start = self._clock()
         self._run()
-        seconds = timer() - start
+        seconds = self._clock() - start
         if self.cuda:
             torch.cuda.empty_cache()
         return seconds

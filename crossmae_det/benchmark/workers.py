@@ -29,7 +29,8 @@ class Outcome(Generic[T]):
     Attributes:
         work: what was measured.
         seconds: of each round; empty where it failed.
-        references: of each round, the mean of the reference before and after it.
+        references: of each round, the mean of the reference before and after it; empty where it
+            failed.
         bytes: peak memory; 0 where it failed.
         failure: why it failed, in one line; "" where it did not.
     """
@@ -80,18 +81,16 @@ def measure(
                 for worker, outcome in zip(workers, outcomes, strict=True):
                     if not outcome.failure:
                         before = reference() if reference else 0.0
-                        answer = worker.ask("seconds")
-                        if isinstance(answer, str):
-                            outcome.failure = answer
-                            outcome.seconds.clear()
-                        elif turn:
-                            outcome.seconds.append(answer)
+                        seconds = worker.ask("seconds", outcome)
+                        if turn and not outcome.failure:
+                            outcome.seconds.append(seconds)
                             if reference:
                                 outcome.references.append((before + reference()) / 2)
                     bar.update()
         for worker, outcome in zip(workers, outcomes, strict=True):
             if not outcome.failure:
-                outcome.bytes = worker.ask("bytes")
+                peak = worker.ask("bytes", outcome)
+                outcome.bytes = 0 if outcome.failure else peak
     finally:
         for worker in workers:
             worker.stop()
@@ -114,16 +113,23 @@ class _Worker:
         self._process.start()
         theirs.close()
 
-    def ask(self, what: str) -> Any:
-        """What it has measured; a text where it failed."""
+    def ask(self, what: str, outcome: Outcome) -> Any:
+        """What it has measured. Where it failed, the outcome says so and the process ends: the
+        memory that it holds is that of the others."""
         try:
             self._connection.send(what)
-            return self._connection.recv()
+            answer = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
             # Linux ends whoever asks for more memory than there is.
             killed = self._process.exitcode == -signal.SIGKILL
-            return OUT_OF_MEMORY if killed else f"ended with {self._process.exitcode}"
+            answer = OUT_OF_MEMORY if killed else f"ended with {self._process.exitcode}"
+        if isinstance(answer, str):
+            outcome.failure = answer
+            outcome.seconds.clear()
+            outcome.references.clear()
+            self.stop()
+        return answer
 
     def stop(self) -> None:
         self._connection.close()

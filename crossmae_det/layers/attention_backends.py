@@ -36,6 +36,8 @@ FLASH_CHANNELS = 256
 # Pairs of a query and a key, over all matrices, up to which a CPU is faster with all at once: 16 MB
 # of scores in float32.
 FEW_PAIRS = 2**22
+# FlexAttention is compiled with it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What "auto" stood for so far.
 _logged: set[tuple[str, ...]] = set()
 
@@ -111,7 +113,7 @@ def choose_backend(
         return "sdpa"
     # Beyond what a flash kernel takes, the folded form is computed by a slower one.
     flash = _folded_channels(channels, rel_pos) <= FLASH_CHANNELS
-    if not flash and dtype != torch.float32 and importlib.util.find_spec("triton"):
+    if not flash and dtype != torch.float32 and HAS_TRITON:
         return "flex"
     return "folded"
 

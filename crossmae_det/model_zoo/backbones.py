@@ -5,7 +5,7 @@ backbone. Weights are random unless a checkpoint is named: time and memory do no
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
-from crossmae_det.benchmark import OneBlock
+from crossmae_det.benchmark import OneBlock, trunk_of
 from crossmae_det.checkpoint import inspect, load
 from crossmae_det.detection import SimpleFeaturePyramid, vit_backbone
 from crossmae_det.layers.attention_backends import BACKENDS
@@ -31,7 +31,6 @@ from crossmae_det.model_zoo.zoo import get_config, list_configs
 from crossmae_det.modeling import SIZES, ViT
 from crossmae_det.modeling.vit import LAYER_NORM
 
-PARTS = ("alone", "pyramid", "detector")
 DETECTOR = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
 IN_FEATURE = "last_feat"
 PYRAMID: dict[str, Any] = dict(scale_factors=(4.0, 2.0, 1.0, 0.5), norm="LN", out_channels=256)
@@ -146,7 +145,7 @@ BACKBONES: dict[str, Callable[[int], Backbone]] = (
 )
 
 
-def build(name: str, part: str, image_size: int) -> nn.Module:
+def build(name: str, part: str, image_size: int, overrides: Sequence[str] = ()) -> nn.Module:
     """A backbone by name.
 
     Args:
@@ -155,6 +154,7 @@ def build(name: str, part: str, image_size: int) -> nn.Module:
             sizes that it has and loaded; or a config of a detector, with ``=CHECKPOINT`` or not.
         part: "alone", "pyramid" (the simple one for plain ViTs, FPN for others) or "detector".
         image_size: side of the images in pixels.
+        overrides: of a config.
 
     Returns:
         "alone" and "pyramid": (N, 3, H, W) to a dict of maps. "detector": detectron2's
@@ -166,7 +166,7 @@ def build(name: str, part: str, image_size: int) -> nn.Module:
     """
     config, _, checkpoint = name.partition("=")
     if config.endswith((".py", ".yaml")):
-        return _part_of_config(config, checkpoint, part, image_size)
+        return _part_of_config(config, overrides, checkpoint, part, image_size)
     if part == "detector":
         return _detector(name, image_size)
     trunk = _trunk(name, image_size)
@@ -188,29 +188,34 @@ def build(name: str, part: str, image_size: int) -> nn.Module:
     return FPN(trunk, names, PYRAMID["out_channels"], top_block=LastLevelMaxPool())
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, overrides: Sequence[str] = ()) -> None:
     """Refuse a name that :func:`build` does not know, without building anything.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or overrides that the config does not know.
         FileNotFoundError: a config or a checkpoint that is not there.
     """
     config = name.partition("=")[0]
     if config.endswith((".py", ".yaml")):
-        get_config(config)
+        get_config(config, overrides)
     elif name.startswith("timm/"):
         if not timm.is_model(name.removeprefix("timm/").partition(".")[0]):
             raise ValueError(f"timm has no model '{name.removeprefix('timm/')}'")
     elif name.endswith(CHECKPOINT_SUFFIXES):
         if "://" not in name and not Path(name).is_file():
             raise FileNotFoundError(f"checkpoint {name} does not exist")
+    elif "://" in name:
+        raise ValueError(
+            f"'{name}' names no file: of a checkpoint that is elsewhere, name the file, which ends"
+            f" in {', '.join(CHECKPOINT_SUFFIXES)}"
+        )
     elif "@" in name:
         _options(name)
     elif name not in BACKBONES:
         close = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.3)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
+        hint = f"did you mean '{close[0]}'? There" if close else "there"
         raise ValueError(
-            f"there is no backbone '{name}'{hint} There are {', '.join(BACKBONES)}, timm/NAME,"
+            f"there is no backbone '{name}'; {hint} are {', '.join(BACKBONES)}, timm/NAME,"
             " checkpoints and configs"
         )
 
@@ -252,22 +257,28 @@ def _trunk_of_checkpoint(path: str, image_size: int) -> Backbone:
             f"{path} does not tell the number of attention heads; name the config of its model:"
             f" CONFIG={path}"
         )
+    patch = facts["patch"][0]
+    # The tables of the windows are the smallest; those of global blocks are made for the image.
+    windows = facts.get("sides of relative positions", [14])
     trunk = vit_backbone(
         embed_dim=facts["width"],
         depth=facts["depth"],
         num_heads=facts["heads"],
         mlp_ratio=facts["MLP ratio"],
+        patch_size=patch if patch & (patch - 1) == 0 else None,  # a pyramid needs a power of two
         img_size=image_size,
         pretrain_img_size=facts.get("image size", 224),
-        window_size=14,
+        window_size=windows[0],
         use_rel_pos=True,
     )
     load(trunk, path)
     return trunk
 
 
-def _part_of_config(config: str, checkpoint: str, part: str, image_size: int) -> nn.Module:
-    cfg = get_config(config)
+def _part_of_config(
+    config: str, overrides: Sequence[str], checkpoint: str, part: str, image_size: int
+) -> nn.Module:
+    cfg = get_config(config, overrides)
     if "backbone" not in cfg.model:
         detectors = [name for name in list_configs() if name.startswith("coco/")]
         raise ValueError(f"{config} is not of a detector; take {detectors[0]}, say")
@@ -276,7 +287,9 @@ def _part_of_config(config: str, checkpoint: str, part: str, image_size: int) ->
     model: Any = instantiate(cfg.model)
     if checkpoint:
         load(model, checkpoint)
-    return {"alone": model.backbone.net, "pyramid": model.backbone, "detector": model}[part]
+    if part == "detector":
+        return model
+    return trunk_of(model.backbone)[1] if part == "alone" else model.backbone
 
 
 def _detector(name: str, image_size: int) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -157,10 +157,13 @@ def _candidate(cfg: DictConfig, config_file: str) -> Candidate:
 
 
 def name_classes(cfg: DictConfig) -> None:
-    """Take the classes that the data set is registered with: nothing is read, nor drawn."""
+    """Take the classes that the data set is registered with, if it is: nothing is read, nor
+    drawn. The config of a run names them itself."""
     names = cfg.dataloader.train.dataset.names
-    classes = MetadataCatalog.get(names if isinstance(names, str) else names[0]).thing_classes
-    cfg.dataloader.categories = dict(enumerate(classes, 1))
+    name = names if isinstance(names, str) else names[0]
+    if name in DatasetCatalog.list():
+        classes = MetadataCatalog.get(name).thing_classes
+        cfg.dataloader.categories = dict(enumerate(classes, 1))
     cfg.dataloader.train.mapper.use_instance_mask = True
 
 

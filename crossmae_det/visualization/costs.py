@@ -23,15 +23,14 @@ def plot_latency(cases: Sequence[Mapping[str, Any]], stem: str | os.PathLike[str
         stem: of the files, which get ``.png`` and ``.svg``.
 
     Returns:
-        The files.
+        The files; none where no case was measured.
 
     Raises:
-        ValueError: no case was measured.
         OSError: a file cannot be written.
     """
     measured = [case for case in cases if not case["failure"]]
     if not measured:
-        raise ValueError("no backbone could be measured: there is nothing to draw")
+        return []
     figure, (time, memory) = _figure(2)
     names = list(dict.fromkeys((case["backbone"], case["batch_size"]) for case in measured))
     several = len({batch for _, batch in names}) > 1
@@ -122,6 +121,8 @@ def plot_growth(
             sides |= {side for side, _ in points}
         axes.set_xscale("log")
         axes.set_yscale("log")
+        if not sides:
+            continue
         _sides(axes, sorted(sides))
         axes.legend(frameon=True, framealpha=0.85, fontsize=9)
     _decorate(panels[0], "Time of one block", "side of the image (pixels)", "ms")

@@ -16,14 +16,16 @@ from crossmae_det.benchmark import (
     compare,
     comparison_section,
     earlier_section,
+    find_earlier,
     flops_section,
     grow,
     growth_section,
     read_json,
     workers,
 )
+from crossmae_det.benchmark.comparison import work_values
 from crossmae_det.benchmark.growth import fitted_exponent
-from crossmae_det.benchmark.workers import OUT_OF_MEMORY, measure
+from crossmae_det.benchmark.workers import OUT_OF_MEMORY, Outcome, measure
 from crossmae_det.modeling import ViT
 
 
@@ -42,6 +44,8 @@ class Maps(nn.Module):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 1 TB")
         if self.trouble == "killed" and images.device.type != "meta":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.trouble == "size":
+            raise RuntimeError("only 7 x 7\nhere")
         if self.trouble == "bug" and images.device.type != "meta":
             raise RuntimeError("sizes do not match\nat all")
         return {"map": self.conv(images)}
@@ -54,7 +58,7 @@ class Heavy(Maps):
 
 
 def work(name="a", train=False, **options):
-    return Work(name, partial(Maps, **options), False, 32, 2, train, "fp32", "cpu")
+    return Work(name, partial(Maps, **options), "alone", 32, 2, train, "fp32", "cpu")
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -118,8 +122,36 @@ def test_an_earlier_run_is_compared_case_by_case(tmp_path):
     assert [row["time"] for row in again.values] == pytest.approx([2, 2])
     earlier["backbones"] = earlier["backbones"][:1]
     assert len(earlier_section(groups, earlier).rows) == 1
-    with pytest.raises(ValueError, match="no backbone, size and batch in common"):
+    with pytest.raises(ValueError, match="no backbone in common"):
         earlier_section(groups, earlier | {"backbones": []})
+    earlier["backbones"][0]["peak_bytes"] = 0
+    assert earlier_section(groups, earlier).rows[0][-1] == "-"
+
+
+@pytest.mark.parametrize("change", [{"part": "pyramid"}, {"compiled": True}, {"train": True}])
+def test_other_work_is_not_compared(change):
+    one = work()
+    case = work_values(one) | {"failure": ""}
+    assert find_earlier([one], {"backbones": [case]}) == {one: case}
+    with pytest.raises(ValueError, match="no backbone in common"):
+        find_earlier([one], {"backbones": [case | change]})
+
+
+def test_a_size_that_a_model_does_not_take_is_refused_by_its_name():
+    small = work("fixed", trouble="size")
+    with pytest.raises(
+        ValueError, match="'fixed' does not take images of 32 x 32 pixels: only 7 x 7$"
+    ):
+        compare([[small]], repeats=1)
+
+
+def test_a_process_that_is_gone_is_a_failure():
+    outcome = Outcome(work(), seconds=[1.0], references=[2.0])
+    worker = workers._Worker(outcome.work)
+    worker._process.kill()
+    worker.ask("bytes", outcome)
+    assert outcome.failure == OUT_OF_MEMORY and not outcome.seconds and not outcome.references
+    worker.stop()  # again
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"version": 0}', "{}"])
@@ -156,6 +188,8 @@ def test_blocks_are_measured_over_sizes():
     section = growth_section(curves, work())
     assert len(section.rows) == 4
     assert section.values["global"]["time_exponent"] == curves[1].time_exponent
+    with pytest.raises(ValueError, match="at least two sizes"):
+        grow(work(), builds, [32, 32], repeats=1)
     assert block("global")(torch.zeros(2, 3, 32, 64))["tokens"].shape == (2, 4 * 8, 16)
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from tool_calls import call_tool, load_tool
 
+from crossmae_det.benchmark.report import JSON_VERSION
+
 MAE = "pretraining/mae_vit_b_800ep.py"
 CROSSMAE = "pretraining/crossmae_vit_b_800ep.py"
 TINY = [
@@ -195,5 +197,20 @@ def test_bad_backbones_end_in_one_line(refusal, tmp_path):
     assert "results of version 0" in refusal(
         "--backbones", "vit-tiny", *sizes, "--against", tmp_path / "old.json"
     )
+    new = json.dumps({"version": JSON_VERSION, "backbones": []})
+    (tmp_path / "new.json").write_text(new)
+    line = refusal("--backbones", "vit-tiny", *sizes, "--against", tmp_path / "new.json")
+    assert "no backbone in common" in line
+    assert "none is named" in refusal("--backbones", "vit-tiny", "--opts", "train.seed=1")
+    config = "coco/mask_rcnn_crossmae_vit_s_100ep.py"
+    line = refusal("--backbones", config, "--opts", "model.backbone.net.windows=7")
+    assert "unknown config key 'model.backbone.net.windows'" in line
+    assert "at least two sizes" in refusal("--growth", "tiny", "--device", "cpu", *sizes)
+    assert "call it alone" in refusal("--growth", "tiny", "--data", tmp_path)
+    assert "takes one of --batch-sizes" in refusal("--growth", "tiny", "--batch-sizes", 1, 2)
+    assert "are of cpu and cuda" in refusal("--backbones", "vit-tiny", "--device", "meta")
+    assert "did you mean" not in refusal("--backbones", "zzzz", *sizes)
+    line = refusal("--backbones", "hf://owner/repository@main", *sizes)
+    assert "names no file" in line
     if not torch.cuda.is_available():
         assert "torch sees no GPU" in refusal("--backbones", "vit-tiny", "--device", "cuda")

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from crossmae_det.checkpoint import save_checkpoint
+from crossmae_det.detection import vit_backbone
 from crossmae_det.model_zoo.backbones import (
     BACKBONES,
     build,
@@ -32,6 +33,11 @@ def test_backbones_and_their_pyramids_give_maps(name):
     }
 
 
+def test_a_config_with_overrides():
+    model = build(CONFIG, "alone", 64, ["model.backbone.net.window_size=7"])
+    assert model.blocks[0].window_size == 7
+
+
 def test_a_detector_around_another_backbone_trains():
     model = build("resnet50", "detector", 64)
     assert type(model.backbone.bottom_up).__name__ == "ResNet"
@@ -44,6 +50,12 @@ def test_a_checkpoint_is_built_in_its_sizes_and_loaded(tmp_path):
     model = build(str(tmp_path / "a.pth"), "alone", 64)
     assert len(model.blocks) == 12 and model.embed_dim == 192
     assert torch.equal(model.blocks[3].mlp.fc1.weight, trunk.blocks[3].mlp.fc1.weight)
+    sizes = dict(patch_size=8, img_size=64, depth=8, window_size=4, use_rel_pos=True)
+    trained = vit_backbone("tiny", **sizes)
+    save_checkpoint({"model": trained.state_dict()}, tmp_path / "windows.pth")
+    model = build(str(tmp_path / "windows.pth"), "alone", 64)
+    assert model.patch_size == (8, 8)
+    assert [block.window_size for block in model.blocks] == 4 * [4, 0]
     odd = build_vit("tiny", depth=1)
     save_checkpoint({"model": odd.state_dict()}, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="does not tell the number of attention heads"):
