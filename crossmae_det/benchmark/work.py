@@ -8,7 +8,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ from torch.utils.benchmark import timer
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What is measured of a backbone: by itself, with its pyramid, or inside a detector.
 PARTS = ("alone", "pyramid", "detector")
+# Side of images that take next to no memory.
+SMALL = 64
 # What "MiB" is, by device.
 MEMORY_NOTES = {
     "cpu": "MiB: peak, the high-water mark of a process of its own, over what it had before.",
@@ -97,12 +100,11 @@ class Work:
         if self.compiled:
             compiled: Any = model.backbone if self.part == "detector" else model
             compiled.compile()
-        inputs = self.inputs()
         dtype = PRECISIONS[self.precision]
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True) if self.train else None
 
-        def run() -> None:
+        def run(inputs: Any) -> None:
             with (
                 EventStorage(),  # detectors note their losses in one
                 torch.set_grad_enabled(self.train),
@@ -114,7 +116,10 @@ class Work:
                 optimizer.step()
                 optimizer.zero_grad()
 
-        return run
+        if not self.count_model:
+            # At the first call threads and libraries take memory, too.
+            run(replace(self, image_size=SMALL).inputs())
+        return partial(run, self.inputs())
 
 
 def check_sizes(image_sizes: Sequence[int], batch_sizes: Sequence[int]) -> None:
