@@ -86,7 +86,9 @@ def plot_precision(
             horizontalalignment="center",
         )
     axes.margins(0.35)
-    _decorate(axes, "Published box AP on COCO against cost", "GFLOPs of a forward pass", "box AP (%)")
+    _decorate(
+        axes, "Published box AP on COCO against cost", "GFLOPs of a forward pass", "box AP (%)"
+    )
     return _save(figure, stem)
 
 
