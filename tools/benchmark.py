@@ -140,6 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+# What was asked for and has been checked: a call measures it.
 Measurement = Callable[[], Iterable[benchmark.Section]]
 
 
