@@ -126,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(
             "prediction ratios and decoder depths are those of --pretraining: name it, too"
         )
-    configs = [name for name in args.backbones or [] if ".py" in name or ".yaml" in name]
+    configs = any(map(backbones.is_config, args.backbones or []))
     if args.opts and args.pretraining is None and not configs:
         parser.error("--opts overrides configs, and none is named")
     if (args.growth or args.step) and len(args.batch_sizes) > 1:
@@ -266,8 +266,7 @@ def measurements(args: argparse.Namespace) -> tuple[list[Measurement], torch.dev
             f"--device {args.device}: measurements are of cpu and cuda; CUDA_VISIBLE_DEVICES names"
             " the GPU"
         )
-    if args.repeats < 1:
-        raise ValueError(f"the number of repeats must be at least 1, got {args.repeats}")
+    benchmark.check_repeats(args.repeats)
     if not args.image_sizes:
         args.image_sizes = GROWTH_SIZES if args.growth else [DETECTION_SIZE]
     benchmark.check_sizes(args.image_sizes, args.batch_sizes)
@@ -283,20 +282,21 @@ def measurements(args: argparse.Namespace) -> tuple[list[Measurement], torch.dev
 def main() -> None:
     args = parse_arguments()
     prepared, device = measurements(args)
-    files = [Path(path) for path in (args.json, args.csv, args.markdown) if path]
-    for folder in [*(file.parent for file in files), *([Path(args.plots)] if args.plots else [])]:
+    writers = (
+        (args.json, benchmark.Report.write_json),
+        (args.csv, benchmark.Report.write_csv),
+        (args.markdown, benchmark.Report.write_markdown),
+    )
+    files = [(Path(path), write) for path, write in writers if path]
+    folders = [path.parent for path, _ in files] + ([Path(args.plots)] if args.plots else [])
+    for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     sections = [section for measure in prepared for section in measure()]
     command = shlex.join(["python", *sys.argv])
     report = benchmark.Report(command, benchmark.environment(device), sections)
     print(report)
-    for path, write in (
-        (args.json, report.write_json),
-        (args.csv, report.write_csv),
-        (args.markdown, report.write_markdown),
-    ):
-        if path:
-            write(path)
+    for path, write in files:
+        write(report, path)
     if args.plots:
         draw(sections, Path(args.plots))
 

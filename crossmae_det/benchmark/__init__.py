@@ -21,6 +21,7 @@ from crossmae_det.benchmark.growth import OneBlock, grow, growth_section
 from crossmae_det.benchmark.loading import UsualCrops, loading_section, time_loading
 from crossmae_det.benchmark.report import Report, Section, environment, read_json
 from crossmae_det.benchmark.steps import step_section, time_steps
+from crossmae_det.benchmark.timing import check_repeats
 from crossmae_det.benchmark.work import PARTS, PRECISIONS, Work, check_sizes
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Work",
     "baseline_of",
     "case_values",
+    "check_repeats",
     "check_sizes",
     "compare",
     "comparison_section",

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -129,7 +128,7 @@ def comparison_section(groups: Sequence[Sequence[Case]]) -> Section:
             "GFLOPs: of the forward pass of one image, 2 FLOPs for each multiply-add; products of"
             " matrices and convolutions.",
             MEMORY_NOTES[work.device],
-            *([] if work.part != "detector" or work.train else [FEW_OBJECTS]),
+            *([FEW_OBJECTS] if work.part == "detector" and not work.train else []),
         ],
         values=[case_values(case) for case in cases],
     )
@@ -244,17 +243,8 @@ def case_values(case: Case) -> dict[str, Any]:
         "parameters": case.count.parameters,
         "flops": case.count.flops,
         "flops_by_part": case.count.parts,
-        "failure": outcome.failure,
+        **outcome.values(work.batch_size),
     }
-    if not outcome.failure:
-        median = float(np.median(outcome.seconds))
-        values |= {
-            "median_seconds": median,
-            "p90_seconds": float(np.percentile(outcome.seconds, 90)),
-            "images_per_second": work.batch_size / median,
-            "peak_bytes": outcome.bytes,
-            "seconds": outcome.seconds,
-        }
     if case.time_ratio is not None:
         values |= {
             "time_ratio": asdict(case.time_ratio),

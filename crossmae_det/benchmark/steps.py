@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -196,19 +195,13 @@ def _row(step: Steps, values: dict[str, Any], first: Outcome[StepWork]) -> list[
 
 def _values(step: Steps, first: Outcome[StepWork], batch_size: int) -> dict[str, Any]:
     outcome = step.outcome
-    values = {"name": step.name, "flops": step.flops, "failure": outcome.failure}
+    values = {"name": step.name, "flops": step.flops} | outcome.values(batch_size)
     if outcome.failure:
         return values
-    median = float(np.median(outcome.seconds))
     time, memory = outcome.against(first)
     return values | {
-        "median_seconds": median,
-        "p90_seconds": float(np.percentile(outcome.seconds, 90)),
-        "images_per_second": batch_size / median,
-        "peak_bytes": outcome.bytes,
         "ratio_to_first": asdict(time) if time else None,
         "memory_ratio": memory,
         "efficiency": asdict(step.efficiency),
-        "seconds": outcome.seconds,
         "gemm_rates": outcome.references,
     }

@@ -10,6 +10,16 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
+def check_repeats(repeats: int) -> None:
+    """Refuse a number of rounds that measures nothing.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+    if repeats < 1:
+        raise ValueError(f"the number of repeats must be at least 1, got {repeats}")
+
+
 def interleaved(
     measures: Sequence[Callable[[], T]], repeats: int, description: str
 ) -> list[list[T]]:
@@ -30,8 +40,7 @@ def interleaved(
     Raises:
         ValueError: ``repeats`` is not positive.
     """
-    if repeats < 1:
-        raise ValueError(f"the number of repeats must be at least 1, got {repeats}")
+    check_repeats(repeats)
     results: list[list[T]] = [[] for _ in measures]
     with tqdm(total=(repeats + 1) * len(measures), desc=description) as bar:
         for _ in range(repeats + 1):

@@ -8,10 +8,11 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from crossmae_det.benchmark.timing import Spread, ratios
+from crossmae_det.benchmark.timing import Spread, check_repeats, ratios
 from crossmae_det.benchmark.work import Meter, Task
 
 OUT_OF_MEMORY = "out of memory"
@@ -46,9 +47,22 @@ class Outcome(Generic[T]):
         them failed."""
         if self.failure or first.failure:
             return None, None
-        return ratios(
-            self.seconds, first.seconds
-        ), self.bytes / first.bytes if first.bytes else None
+        memory = self.bytes / first.bytes if first.bytes else None
+        return ratios(self.seconds, first.seconds), memory
+
+    def values(self, batch_size: int) -> dict[str, Any]:
+        """What was measured with all its digits, for JSON and CSV; where it failed, only that."""
+        if self.failure:
+            return {"failure": self.failure}
+        median = float(np.median(self.seconds))
+        return {
+            "failure": "",
+            "median_seconds": median,
+            "p90_seconds": float(np.percentile(self.seconds, 90)),
+            "images_per_second": batch_size / median,
+            "peak_bytes": self.bytes,
+            "seconds": self.seconds,
+        }
 
 
 def measure(
@@ -71,8 +85,7 @@ def measure(
     Raises:
         ValueError: ``repeats`` is not positive.
     """
-    if repeats < 1:
-        raise ValueError(f"the number of repeats must be at least 1, got {repeats}")
+    check_repeats(repeats)
     outcomes = [Outcome(work) for work in works]
     workers = [_Worker(work) for work in works]
     try:

@@ -7,7 +7,7 @@ eager     the definition: all scores in memory
 sdpa      torch's fused attention; the relative position is a mask of all pairs
 folded    torch's fused attention without a mask, for its flash kernels: see :func:`_folded`
 flex      torch's FlexAttention, which adds the relative position inside the kernel; CUDA only
-chunked   a cacheful of scores at a time; CPU only: see :mod:`.chunked_attention`
+chunked   as sdpa, a cacheful of the mask at a time; CPU only: see :mod:`.chunked_attention`
 auto      one of these, by device, type, size and whether gradients are wanted
 ========  =====================================================================================
 """

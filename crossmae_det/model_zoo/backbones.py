@@ -164,8 +164,8 @@ def build(name: str, part: str, image_size: int, overrides: Sequence[str] = ()) 
         ValueError: an unknown name, or one that has no such part.
         OSError: a checkpoint cannot be read.
     """
-    config, _, checkpoint = name.partition("=")
-    if config.endswith((".py", ".yaml")):
+    if is_config(name):
+        config, _, checkpoint = name.partition("=")
         return _part_of_config(config, overrides, checkpoint, part, image_size)
     if part == "detector":
         return _detector(name, image_size)
@@ -188,6 +188,11 @@ def build(name: str, part: str, image_size: int, overrides: Sequence[str] = ()) 
     return FPN(trunk, names, PYRAMID["out_channels"], top_block=LastLevelMaxPool())
 
 
+def is_config(name: str) -> bool:
+    """Whether the name of a backbone is ``CONFIG`` or ``CONFIG=CHECKPOINT``."""
+    return name.partition("=")[0].endswith((".py", ".yaml"))
+
+
 def check_name(name: str, overrides: Sequence[str] = ()) -> None:
     """Refuse a name that :func:`build` does not know, without building anything.
 
@@ -195,9 +200,8 @@ def check_name(name: str, overrides: Sequence[str] = ()) -> None:
         ValueError: an unknown name, or overrides that the config does not know.
         FileNotFoundError: a config or a checkpoint that is not there.
     """
-    config = name.partition("=")[0]
-    if config.endswith((".py", ".yaml")):
-        get_config(config, overrides)
+    if is_config(name):
+        get_config(name.partition("=")[0], overrides)
     elif name.startswith("timm/"):
         if not timm.is_model(name.removeprefix("timm/").partition(".")[0]):
             raise ValueError(f"timm has no model '{name.removeprefix('timm/')}'")
@@ -259,7 +263,7 @@ def _trunk_of_checkpoint(path: str, image_size: int) -> Backbone:
         )
     patch = facts["patch"][0]
     # The tables of the windows are the smallest; those of global blocks are made for the image.
-    windows = facts.get("sides of relative positions", [14])
+    sides = facts.get("sides of relative positions", [14])
     trunk = vit_backbone(
         embed_dim=facts["width"],
         depth=facts["depth"],
@@ -268,7 +272,7 @@ def _trunk_of_checkpoint(path: str, image_size: int) -> Backbone:
         patch_size=patch if patch & (patch - 1) == 0 else None,  # a pyramid needs a power of two
         img_size=image_size,
         pretrain_img_size=facts.get("image size", 224),
-        window_size=windows[0],
+        window_size=sides[0],
         use_rel_pos=True,
     )
     load(trunk, path)

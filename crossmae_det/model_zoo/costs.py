@@ -31,9 +31,7 @@ MACHINE = "counted from the shapes of tensors, by torch {}"
 
 
 def read_candidate(
-    config_file: str,
-    overrides: Sequence[str] = (),
-    variation: Sequence[str] = (),
+    config_file: str, overrides: Sequence[str] = (), variation: Sequence[str] = ()
 ) -> Candidate:
     """A config as a candidate of the benchmark, by the name of its file.
 
@@ -73,10 +71,10 @@ def variations(
         ratios: prediction ratios; empty for that of the config.
         depths: numbers of decoder blocks; empty for that of the config.
     """
-    if "prediction_ratio" not in get_config(config_file).model:
-        return [()]
     by_key = (("prediction_ratio", ratios), ("decoder_depth", depths))
     axes = [[f"model.{key}={value}" for value in values] for key, values in by_key if values]
+    if axes and "prediction_ratio" not in get_config(config_file).model:
+        return [()]
     return list(itertools.product(*axes))
 
 
