@@ -12,6 +12,7 @@ blocks of a decoder.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ from crossmae_det.pretraining.masking import Masking, mask_patches
 # What the mask tokens of an MAE attend to, in the order of the columns.
 KEY_GROUPS = ("visible", "masked", "class token")
 
+# Figures of the paper for an MAE (arXiv 2401.14391, Table 6; its introduction gives the sums
+# 1.42 and 0.39): mean attention of the mask tokens per key, added up over the heads, by decoder
+# block. In every block 49 visible patches times the first and 147 masked ones times the second are
+# 15.7 to 15.9; the class token gets the rest of the 16 heads.
+PAPER_PER_KEY = {
+    "visible": (0.196, 0.149, 0.181, 0.153, 0.193, 0.161, 0.207, 0.179),
+    "masked": (0.042, 0.058, 0.047, 0.057, 0.043, 0.054, 0.038, 0.048),
+}
+PAPER_NUM_HEADS = 16
+PAPER_KEYS = (49, 147, 1)
+
 # Images that go through a model at a time, and attention weights that are held at a time (64 MB).
 BATCH_SIZE = 8
 MAX_WEIGHTS = 2**24
@@ -40,11 +52,13 @@ class DecoderAttention:
     Attributes:
         mass: (depth, 3), probability that goes to each of ``KEY_GROUPS``; a row sums to 1.
         keys: tokens in each group: (V, Q, 1).
+        num_heads: M.
         num_images: images averaged over.
     """
 
     mass: Tensor
     keys: tuple[int, int, int]
+    num_heads: int
     num_images: int
 
     @property
@@ -57,11 +71,26 @@ class DecoderAttention:
         keys = torch.tensor(self.keys)
         return self.mass * keys.sum() / keys
 
-    def table(self) -> str:
-        """Both measures by decoder block, and their means, for the terminal.
+    @property
+    def per_key(self) -> Tensor:
+        """(depth, 3), in the paper's unit: attention per key of a group, added up over the heads.
 
-        The last column is a visible patch's weight over that of a masked one.
+        A row times ``keys`` sums to M. The paper's 1.42 and 0.39 are the first two columns added up
+        over the 8 decoder blocks of its MAE. The unit grows with the heads and shrinks with the
+        patches: compare it between models that are alike in both, others by ``relative``.
         """
+        return self.mass * self.num_heads / torch.tensor(self.keys)
+
+    def table(self) -> str:
+        """The measures by decoder block for the terminal: two tables.
+
+        The first has mass and relative attention with their means; its last column is a visible
+        patch's weight over that of a masked one. The second has the paper's unit with its sums,
+        beside the paper's own figures.
+        """
+        return f"{self._relative_table()}\n\n{self._paper_table()}"
+
+    def _relative_table(self) -> str:
         both = torch.cat([self.mass, self.relative], dim=1)
         rows = [(str(index), *row) for index, row in enumerate(both.tolist())]
         rows.append(("mean", *both.mean(0).tolist()))
@@ -77,14 +106,50 @@ class DecoderAttention:
             floatfmt=".3f",
         )
 
+    def _paper_table(self) -> str:
+        measured = self.per_key[:, :2].tolist()
+        paper = list(zip(*PAPER_PER_KEY.values(), strict=True))
+        # The paper's MAE may have more decoder blocks than this one, or fewer.
+        rows: list[tuple[Any, ...]] = [
+            (index, *(here or (None, None)), *(there or (None, None)))
+            for index, (here, there) in enumerate(zip_longest(measured, paper))
+        ]
+        sums = (sum(column) for table in (measured, paper) for column in zip(*table, strict=True))
+        rows.append(("sum", *sums))
+        text = tabulate(
+            rows,
+            headers=[
+                "decoder\nblock",
+                *(f"{name},\n{whose}" for whose in ("here", "paper") for name in KEY_GROUPS[:2]),
+            ],
+            floatfmt=".3f",
+        )
+        return (
+            f"Attention per key, added up over {self.num_heads} heads:"
+            f" {self.keys[0]} visible and {self.keys[1]} masked patches here;"
+            f" the paper's MAE has {PAPER_NUM_HEADS} heads, {PAPER_KEYS[0]} and {PAPER_KEYS[1]}"
+            f" patches\n{text}"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {
             "method": "MAE",
             "num_images": self.num_images,
+            "num_heads": self.num_heads,
             "keys": dict(zip(KEY_GROUPS, self.keys, strict=True)),
-            "mass": _by_group(self.mass),
-            "relative_to_uniform": _by_group(self.relative),
+            "mass": _by_group(self.mass, "mean"),
+            "relative_to_uniform": _by_group(self.relative, "mean"),
+            "per_key_summed_over_heads": _by_group(self.per_key, "sum"),
+            "paper_per_key_summed_over_heads": {
+                "source": "arXiv 2401.14391, Table 6",
+                "num_heads": PAPER_NUM_HEADS,
+                "keys": dict(zip(KEY_GROUPS, PAPER_KEYS, strict=True)),
+                **{
+                    name: {"blocks": list(values), "sum": sum(values)}
+                    for name, values in PAPER_PER_KEY.items()
+                },
+            },
         }
 
 
@@ -147,11 +212,9 @@ def decoder_attention(
     the class token. The three sums are averaged over queries, heads and images, which gives the
     mass; over the mass of uniform attention, it is relative.
 
-    The paper reports 1.42 for visible and 0.39 for masked patches, on ImageNet's validation images.
-    How these are normalised is not known to us. They are no masses, which cannot exceed 1. The
-    relative measure has their scale: at a mask of 0.75 of 196 patches they would be 49 / 197 x 1.42
-    + 147 / 197 x 0.39 = 0.64 of the attention, which leaves 0.36 for the class token. Their ratio,
-    3.6, can be compared if they are means over keys, whatever the unit.
+    The paper reports 1.42 for visible and 0.39 for masked patches, on ImageNet's validation images:
+    its unit is :attr:`DecoderAttention.per_key`, added up over the decoder blocks. As masses these
+    are 0.54 and 0.44, and relative to uniform attention 2.18 and 0.60, in the mean over the blocks.
 
     Args:
         model: an MAE in evaluation mode.
@@ -186,6 +249,7 @@ def decoder_attention(
     return DecoderAttention(
         mass=torch.cat(masses, dim=1).mean(dim=1).cpu(),
         keys=(masking.visible.shape[1], masking.predicted.shape[1], 1),
+        num_heads=attentions[0].num_heads,
         num_images=len(images),
     )
 
@@ -310,9 +374,10 @@ def _inputs(module: nn.Module) -> Iterator[list[Any]]:
         hook.remove()
 
 
-def _by_group(values: Tensor) -> dict[str, Any]:
-    """(depth, 3) as the values by decoder block, and their mean, of each of ``KEY_GROUPS``."""
+def _by_group(values: Tensor, summary: str) -> dict[str, Any]:
+    """(depth, 3) as the values by decoder block, and their "mean" or "sum", of each of
+    ``KEY_GROUPS``."""
     return {
-        name: {"blocks": column.tolist(), "mean": column.mean().item()}
+        name: {"blocks": column.tolist(), summary: getattr(column, summary)().item()}
         for name, column in zip(KEY_GROUPS, values.T, strict=True)
     }

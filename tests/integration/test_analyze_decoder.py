@@ -78,6 +78,11 @@ def test_mae(run, weights, tmp_path):
     mean = content["relative_to_uniform"]["visible"]["mean"]
     (line,) = [line for line in process.stdout.splitlines() if line.startswith("mean")]
     assert f"{mean:.3f}" in line
+    # The paper's unit, beside the paper's own figures.
+    sums = content["per_key_summed_over_heads"]
+    (line,) = [line for line in process.stdout.splitlines() if line.startswith("sum")]
+    here = [f"{sums[name]['sum']:.3f}" for name in ("visible", "masked")]
+    assert line.split() == ["sum", *here, "1.419", "0.387"]
     assert content["checkpoint"] in checkpoint
 
 

@@ -7,7 +7,14 @@ import torch
 
 from crossmae_det.modeling import ViT
 from crossmae_det.pretraining import MAE, CrossMAE, analysis
-from crossmae_det.pretraining.analysis import decoder_attention, feature_usage
+from crossmae_det.pretraining.analysis import (
+    PAPER_KEYS,
+    PAPER_NUM_HEADS,
+    PAPER_PER_KEY,
+    DecoderAttention,
+    decoder_attention,
+    feature_usage,
+)
 
 # A grid of 4 x 6 patches, of which 6 are visible.
 LENGTH, VISIBLE = 24, 6
@@ -54,12 +61,11 @@ def decoder_tokens(model, image, visible):
         x = block(x[None])[0]
 
 
-def naive_mass(block, x, visible):
-    """Mean over heads and mask tokens of the attention to visible, masked and class tokens."""
+def naive_weights(block, x, visible):
+    """(head, mask token, attention to each of the 1 + LENGTH tokens) of one image."""
     heads, dim = block.attn.num_heads, x.shape[1]
     size = dim // heads
     qkv = block.attn.qkv(block.norm1(x))
-    mass, count = [0.0, 0.0, 0.0], 0
     for head in range(heads):
         for query in range(1, 1 + LENGTH):
             if query - 1 in visible:
@@ -69,26 +75,48 @@ def naive_mass(block, x, visible):
             for key in range(1 + LENGTH):
                 k = qkv[key, dim + head * size : dim + (head + 1) * size]
                 scores.append(sum(q[i] * k[i] for i in range(size)) / size**0.5)
-            for key, weight in enumerate(torch.stack(scores).softmax(0).tolist()):
-                group = 2 if key == 0 else 0 if key - 1 in visible else 1
-                mass[group] += weight
-            count += 1
+            yield head, query, torch.stack(scores).softmax(0).tolist()
+
+
+def group_of(key, visible):
+    return 2 if key == 0 else 0 if key - 1 in visible else 1
+
+
+def naive_mass(block, x, visible):
+    """Mean over heads and mask tokens of the attention to visible, masked and class tokens."""
+    mass, count = [0.0, 0.0, 0.0], 0
+    for _, _, weights in naive_weights(block, x, visible):
+        for key, weight in enumerate(weights):
+            mass[group_of(key, visible)] += weight
+        count += 1
     return [value / count for value in mass]
 
 
+def naive_per_key(block, x, visible):
+    """The paper's unit: the mean over mask tokens and keys, added up over the heads."""
+    sums = [0.0, 0.0, 0.0]
+    pairs = [0, 0, 0]  # of a mask token and a key
+    for head, _, weights in naive_weights(block, x, visible):
+        for key, weight in enumerate(weights):
+            sums[group_of(key, visible)] += weight
+            pairs[group_of(key, visible)] += head == 0
+    return [value / count for value, count in zip(sums, pairs, strict=True)]
+
+
 @torch.no_grad()
-def naive_attention(model, images, noise):
-    masses = []
+def naive_attention(model, images, noise, measure=naive_mass):
+    """(depth, 3), a measure of one block and image averaged over the images."""
+    values = []
     for image, row in zip(images, noise, strict=True):
         visible = visible_patches(row)
         tokens = decoder_tokens(model, image, visible)
-        masses.append(
+        values.append(
             [
-                naive_mass(block, x, visible)
+                measure(block, x, visible)
                 for block, x in zip(model.decoder.blocks, tokens, strict=True)
             ]
         )
-    return torch.tensor(masses).mean(0)
+    return torch.tensor(values).mean(0)
 
 
 def test_attention_of_mask_tokens(images, noise):
@@ -102,6 +130,34 @@ def test_attention_of_mask_tokens(images, noise):
     # The mean weight of a key, times the number of keys.
     expected = mass / torch.tensor([6, 18, 1]) * 25
     torch.testing.assert_close(attention.relative, expected)
+
+
+def test_attention_in_the_unit_of_the_paper(images, noise):
+    model = make_model(MAE)
+    attention = decoder_attention(model, images, noise)
+    assert attention.num_heads == 2
+    expected = naive_attention(model, images, noise, naive_per_key)
+    torch.testing.assert_close(attention.per_key, expected)
+    # A query gives each head's attention to somebody.
+    keys = torch.tensor(attention.keys, dtype=torch.float32)
+    torch.testing.assert_close(attention.per_key @ keys, torch.full((2,), 2.0))
+
+
+def test_figures_of_the_paper():
+    visible, masked = (torch.tensor(PAPER_PER_KEY[name]) for name in ("visible", "masked"))
+    assert (len(visible), len(masked)) == (8, 8)
+    assert visible.sum().item() == pytest.approx(1.42, abs=0.005)
+    assert masked.sum().item() == pytest.approx(0.39, abs=0.005)
+    num_visible, num_masked, _ = PAPER_KEYS
+    to_class = PAPER_NUM_HEADS - num_visible * visible - num_masked * masked
+    assert to_class.min() > 0 and to_class.max() < 0.3
+    # A model that had the paper's attention would get the paper's figures.
+    keys = torch.tensor(PAPER_KEYS)
+    mass = torch.stack([visible, masked, to_class], dim=1) * keys / PAPER_NUM_HEADS
+    attention = DecoderAttention(mass, PAPER_KEYS, PAPER_NUM_HEADS, num_images=1)
+    torch.testing.assert_close(attention.per_key[:, 0], visible)
+    *_, last = attention.table().splitlines()
+    assert last.split() == ["sum", "1.419", "0.387", "1.419", "0.387"]
 
 
 def test_uniform_attention_is_1(images, noise):
@@ -206,13 +262,29 @@ def test_nothing_is_left_on_the_model(images, kind, analyse):
 
 def test_tables_and_json(images, noise):
     attention = decoder_attention(make_model(MAE), images, noise)
-    lines = attention.table().splitlines()
+    table, paper_table = attention.table().split("\n\n")
+    lines = table.splitlines()
     assert [line.split()[0] for line in lines[3:]] == ["0", "1", "mean"]
     numbers = [float(number) for number in lines[-1].split()[1:]]
     visible, masked, _ = attention.relative.mean(0).tolist()
     expected = [*attention.mass.mean(0).tolist(), *attention.relative.mean(0).tolist()]
     assert numbers == pytest.approx([*expected, visible / masked], abs=6e-4)
+    *_, first, _, _, _, _, _, _, last, sums = (line.split() for line in paper_table.splitlines())
+    here = attention.per_key[:, :2]
+    assert [float(number) for number in first[1:]] == pytest.approx(
+        [*here[0].tolist(), 0.196, 0.042], abs=6e-4
+    )
+    assert last == ["7", "0.179", "0.048"]  # this model has two blocks
+    assert [float(number) for number in sums[1:]] == pytest.approx(
+        [*here.sum(0).tolist(), 1.419, 0.387], abs=6e-4
+    )
     content = json.loads(json.dumps(attention.as_dict(), allow_nan=False))
+    assert content["per_key_summed_over_heads"]["visible"] == {
+        "blocks": attention.per_key[:, 0].tolist(),
+        "sum": pytest.approx(attention.per_key[:, 0].sum().item()),
+    }
+    assert content["paper_per_key_summed_over_heads"]["masked"]["sum"] == pytest.approx(0.387)
+    assert content["num_heads"] == 2
     assert content["keys"] == {"visible": 6, "masked": 18, "class token": 1}
     assert content["relative_to_uniform"]["visible"]["mean"] == pytest.approx(visible)
     assert content["mass"]["masked"]["blocks"] == attention.mass[:, 1].tolist()
