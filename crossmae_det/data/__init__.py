@@ -4,7 +4,7 @@ from crossmae_det.data import shapes
 from crossmae_det.data.coco import DatasetInfo, describe, get_dataset_dicts, resolve_name
 from crossmae_det.data.loader import TrainLoader
 from crossmae_det.data.mapper import DetectionMapper
-from crossmae_det.sampling import ImageError, UndecodableImageError
+from crossmae_det.utils.errors import ImageError, UndecodableImageError
 
 __all__ = [
     "DatasetInfo",

@@ -11,7 +11,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import PolygonMasks
 
-from crossmae_det.sampling import ImageError, UndecodableImageError
+from crossmae_det.utils.errors import ImageError, UndecodableImageError
 
 
 class DetectionMapper(DatasetMapper):

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from crossmae_det.pretraining.images import StoredImage, find_images
-from crossmae_det.sampling import ResumableLoader, UndecodableImageError
+from crossmae_det.sampling import ResumableLoader
+from crossmae_det.utils.errors import UndecodableImageError
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """The order of training batches, and the loader that keeps to it: for every task's data."""
 
-from crossmae_det.sampling.errors import ImageError, UndecodableImageError
 from crossmae_det.sampling.loader import ResumableLoader
 
-__all__ = ["ImageError", "ResumableLoader", "UndecodableImageError"]
+__all__ = ["ResumableLoader"]

@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
-from crossmae_det.sampling.errors import UndecodableImageError
+from crossmae_det.utils.errors import UndecodableImageError
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from webdataset import TarWriter
 from crossmae_det.pretraining import build_pretraining_loader
 from crossmae_det.pretraining.data import RandomCrops, load_images
 from crossmae_det.pretraining.images import StoredImage
-from crossmae_det.sampling import UndecodableImageError
+from crossmae_det.utils.errors import UndecodableImageError
 
 
 def loader(dataset, **options):

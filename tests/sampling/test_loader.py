@@ -4,7 +4,8 @@ import pytest
 import torch
 from shorthand import take
 
-from crossmae_det.sampling import ResumableLoader, UndecodableImageError
+from crossmae_det.sampling import ResumableLoader
+from crossmae_det.utils.errors import UndecodableImageError
 
 
 class Reversed:

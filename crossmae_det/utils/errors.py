@@ -6,7 +6,7 @@ class ImageError(ValueError):
 
 
 class UndecodableImageError(ImageError):
-    """An image that cannot be decoded, or whose size is not what the annotations say.
+    """An image that cannot be read or decoded, or whose size is not what the annotations say.
 
     Attributes:
         file_name: the image file.

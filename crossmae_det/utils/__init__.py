@@ -1,0 +1,1 @@
+"""What every task shares below its own package: reading images."""

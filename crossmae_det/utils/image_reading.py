@@ -1,0 +1,388 @@
+"""Reading images: one decoder for training, evaluation, inference and drawing of every task.
+
+Legend: H x W pixels of the upright image, C channels.
+
+- An EXIF orientation is applied exactly once, in every container that can hold one.
+- 16-bit channels become 8-bit by their upper byte. 32-bit integers are taken for 16-bit values, as
+  Pillow takes them; float pixels have no fixed range and are rejected.
+- Alpha is dropped, as detectron2 drops it: the color below a transparent pixel is what is read.
+- Palettes, 1-bit, gray, CMYK and YCCK become RGB or gray. Color profiles are not applied.
+- The first frame of an animation or of a file with several pages is read.
+
+Pillow decides what a file contains. OpenCV decodes whole JPEGs and plain 8-bit PNGs, where it gives
+the same pixels in half the time.
+"""
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from crossmae_det.utils.errors import UndecodableImageError
+
+# Path of an image file, or the encoded image.
+Source = str | os.PathLike[str] | bytes
+
+IMAGE_FORMATS = ("RGB", "BGR", "L")
+
+_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
+# Suffixes of image files, in lower case: those of the list that this Pillow decodes.
+IMAGE_SUFFIXES = tuple(
+    suffix for suffix in _SUFFIXES if Image.registered_extensions().get(suffix) in Image.OPEN
+)
+
+# A JPEG is decoded at a fraction of its size for a fraction of the time.
+_REDUCTIONS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+# First and last bytes of what OpenCV decodes. OpenCV 4 fills the missing part of a truncated file
+# with gray, without a word, so those are left to Pillow, which rejects them.
+_JPEG = (b"\xff\xd8", b"\xff\xd9")
+_PNG = (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
+# Markers of a JPEG's frame header, which has its size, and of the segments that hold EXIF or XMP.
+_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_METADATA_MARKER = 0xE1
+# Chunks of a PNG that may hold an orientation: EXIF, and EXIF or XMP as text.
+_PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+
+
+class _Header(NamedTuple):
+    """What is known of an encoded image before its pixels are decoded.
+
+    Attributes:
+        height: of the upright image.
+        width: of the upright image.
+        orientation: EXIF orientation, 1 to 8, of the decoded pixels.
+        fast: whether OpenCV decodes it.
+    """
+
+    height: int
+    width: int
+    orientation: int
+    fast: bool
+
+
+class EncodedImage:
+    """An encoded image whose header was read: its upright size is known before it is decoded.
+
+    Args:
+        data: the content of an image file.
+        name: names the image in messages.
+
+    Attributes:
+        height, width: of the upright image, in pixels.
+
+    Raises:
+        UndecodableImageError: the data are empty or not an image, or it has too many pixels.
+    """
+
+    def __init__(self, data: bytes, name: str):
+        self._data = data
+        self._name = name
+        with _named(name):
+            if not data:
+                raise _ReasonError("the file is empty")
+            self._header = _read_jpeg_header(data) or _read_header(io.BytesIO(data))
+        self.height, self.width = self._header.height, self._header.width
+
+    def decode(self, format: str = "RGB", reduction: int = 1) -> np.ndarray:
+        """Decode the image, upright.
+
+        Args:
+            format: "RGB", "BGR" or "L" (gray).
+            reduction: 1, 2, 4 or 8. A JPEG is decoded at this fraction of its size, each side
+                rounded up; any other image at its full size.
+
+        Returns:
+            (H, W, C) uint8, C = 1 for "L" and 3 otherwise; not contiguous in memory as a rule.
+
+        Raises:
+            UndecodableImageError: the data are truncated or damaged, or of a kind that has no 8-bit
+                form.
+            ValueError: ``format`` is not one of the three.
+        """
+        check_image_format(format)
+        with _named(self._name):
+            pixels = self._decode_fast(reduction) if self._header.fast else None
+            if pixels is None:
+                pixels = _decode(self._data, reduction)
+            return _convert(_turn(pixels, self._header.orientation), format)
+
+    def _decode_fast(self, reduction: int) -> np.ndarray | None:
+        """(height, width, 3) uint8 in RGB as stored, or None where OpenCV cannot decode it."""
+        reduction = reduction if self._data.startswith(_JPEG[0]) else 1
+        flags = _REDUCTIONS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+        try:
+            pixels = cv2.imdecode(np.frombuffer(self._data, np.uint8), flags)
+        except cv2.error:  # Pillow has the clearer message
+            return None
+        return None if pixels is None else pixels[:, :, ::-1]
+
+
+def read_image(source: Source, format: str = "RGB", *, name: str = "") -> np.ndarray:
+    """Read an image, upright, as the tasks do.
+
+    Args:
+        source: path of an image file, or the encoded image.
+        format: order and number of the channels: "RGB", "BGR" or "L" (gray).
+        name: names the image in messages; the path by default.
+
+    Returns:
+        (H, W, C) uint8, contiguous; C = 1 for "L" and 3 otherwise.
+
+    Raises:
+        UndecodableImageError: there is no such file, or it is empty, truncated, damaged, not an
+            image, of float pixels, or has too many pixels; one line that names it.
+        ValueError: ``format`` is not one of the three.
+    """
+    check_image_format(format)
+    if isinstance(source, bytes):
+        data, name = source, name or "an image in memory"
+    else:
+        name = name or os.fspath(source)
+        with _named(name), open(source, "rb") as file:
+            data = file.read()
+    return np.ascontiguousarray(EncodedImage(data, name).decode(format))
+
+
+def image_size(source: Source, *, name: str = "") -> tuple[int, int]:
+    """Read the size of an image from its header; its pixels are not decoded.
+
+    Args:
+        source: path of an image file, or the encoded image.
+        name: names the image in messages; the path by default.
+
+    Returns:
+        (height, width) of the upright image, as :func:`read_image` gives it, in pixels.
+
+    Raises:
+        UndecodableImageError: there is no such file, or it is empty, not an image, or has too many
+            pixels. A file that is damaged after its header is not noticed.
+    """
+    if isinstance(source, bytes):
+        image = EncodedImage(source, name or "an image in memory")
+        return image.height, image.width
+    with _named(name or os.fspath(source)), open(source, "rb") as file:
+        if not file.read(1):
+            raise _ReasonError("the file is empty")
+        header = _read_header(file)
+    return header.height, header.width
+
+
+def check_image_format(format: str) -> None:
+    """Raise a ValueError of one line unless ``format`` is one that :func:`read_image` knows."""
+    if format not in IMAGE_FORMATS:
+        raise ValueError(
+            f"image_format={format!r}: unknown image format; use {', '.join(IMAGE_FORMATS)}"
+        )
+
+
+def num_channels(format: str) -> int:
+    """Channels C of an image format: 1 for "L", 3 for "RGB" and "BGR"."""
+    check_image_format(format)
+    return 1 if format == "L" else 3
+
+
+class _ReasonError(Exception):
+    """Why an image cannot be decoded, in words for the user."""
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into an error that names the image."""
+    try:
+        yield
+    except (MemoryError, UndecodableImageError):
+        raise
+    except Exception as error:  # decoders meet damaged files with almost any exception
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image of a known format"
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = "too many pixels: cut it into parts, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        else:
+            reason = " ".join(str(error).split()) or type(error).__name__
+        raise UndecodableImageError(f"{name}: the image cannot be decoded ({reason})", name) from (
+            None if isinstance(error, _ReasonError) else error
+        )
+
+
+def _read_jpeg_header(data: bytes) -> _Header | None:
+    """Read the header of a JPEG without metadata; None for any other image.
+
+    Pillow parses all of a JPEG's header, which takes a twentieth of the time of decoding it.
+    """
+    place = 2
+    if not data.startswith(_JPEG[0]):
+        return None
+    while data[place : place + 1] == b"\xff" and place + 10 <= len(data):
+        marker = data[place + 1]
+        if marker == _METADATA_MARKER or not 0xC0 <= marker < 0xFF:
+            return None
+        if marker in _FRAME_MARKERS:
+            height = int.from_bytes(data[place + 5 : place + 7], "big")
+            width = int.from_bytes(data[place + 7 : place + 9], "big")
+            fast = _is_plain_jpeg(data[place + 4], data[place + 9]) and data.endswith(_JPEG[1])
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+            if not 0 < height * width <= limit:
+                return None  # Pillow says why
+            return _Header(height, width, 1, fast)
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
+def _is_plain_jpeg(bits: int, components: int) -> bool:
+    """Gray and YCbCr of 8 bits; each library has conversions of its own for CMYK and YCCK."""
+    return bits == 8 and components in (1, 3)
+
+
+def _read_header(file: IO[bytes]) -> _Header:
+    """Read the header of any image, from its file or from memory."""
+    file.seek(0)
+    with _quiet(), Image.open(file) as image:
+        width, height = image.size
+        orientation = _orientation(image, file)
+        if image.format == "TIFF":
+            # Whether the size is that of the upright image depends on Pillow's version.
+            tags: Any = image.tag_v2  # type: ignore[attr-defined]
+            width, height = tags[256], tags[257]
+        fast = False
+        if image.format in ("JPEG", "MPO"):
+            fast = _is_plain_jpeg(getattr(image, "bits", 0), getattr(image, "layers", 0))
+            fast = fast and _ends_with(file, _JPEG[1])
+        elif image.format == "PNG":
+            file.seek(24)
+            bits, color = file.read(2)
+            # Gray, RGB, gray with alpha and RGBA; not palettes.
+            fast = bits == 8 and color in (0, 2, 4, 6) and _ends_with(file, _PNG[1])
+            fast = fast and not getattr(image, "is_animated", False)
+    if orientation >= 5:
+        height, width = width, height
+    if image.format == "TIFF":
+        orientation = 1  # Pillow turns its pixels upright
+    return _Header(height, width, orientation, fast)
+
+
+def _ends_with(file: IO[bytes], last: bytes) -> bool:
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - len(last)))
+    return file.read() == last
+
+
+def _orientation(image: Image.Image, file: IO[bytes]) -> int:
+    """EXIF orientation of an opened image, 1 to 8; 1 where there is none or it is damaged."""
+    try:
+        if image.format != "PNG":
+            exif = image.getexif()
+        elif _has_late_metadata(file):
+            exif = image.getexif()  # decodes the image first
+        else:
+            exif = Image.Image.getexif(image)
+        value = exif.get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow meets damaged EXIF data with almost any exception
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _has_late_metadata(file: IO[bytes]) -> bool:
+    """Whether a PNG has metadata after its pixels, which Pillow reads only with them."""
+    place = file.tell()
+    try:
+        file.seek(len(_PNG[0]))
+        pixels = False
+        while len(chunk := file.read(8)) == 8:
+            pixels |= chunk[4:] == b"IDAT"
+            if pixels and chunk[4:] in _PNG_METADATA:
+                return True
+            file.seek(int.from_bytes(chunk[:4], "big") + 4, os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)  # Pillow goes on reading here
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings: a file can be decoded or not, which is said elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _decode(data: bytes, reduction: int) -> np.ndarray:
+    """Decode with Pillow.
+
+    Returns:
+        (height, width, 3) uint8 in RGB or (height, width) uint8 gray; as stored, a TIFF upright.
+    """
+    with _quiet(), Image.open(io.BytesIO(data)) as image:
+        bits = 16
+        inverted = False
+        if image.format == "TIFF":
+            tags: Any = image.tag_v2  # type: ignore[attr-defined]
+            bits = min(tags.get(258, (16,))[0], 16)
+            inverted = tags.get(262) == 0
+        if reduction > 1 and image.format in ("JPEG", "MPO"):
+            size = (max(1, image.width // reduction), max(1, image.height // reduction))
+            image.draft(image.mode, size)
+        image.load()
+        if image.mode == "F":
+            raise _ReasonError("float pixels have no fixed range: convert it to 8 or 16 bits")
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            pixels = _upper_byte(np.asarray(image), bits)
+            if inverted and bits == 16:  # Pillow inverts white-is-zero up to 8 bits only
+                pixels = 255 - pixels
+        else:
+            # Premultiplied alpha is taken out before it is dropped.
+            straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
+            if straight:
+                image = image.convert(straight)  # type: ignore[assignment]
+            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    return pixels
+
+
+def _upper_byte(values: np.ndarray, bits: int) -> np.ndarray:
+    """Gray of ``bits`` bits in a wider integer type -> uint8."""
+    if values.size and (int(values.min()) < 0 or int(values.max()) >= 1 << bits):
+        raise _ReasonError(
+            f"gray values from {values.min()} to {values.max()} do not fit {bits} bits: convert it"
+            " to 8 or 16 bits"
+        )
+    return (values >> (bits - 8)).astype(np.uint8)
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn stored pixels upright; a view."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _convert(pixels: np.ndarray, format: str) -> np.ndarray:
+    """(H, W) gray or (H, W, 3) RGB -> (H, W, C) of the format."""
+    if format == "L":
+        if pixels.ndim == 3:
+            # Pillow's weights, wherever the pixels are from.
+            pixels = np.asarray(Image.fromarray(pixels).convert("L"))
+        return pixels[:, :, None]
+    if pixels.ndim == 2:
+        return np.repeat(pixels[:, :, None], 3, axis=2)
+    return pixels[:, :, ::-1] if format == "BGR" else pixels
