@@ -11,8 +11,9 @@ train = dict(
     device="auto",  # CUDA where there is one, else the CPU
     seed=0,
     cudnn_benchmark=False,
-    # In training and evaluation. "auto": bf16 where the device has it; on older GPUs fp16, on older
-    # CPUs float32. "bf16" and "fp16" are taken at their word.
+    # In training, and in the backbone at inference, where heads run in float32. "auto": bf16 where
+    # the device has it; on older GPUs fp16, on older CPUs float32. "bf16" and "fp16" are taken at
+    # their word.
     amp=dict(enabled=True, dtype="auto"),
     accumulation=1,  # a batch in so many parts, for memory: as so many processes would train
     clip_grad=dict(enabled=False, max_norm=1.0),

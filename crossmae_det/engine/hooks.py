@@ -22,6 +22,7 @@ from torchvision.utils import make_grid
 
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
+from crossmae_det.engine.precision import inference_autocast
 from crossmae_det.visualization.curves import plot_metrics
 from crossmae_det.visualization.grids import picture_grid
 from crossmae_det.visualization.inference_io import read_image
@@ -192,7 +193,8 @@ class PredictionPictures(HookBase):
         annotated = (sample for sample in samples if records[sample["image_id"]]["annotations"])
         model = unwrap(self.trainer.model)
         rows = []
-        with inference_context(model), torch.no_grad(), self.trainer.autocast():
+        precision = inference_autocast(model, self.trainer.amp_dtype)
+        with inference_context(model), torch.no_grad(), precision:
             for sample in itertools.islice(annotated, self.count):
                 instances = model([sample])[0]["instances"].to("cpu")
                 image = read_image(sample["file_name"])

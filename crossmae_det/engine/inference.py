@@ -13,9 +13,10 @@ from detectron2.structures import Instances
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from crossmae_det.engine.precision import inference_autocast
 from crossmae_det.engine.pretrained import load_pretrained
 from crossmae_det.engine.setup import resolve_device
-from crossmae_det.engine.trainer import amp_dtype, autocast
+from crossmae_det.engine.trainer import amp_dtype
 from crossmae_det.visualization.files import write_image
 from crossmae_det.visualization.inference_io import (
     ImageSource,
@@ -70,7 +71,7 @@ class Predictor:
         self.augmentations(aug_input)
         tensor = torch.as_tensor(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
         height, width = image.shape[:2]
-        with autocast(self.device, self.amp_dtype):
+        with inference_autocast(self.model, self.amp_dtype):
             (output,) = self.model([{"image": tensor, "height": height, "width": width}])
         return output["instances"].to("cpu")
 

@@ -32,9 +32,10 @@ from crossmae_det.engine.hooks import (
     ModelEMA,
 )
 from crossmae_det.engine.memory import keep_freed_memory
+from crossmae_det.engine.precision import inference_autocast
 from crossmae_det.engine.setup import resolve_device, setup
 from crossmae_det.engine.sharding import check_config, shard
-from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, autocast
+from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype
 from crossmae_det.visualization.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,8 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
 def evaluate(
     cfg: DictConfig, model: nn.Module, *, name: str = "inference", **context: Any
 ) -> dict[str, Any]:
-    """Evaluate a model on the test set, in the precision of the training.
+    """Evaluate a model on the test set: the backbone in the precision of the training, the rest in
+    float32 (see :func:`~crossmae_det.engine.precision.inference_autocast`).
 
     Args:
         cfg: the config.
@@ -105,7 +107,7 @@ def evaluate(
     data_loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(evaluator_cfg)
     device = next(model.parameters()).device
-    with autocast(device, amp_dtype(cfg.train, device)):
+    with inference_autocast(model, amp_dtype(cfg.train, device)):
         return inference_on_dataset(model, data_loader, evaluator)
 
 
