@@ -7,5 +7,6 @@ from .cascade_mask_rcnn_crossmae_vit_b_100ep import (
 )
 
 model.backbone.net.update(size="huge", drop_path_rate=0.5)
-optimizer.params.lr_decay = 0.9
+# The published recipe of ViT-H decays every parameter.
+optimizer.params.update(lr_decay=0.9, weight_decay_norm=None, weight_decay_pos_embed=None)
 train.epochs = 75

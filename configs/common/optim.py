@@ -8,7 +8,16 @@ from crossmae_det.engine.schedules import step_schedule
 
 optimizer = L(torch.optim.AdamW)(
     # The model is set when it is built; the depth is read from it.
-    params=L(layer_decay_param_groups)(base_lr="${..lr}", lr_decay=0.7, trunk_lr_factor=1.0),
+    params=L(layer_decay_param_groups)(
+        base_lr="${..lr}",
+        lr_decay=0.7,
+        trunk_lr_factor=1.0,
+        # Of norms in the ViT, of norms in pyramid and heads, of the position embedding; null for
+        # that of all other weights. As published for ViT-B and ViT-L; ViT-H decays all.
+        weight_decay_norm=0.0,
+        weight_decay_channel_norm=None,
+        weight_decay_pos_embed=0.0,
+    ),
     # The published rate is for 64 images; other batches follow by the linear rule.
     lr="${crossmae.linear_lr:1e-4,${dataloader.train.total_batch_size},64}",
     betas=(0.9, 0.999),

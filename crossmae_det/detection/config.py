@@ -46,6 +46,10 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     solver.MAX_ITER = 0  # from EPOCHS, the training set and IMS_PER_BATCH
     solver.BASE_LR = 0.0  # from IMS_PER_BATCH, by the linear rule
     solver.WEIGHT_DECAY = 0.1
+    # Here None means "as WEIGHT_DECAY".
+    solver.WEIGHT_DECAY_NORM = 0.0  # of norms in the ViT
+    solver.WEIGHT_DECAY_CHANNEL_NORM = None  # of norms in pyramid and heads
+    solver.WEIGHT_DECAY_POS_EMBED = 0.0
     solver.LR_DECAY = 0.7  # from one layer of the trunk to the one below
     solver.STEPS = ()  # 8/9 and 26/27 of MAX_ITER
     solver.WARMUP_ITERS = 250

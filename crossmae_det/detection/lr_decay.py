@@ -8,12 +8,9 @@ from torch import nn
 
 from crossmae_det.modeling import ViT
 
-NORMS = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,
-    ChannelLayerNorm,
-)
+# Norms that detectron2's `get_default_optimizer_params` knows. Its own `LayerNorm` over channels,
+# in pyramids and heads, is none of them.
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 def find_trunk(model: nn.Module) -> tuple[str, ViT]:
@@ -51,22 +48,33 @@ def layer_decay_param_groups(
     base_lr: float,
     lr_decay: float = 1.0,
     trunk_lr_factor: float = 1.0,
+    weight_decay_norm: float | None = 0.0,
+    weight_decay_channel_norm: float | None = None,
+    weight_decay_pos_embed: float | None = 0.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups with a learning rate that shrinks towards the input (ViTDet, appendix A.1).
 
     The layer at distance d from the heads gets ``base_lr * trunk_lr_factor * lr_decay ** d``; the
-    heads and the pyramid get ``base_lr``. Norms and the position embedding are not decayed. The
-    depth is the model's own.
+    heads and the pyramid get ``base_lr``. The depth is the model's own.
+
+    The defaults are ViTDet's published recipe for ViT-B and ViT-L, which decays everything but the
+    backbone's norms and its position embedding; that for ViT-H decays these as well.
 
     Args:
         model: any module with one ViT inside.
         base_lr: learning rate of the heads.
         lr_decay: factor from one layer to the one below, in (0, 1].
         trunk_lr_factor: learning rate of the trunk over that of the heads, before the decay.
+        weight_decay_norm: weight decay of torch's norms, of which a ViTDet has them in its ViT
+            only; None for the optimizer's, as all other weights.
+        weight_decay_channel_norm: likewise of detectron2's ``LayerNorm`` over channels ("LN"), in
+            the pyramid and the heads.
+        weight_decay_pos_embed: likewise of the position embedding.
 
     Returns:
         Groups for a torch optimizer, from the embeddings to the heads. Each has a ``name``
-        ("layer_00", "heads", with "_no_decay" where the weight decay is 0) for the log.
+        ("layer_00", "heads") for the log, with "_no_decay" or "_decay_VALUE" behind it where it has
+        a weight decay of its own.
 
     Raises:
         ValueError: ``lr_decay`` out of range, or not exactly one trunk in the model.
@@ -75,25 +83,29 @@ def layer_decay_param_groups(
         raise ValueError(f"lr_decay must lie in (0, 1], got {lr_decay}")
     trunk_name, trunk = find_trunk(model)
     depth = len(trunk.blocks)
-    norm_parameters = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, NORMS)
-        for parameter in module.parameters(recurse=False)
-    }
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    own_decay: dict[int, float | None] = {id(trunk.pos_embed): weight_decay_pos_embed}
+    for module in model.modules():
+        for kind, decay in (
+            (NORMS, weight_decay_norm),
+            (ChannelLayerNorm, weight_decay_channel_norm),
+        ):
+            if isinstance(module, kind):
+                own_decay |= {id(p): decay for p in module.parameters(recurse=False)}
+    groups: dict[tuple[int, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = layer_index(name, trunk_name, depth)
-        no_decay = id(parameter) in norm_parameters or name.endswith("pos_embed")
-        if (layer, no_decay) not in groups:
+        decay = own_decay.get(id(parameter))
+        key = (layer, decay is not None, decay or 0.0)
+        if key not in groups:
             in_trunk = layer <= depth
             lr = base_lr * (trunk_lr_factor * lr_decay ** (depth + 1 - layer) if in_trunk else 1)
             group_name = f"layer_{layer:02d}" if in_trunk else "heads"
             group: dict[str, Any] = {"params": [], "lr": lr, "name": group_name}
-            if no_decay:
-                group |= {"weight_decay": 0.0, "name": f"{group_name}_no_decay"}
-            groups[layer, no_decay] = group
-        groups[layer, no_decay]["params"].append(parameter)
+            if decay is not None:
+                suffix = f"decay_{decay:g}" if decay else "no_decay"
+                group |= {"weight_decay": decay, "name": f"{group_name}_{suffix}"}
+            groups[key] = group
+        groups[key]["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]

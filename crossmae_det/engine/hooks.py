@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ from crossmae_det.visualization.inference_io import read_image
 from crossmae_det.visualization.predictions import comparison_sheet
 
 logger = logging.getLogger(__name__)
+
+# Ends of names of parameter groups.
+OWN_DECAY = re.compile(r"_(no_decay|decay_[\d.e+-]+)$")
 
 
 class ModelEMA(HookBase):
@@ -63,8 +67,8 @@ class ModelEMA(HookBase):
 class LayerLearningRates(HookBase):
     """Log the learning rate of every parameter group: a table at the start, a curve for each.
 
-    Groups are named by their ``name``. Those without weight decay share the rate of their layer and
-    have no curve of their own.
+    Groups are named by their ``name``. Those with a weight decay of their own ("_no_decay",
+    "_decay_VALUE") share the rate of their layer and have no curve of their own.
     """
 
     def before_train(self) -> None:
@@ -83,7 +87,7 @@ class LayerLearningRates(HookBase):
     def before_step(self) -> None:
         for index, group in enumerate(self.trainer.optimizer.param_groups):
             name = str(group.get("name", index))
-            if not name.endswith("_no_decay"):
+            if not OWN_DECAY.search(name):
                 self.trainer.storage.put_scalar(f"lr/{name}", group["lr"], smoothing_hint=False)
 
 
