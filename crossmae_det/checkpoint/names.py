@@ -14,7 +14,8 @@ DECODER = {
     "mask_token": "decoder.mask_token",
     "decoder_pos_embed": "decoder.pos_embed",
     # Below it both have the same names: norm1, cross_attn.q|kv|proj (CrossMAE) or attn.qkv|proj
-    # (MAE), norm2, mlp.fc1|fc2; the ablation's self_norm and self_attn are passed on likewise.
+    # (MAE), norm2, mlp.fc1|fc2, self_attn (CrossMAE's ablation), but for the norm before that one:
+    # see `rename_self_norm`.
     "decoder_blocks.": "decoder.blocks.",
     "decoder_norm.": "decoder.norm.",
     "decoder_pred.": "decoder.pred.",
@@ -98,6 +99,14 @@ def rename(key: str, names: Mapping[str, str]) -> str | None:
         if key == old or (old.endswith(".") and key.startswith(old)):
             return new + key.removeprefix(old)
     return None
+
+
+def rename_self_norm(key: str, old: str, new: str) -> str:
+    """A key with the norm before a decoder block's self-attention called ``new``, not ``old``.
+
+    It is "norm0" in published CrossMAE files and "self_norm" here.
+    """
+    return re.sub(rf"(decoder[._]blocks\.\d+)\.{old}\.", rf"\1.{new}.", key)
 
 
 def rename_block(key: str, names: Mapping[str, str], inside: Mapping[str, str]) -> str | None:

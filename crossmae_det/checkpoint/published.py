@@ -22,6 +22,7 @@ from crossmae_det.checkpoint.names import (
     TRUNK_PREFIXES,
     rename,
     rename_block,
+    rename_self_norm,
 )
 from crossmae_det.checkpoint.structure import (
     check_shapes,
@@ -131,7 +132,10 @@ def translate(state_dict: Mapping[str, Tensor], allowed: Allowed = lambda key: F
         elif native.layout == "huggingface":
             new = rename_block(key, FORMATS["huggingface"], HUGGINGFACE_BLOCK)
         else:
-            new = rename(key, FORMATS[native.layout])
+            published = key
+            if native.layout == "crossmae":
+                published = rename_self_norm(key, "norm0", "self_norm")
+            new = rename(published, FORMATS[native.layout])
             reason = next((kind for name, kind in OTHER_KINDS.items() if re.match(name, key)), None)
         if new in native.tensors:
             raise ValueError(f"'{key}' and '{native.sources[new]}' are the same tensor")
@@ -256,7 +260,11 @@ def _exporter(format: str) -> Callable[[str], str | None]:
     def new_name(key: str) -> str | None:
         if RELATIVE_POSITION.search(key):
             return None
-        return rename_block(key, names, inside) if format == "huggingface" else rename(key, names)
+        if format == "huggingface":
+            return rename_block(key, names, inside)
+        if format == "crossmae":
+            key = rename_self_norm(key, "self_norm", "norm0")
+        return rename(key, names)
 
     return new_name
 
