@@ -89,6 +89,9 @@ def attend(
             f"attention backend '{backend}' runs on {DEVICES[backend]} only, and this is {device};"
             f" here are {', '.join(others)}"
         )
+    if q.shape[0] == 0:
+        # torch's fused attention gives the mask of an empty batch no gradient, not one of zeros.
+        return _eager(q, k, v, rel_pos)
     return _FUNCTIONS[backend](q, k, v, rel_pos)
 
 

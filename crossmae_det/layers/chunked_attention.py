@@ -90,7 +90,7 @@ def chunked_attention(
             flat_out[m, i] = F.scaled_dot_product_attention(
                 flat_q[None, m, i], flat_k[None, m], flat_v[None, m], bias[None], scale=scale
             )[0]
-    return out.copy_(flat_out.view(n, heads, length, -1))
+    return out.copy_(flat_out.view_as(q))
 
 
 def _empty_like_tokens(q: Tensor) -> Tensor:

@@ -81,6 +81,28 @@ def test_equals_the_definition_in_values_and_gradients(device, backend, grid):
 
 
 @everywhere
+@pytest.mark.parametrize("grid", [(4, 4), (3, 6)])
+def test_an_empty_batch_has_an_empty_result_and_zero_gradients(device, backend, grid):
+    inputs = random_inputs(grid, n=0)
+    results = with_gradients(by_backend(backend, grid), inputs, device)
+    assert [x.shape for x in results] == [inputs[0].shape, *(x.shape for x in inputs)]
+    assert not any(x.any() for x in results)
+    with torch.no_grad():
+        assert by_backend(backend, grid)(*(x.to(device) for x in inputs)).shape == inputs[0].shape
+        plain = attend(*(x.to(device) for x in inputs[:3]), None, backend)
+        assert plain.shape == inputs[0].shape
+
+
+def test_the_chunked_operator_takes_an_empty_batch():
+    q, k, v, *_ = (x.requires_grad_() for x in random_inputs((2, 3), n=0))
+    bias = torch.zeros(0, 2, 6, 2), torch.zeros(0, 2, 6, 3)
+    out = chunked_attention.chunked_attention(q, k, v, *bias, 0.5)
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+@everywhere
 @pytest.mark.parametrize("table_grid", [(7, 3), (3, 9)])
 def test_tables_of_another_size_are_resampled(device, backend, table_grid):
     grid = (4, 6)

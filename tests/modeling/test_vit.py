@@ -219,3 +219,20 @@ def test_sizes_have_the_published_number_of_parameters(size, millions):
     with torch.device("meta"):
         vit = ViT(224, s.patch_size, s.embed_dim, s.depth, s.num_heads)
     assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "folded", "chunked"])
+@pytest.mark.parametrize("window_size", [0, 3])
+def test_a_map_of_no_images_is_computed_and_every_parameter_gets_a_gradient(backend, window_size):
+    vit = ViT(
+        *(32, 8, 16, 2, 2),
+        class_token=False,
+        window_size=window_size,
+        global_blocks=[1] if window_size else None,
+        use_rel_pos=True,
+        attention_backend=backend,
+    )
+    features = vit.forward_map(torch.zeros(0, 3, 40, 24))
+    assert features.shape == (0, 16, 5, 3)
+    features.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in vit.parameters())
