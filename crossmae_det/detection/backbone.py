@@ -12,6 +12,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from crossmae_det.modeling import ViT, size_arguments
@@ -63,6 +64,46 @@ def vit_backbone(size: str = "base", **overrides: Any) -> ViTBackbone:
     return ViTBackbone(**size_arguments(size, patch_size=patch_size, **overrides))
 
 
+class PaddedSize(int):
+    """``square_size`` for detectron2's ``ImageList``, also of a rectangle, and with a check.
+
+    As a number it is the longer side, so 0 for no padding. ``ImageList`` crops images that are
+    larger, and knows squares only. It writes the number over the height, then the width of the
+    largest image (``max_size[0] = max_size[1] = square_size``): the one place where both sizes are
+    at hand. torch lets the value that is written take over.
+    """
+
+    size: tuple[int, int]
+
+    def __new__(cls, height: int, width: int) -> "PaddedSize":
+        padded = super().__new__(cls, max(height, width))
+        padded.size = (height, width)
+        return padded
+
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.size  # for copies and pickles
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """``max_size[axis] = padded_size``.
+
+        Raises:
+            ValueError: an image is larger.
+        """
+        max_size, axis, padded = args
+        height, width = padded.size
+        if max_size[axis] > padded.size[axis]:
+            given = [int(side) for side in max_size]
+            raise ValueError(
+                f"images of up to {given[0]}x{given[1]} pixels (height x width) do not fit the"
+                f" {height}x{width} that they are padded to: raise model.backbone.square_pad"
+                " (INPUT.IMAGE_SIZE in yaml configs), or resize them to fit"
+            )
+        max_size[axis] = padded.size[axis]
+
+
 class SimpleFeaturePyramid(Backbone):
     """ViTDet's pyramid: every level is made from the trunk's last map alone (ViTDet, section 3).
 
@@ -74,11 +115,12 @@ class SimpleFeaturePyramid(Backbone):
             4, 2, 1 and 0.5.
         top_block: makes ``top_block.num_levels`` further levels from the coarsest one.
         norm: norm of the convolutions, a name that detectron2's ``get_norm`` knows; "" for none.
-        square_pad: pad images to squares of this many pixels; 0 pads only to a multiple of the
-            coarsest level's stride.
+        square_pad: pad images to squares of this many pixels, or to (height, width); larger images
+            are rejected. 0 pads only to a multiple of the coarsest level's stride.
 
     Raises:
-        ValueError: scale factors that do not halve, or levels whose stride is no power of two.
+        ValueError: scale factors that do not halve, levels whose stride is no power of two, or a
+            padded size that the coarsest stride does not divide.
     """
 
     def __init__(
@@ -89,7 +131,7 @@ class SimpleFeaturePyramid(Backbone):
         scale_factors: Sequence[float],
         top_block: nn.Module | None = None,
         norm: str = "LN",
-        square_pad: int = 0,
+        square_pad: int | tuple[int, int] = 0,
     ):
         super().__init__()
         shape = net.output_shape()[in_feature]
@@ -102,14 +144,15 @@ class SimpleFeaturePyramid(Backbone):
                 f"scale factors {list(scale_factors)} on a patch of {shape.stride} pixels give"
                 f" strides {strides}; they must be powers of two, each twice the one before"
             )
-        if square_pad % strides[-1]:
+        padded_size = to_2tuple(square_pad)
+        if any(side % strides[-1] for side in padded_size):
             raise ValueError(
                 f"square_pad={square_pad} is not a multiple of the coarsest stride {strides[-1]:g}"
             )
         self.net = net
         self.in_feature = in_feature
         self.top_block = top_block
-        self._square_pad = square_pad
+        self._square_pad = PaddedSize(*padded_size)
         self._size_divisibility = int(strides[-1])
 
         levels = [int(math.log2(stride)) for stride in strides]
@@ -165,7 +208,7 @@ class SimpleFeaturePyramid(Backbone):
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """What detectron2's ``ImageList`` pads to: a square if asked for, else the divisibility."""
+        """What detectron2's ``ImageList`` pads to: a size if asked for, else the divisibility."""
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

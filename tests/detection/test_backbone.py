@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
@@ -110,15 +112,32 @@ def test_the_top_block_starts_from_the_coarsest_level():
     assert torch.equal(features["p5"], features["p4"][..., ::2, ::2])
 
 
-@pytest.mark.parametrize(("square_pad", "expected"), [(0, (48, 80)), (96, (96, 96))])
-def test_images_are_padded_to_the_stride_or_to_a_square(square_pad, expected):
-    _, ours = pyramids(square_pad=square_pad)
+@pytest.mark.parametrize(
+    ("square_pad", "expected"),
+    [(0, (48, 80)), (96, (96, 96)), ((48, 96), (48, 96)), ([96, 80], (96, 80))],
+)
+def test_images_are_padded_to_the_stride_a_square_or_a_rectangle(square_pad, expected):
+    ours = copy.deepcopy(pyramids(square_pad=square_pad)[1])  # as an average of the weights is
     images = [torch.zeros(3, 40, 50), torch.zeros(3, 33, 70)]
     padded = ImageList.from_tensors(
         images, ours.size_divisibility, padding_constraints=ours.padding_constraints
     )
     assert padded.tensor.shape[-2:] == expected
     assert all(f.shape[-1] * s.stride == expected[1] for f, s in levels(ours, padded.tensor))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("square_pad", [64, (64, 96), (32, 80)])
+def test_images_larger_than_the_padded_size_are_rejected(square_pad, count):
+    _, ours = pyramids(square_pad=square_pad)
+    images = [torch.zeros(3, 40, 90), torch.zeros(3, 70, 32)][-count:]
+    with pytest.raises(ValueError, match="square_pad") as error:
+        ImageList.from_tensors(images, 16, padding_constraints=ours.padding_constraints)
+    given = (70, 90) if count == 2 else (70, 32)
+    padded = (64, 64) if square_pad == 64 else square_pad
+    for height, width in (given, padded):
+        assert f"{height}x{width}" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def levels(pyramid, images):
@@ -132,6 +151,7 @@ def levels(pyramid, images):
         ({"scale_factors": (3.0, 1.5)}, "powers of two"),
         ({"scale_factors": (8.0,)}, "scale factor 8.0 is not one of"),
         ({"square_pad": 40}, "square_pad=40 is not a multiple of the coarsest stride 16"),
+        ({"square_pad": (48, 40)}, r"square_pad=\(48, 40\) is not a multiple of the coarsest"),
     ],
 )
 def test_impossible_pyramids_are_refused(overrides, message):
