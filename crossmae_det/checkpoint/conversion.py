@@ -17,6 +17,7 @@ from crossmae_det.checkpoint.names import TITLES
 from crossmae_det.checkpoint.published import export, translate
 from crossmae_det.checkpoint.reading import extract_state_dict, read_checkpoint
 from crossmae_det.checkpoint.report import Report
+from crossmae_det.checkpoint.resizing import POSITION_GRID, saved_grid
 
 # What a file may be converted to; "safetensors" is the native layout in a file of that format.
 TARGETS = ("native", "published", "timm", "vitdet", "huggingface", "safetensors")
@@ -64,7 +65,10 @@ def convert(
     def allowed(name: str) -> bool:
         return matches(name, allow_unexpected)
 
-    state = extract_state_dict(read_checkpoint(source), source, weights)
+    content = read_checkpoint(source)
+    grid = saved_grid(content)
+    beside = {POSITION_GRID: list(grid)} if grid else {}
+    state = extract_state_dict(content, source, weights)
     try:
         native = translate(state, allowed)
         tensors, dropped = export(
@@ -73,7 +77,7 @@ def convert(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     with atomic_path(output) as temporary:
-        write(tensors, temporary)
+        write(tensors, beside, temporary)
     unexpected = [name for name in dropped if allowed(name)]
     return Report(
         str(source),
@@ -84,8 +88,10 @@ def convert(
     )
 
 
-def _writer(output: Path, layout: str) -> Callable[[Mapping[str, Tensor], Path], None]:
-    """What writes a file of a suffix.
+def _writer(
+    output: Path, layout: str
+) -> Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], None]:
+    """What writes a file of a suffix: of weights, and of entries beside them if there is room.
 
     Raises:
         ValueError: the suffix is none that the layout's readers know.
@@ -95,14 +101,16 @@ def _writer(output: Path, layout: str) -> Callable[[Mapping[str, Tensor], Path],
     if output.suffix == ".pkl" and layout in ("vitdet", "native"):
         return _write_pickle
     if output.suffix in (".pth", ".pt", ".bin"):
-        return lambda tensors, path: save_checkpoint(
-            tensors if layout in FLAT else {"model": tensors}, path
+        return lambda tensors, beside, path: save_checkpoint(
+            tensors if layout in FLAT else {"model": tensors, **beside}, path
         )
     known = ".pth, .pt, .safetensors" + (", .pkl" if layout in ("vitdet", "native") else "")
     raise ValueError(f"{output}: the suffix names the format, and {layout} knows {known}")
 
 
-def _write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _write_safetensors(
+    tensors: Mapping[str, Tensor], beside: Mapping[str, Any], path: Path
+) -> None:
     # The format holds neither views nor one memory under two names.
     plain = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     try:
@@ -111,12 +119,12 @@ def _write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(f"cannot write the checkpoint: {error}") from error
 
 
-def _write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _write_pickle(tensors: Mapping[str, Tensor], beside: Mapping[str, Any], path: Path) -> None:
     # numpy has neither bfloat16 nor float8; float32 holds every value of theirs.
     arrays = {
         name: (tensor.float() if tensor.dtype in NUMPY_LACKS else tensor).detach().numpy()
         for name, tensor in tensors.items()
     }
-    content: dict[str, Any] = {"model": arrays, "__author__": "crossmae_det"}
+    content: dict[str, Any] = {"model": arrays, "__author__": "crossmae_det", **beside}
     with path.open("wb") as file:
         pickle.dump(content, file)

@@ -15,6 +15,7 @@ from torch import Tensor
 from crossmae_det.checkpoint.names import TITLES
 from crossmae_det.checkpoint.published import translate
 from crossmae_det.checkpoint.reading import extract_state_dict, read_checkpoint
+from crossmae_det.checkpoint.resizing import saved_grid
 from crossmae_det.checkpoint.structure import square_side
 from crossmae_det.modeling import SIZES
 
@@ -44,7 +45,7 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
     trunk = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     beside = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
     facts: dict[str, Any] = {"format": TITLES[native.layout]}
-    facts |= _trunk(trunk)
+    facts |= _trunk(trunk, saved_grid(content))
     facts |= _decoder(beside, content)
     if classes := [
         t for n, t in beside.items() if re.fullmatch(r"head\.weight|.*cls_score\.weight", n)
@@ -92,7 +93,7 @@ def format_facts(facts: Mapping[str, Any]) -> str:
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
-def _trunk(trunk: Mapping[str, Tensor]) -> dict[str, Any]:
+def _trunk(trunk: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Any]:
     kernel = trunk["patch_embed.proj.weight"]
     width, depth = len(kernel), _depth(trunk, "blocks")
     size = _size(width, depth)
@@ -111,8 +112,12 @@ def _trunk(trunk: Mapping[str, Tensor]) -> dict[str, Any]:
     position = trunk.get("pos_embed")
     if position is not None:
         side = square_side(position)
-        if side is not None:
-            facts["image size"] = [side * patch for patch in kernel.shape[2:]]
+        if grid is None and side is not None:
+            grid = (side, side)
+        if grid is not None:
+            facts["image size"] = [
+                side * patch for side, patch in zip(grid, kernel.shape[2:], strict=True)
+            ]
         facts["positions"] = position.shape[1]
     if tables:
         sides = sorted({(len(table) + 1) // 2 for table in tables.values()})

@@ -21,7 +21,7 @@ from crossmae_det.checkpoint.parts import Parts
 from crossmae_det.checkpoint.published import Native, translate
 from crossmae_det.checkpoint.reading import extract_state_dict, read_checkpoint
 from crossmae_det.checkpoint.report import Report
-from crossmae_det.checkpoint.resizing import resized
+from crossmae_det.checkpoint.resizing import resized, saved_grid
 from crossmae_det.checkpoint.sharded import distribute_like
 from crossmae_det.modeling import ViT
 
@@ -46,7 +46,10 @@ def load(
     detector into a detector), so is every other part of that name, but for the last layers where
     the classes are others. The rest of the model stays as it is and is listed as initialised, the
     rest of the file is listed as dropped. Position embeddings, relative-position tables and patch
-    kernels of another size are resampled.
+    kernels of another size are resampled. The grid of a position embedding is what the file says,
+    as the checkpoints of runs do; without that, a number of positions that is a square is taken for
+    a square grid (but for the sine-cosine table of the model's own grid), and of others only the
+    number that the model has is loaded.
 
     Args:
         model: the model, in place. It must contain one ViT where the file is not the whole model's.
@@ -71,7 +74,7 @@ def load(
     if content is None:
         content = read_checkpoint(path)
     state = extract_state_dict(content, path, weights)
-    plan = _Plan(model, path, allow_missing, allow_unexpected)
+    plan = _Plan(model, path, allow_missing, allow_unexpected, saved_grid(content))
     new = plan.match(state, whole=whole, exact=exact)
     # Only now, when everything fits: a refused file leaves the model as it was.
     with torch.no_grad():
@@ -95,8 +98,10 @@ class _Plan:
         path: str | PathLike[str],
         allow_missing: Sequence[str],
         allow_unexpected: Sequence[str],
+        file_grid: tuple[int, int] | None,
     ):
         self.path = path
+        self.file_grid = file_grid
         self.target: dict[str, Tensor] = model.state_dict()
         self.trunks = [
             f"{name}." if name else ""
@@ -189,7 +194,9 @@ class _Plan:
         tensor, target = native.tensors[source].detach(), self.target[name]
         new = None
         if tensor.is_floating_point() == target.is_floating_point() and not tensor.is_complex():
-            new = resized(name, tensor, target, self.grids.get(name))
+            grid = self.grids.get(name)
+            file_grid = self.file_grid or (grid if exact else None)
+            new = resized(name, tensor, target, grid, file_grid)
         if new is None or (exact and new is not tensor):
             kind = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
             raise self._refusal(

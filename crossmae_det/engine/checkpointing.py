@@ -9,6 +9,7 @@ from typing import Any
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 
 from crossmae_det.checkpoint import atomic_path, load, read_checkpoint, save_checkpoint
+from crossmae_det.checkpoint.resizing import position_grid
 from crossmae_det.checkpoint.sharded import gather
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Checkpointer(FvcoreCheckpointer):
             return
         data = {"model": self.model.state_dict()}
         data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
-        data = gather(data)
+        data = gather(data) | position_grid(self.model)
         if not self.save_to_disk:
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
