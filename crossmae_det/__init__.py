@@ -6,7 +6,10 @@ it, ``layers``, ``modeling`` and ``pretraining`` still import.
 
 from importlib.util import find_spec
 
+from crossmae_det.utils.library_warnings import ignore_library_warnings
+
 __version__ = "0.1.0"
 
+ignore_library_warnings()
 if find_spec("detectron2") is not None:
     from crossmae_det import detection as detection

@@ -14,8 +14,8 @@ def job(args: Namespace) -> None:
 
 def main(description: str) -> None:
     args = argument_parser(description).parse_args()
-    get_config(args.config_file, args.opts)  # refused before any process starts
-    run_distributed(job, args)
+    # Rejected before any process starts.
+    run_distributed(job, args, get_config(args.config_file, args.opts))
 
 
 if __name__ == "__main__":

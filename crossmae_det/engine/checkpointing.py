@@ -2,17 +2,35 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
+from torch import nn
 
 from crossmae_det.checkpoint import atomic_path, load, read_checkpoint, save_checkpoint
 from crossmae_det.checkpoint.resizing import position_grid
 from crossmae_det.checkpoint.sharded import gather
+from crossmae_det.engine.resuming import Change, changes, check_changes, check_model
 
 logger = logging.getLogger(__name__)
+
+
+class Resumed(NamedTuple):
+    """What a resumed run began with.
+
+    Attributes:
+        path: the checkpoint.
+        changes: settings that are others than in the checkpoint.
+        missing: what was to be loaded and is not in the file.
+        has_settings: whether the file tells its settings; those of earlier versions do not.
+    """
+
+    path: str
+    changes: list[Change]
+    missing: list[str]
+    has_settings: bool
 
 
 class Checkpointer(FvcoreCheckpointer):
@@ -20,7 +38,28 @@ class Checkpointer(FvcoreCheckpointer):
 
     The random numbers and the data of iteration i depend on the seed and on i alone (see
     :class:`~crossmae_det.engine.trainer.Trainer`), so a file holds no random state.
+
+    Args:
+        model: the model without wrappers.
+        save_dir: the run's folder.
+        save_to_disk: False in the processes that do not write.
+        run_settings: the settings of the run, which its files hold: see
+            :func:`crossmae_det.engine.resuming.settings`.
+        **checkpointables: what is saved beside the model, each with ``state_dict`` and
+            ``load_state_dict``.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool = True,
+        run_settings: Mapping[str, Any] | None = None,
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.run_settings = dict(run_settings or {})
 
     def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
         """Write ``name``.pth in the run's folder, from the process that writes; all take part.
@@ -40,6 +79,8 @@ class Checkpointer(FvcoreCheckpointer):
         data = gather(data) | position_grid(self.model)
         if not self.save_to_disk:
             return
+        if self.run_settings:
+            data["settings"] = self.run_settings
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         save_checkpoint(data | kwargs, path)
@@ -51,23 +92,35 @@ class Checkpointer(FvcoreCheckpointer):
         with atomic_path(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
             temporary.write_text(last_filename_basename)
 
-    def resume(self) -> Mapping[str, Any]:
+    def resume(self, optional: Sequence[str] = ()) -> Resumed:
         """Load the tagged checkpoint of the run's folder: the model and everything beside it.
 
+        Args:
+            optional: names of what is saved beside the model and may be missing in the file.
+
+        Returns:
+            What differs from the run so far. Where that is rejected, no file has been changed.
+
         Raises:
-            FileNotFoundError, ValueError: it is missing, damaged, or of another model.
+            FileNotFoundError, ValueError: the checkpoint is missing or damaged, or it cannot be
+                continued with these settings.
         """
         path = self.get_checkpoint_file()
         checkpoint = read_checkpoint(path)
+        found = changes(checkpoint.get("settings", self.run_settings), self.run_settings)
+        check_changes(path, found)
+        check_model(path, checkpoint["model"], self.model.state_dict(), found)
         load(self.model, path, content=checkpoint, whole=True, exact=True)
+        missing = []
         for key, item in self.checkpointables.items():
-            if key not in checkpoint:
-                raise ValueError(
-                    f"{path} has no '{key}' to resume; was it on when the run started?"
-                )
-            item.load_state_dict(checkpoint[key])
+            if key in checkpoint:
+                item.load_state_dict(checkpoint[key])
+            elif key in optional:
+                missing.append(key)
+            else:
+                raise ValueError(f"cannot resume {path}: it has no '{key}'")
         # What a kill during a save may have left.
         for leftover in Path(self.save_dir).glob(".model_*.pth") if self.save_to_disk else ():
             leftover.unlink()
         logger.info("Resumed from %s", path)
-        return checkpoint
+        return Resumed(path, found, missing, "settings" in checkpoint)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import EvalHook, LRScheduler
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 from tabulate import tabulate
@@ -38,7 +38,8 @@ OWN_DECAY = re.compile(r"_(no_decay|decay_[\d.e+-]+)$")
 class ModelEMA(HookBase):
     """Exponential moving average of the weights, kept beside them.
 
-    It is saved in the checkpoints under "ema" and continues from there.
+    It is saved in the checkpoints under "ema" and continues from there; where a resumed run had
+    none, it starts from the weights of the checkpoint.
 
     Args:
         model: the model without its DistributedDataParallel wrapper.
@@ -59,6 +60,11 @@ class ModelEMA(HookBase):
     def model(self) -> nn.Module:
         """The model with the averaged weights."""
         return self.averaged.module
+
+    def restart(self) -> None:
+        """Take the model's present weights, and average from the next iteration on."""
+        self.model.load_state_dict(self.source.state_dict())
+        self.averaged.n_averaged.zero_()
 
     def after_step(self) -> None:
         self.averaged.update_parameters(self.source)
@@ -89,6 +95,23 @@ class LayerLearningRates(HookBase):
             name = str(group.get("name", index))
             if not OWN_DECAY.search(name):
                 self.trainer.storage.put_scalar(f"lr/{name}", group["lr"], smoothing_hint=False)
+
+
+class LearningRateSchedule(LRScheduler):
+    """detectron2's hook for a schedule that follows from the config and the iteration alone.
+
+    Nothing of it is saved: a resumed run has the rates that its own config gives at the iteration.
+    """
+
+    def before_train(self) -> None:
+        super().before_train()
+        self.scheduler.last_epoch = self.trainer.start_iter
+        rates = self.scheduler.get_lr()
+        for group, rate in zip(self.trainer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
 
 class Evaluation(EvalHook):

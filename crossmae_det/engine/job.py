@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import hooks
-from detectron2.engine.defaults import create_ddp_model, default_writers
+from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
@@ -28,12 +29,16 @@ from crossmae_det.engine.hooks import (
     BestCheckpointer,
     Evaluation,
     LayerLearningRates,
+    LearningRateSchedule,
     MetricCurves,
     ModelEMA,
 )
 from crossmae_det.engine.memory import keep_freed_memory
+from crossmae_det.engine.metrics_file import MetricsWriter
 from crossmae_det.engine.precision import inference_autocast
-from crossmae_det.engine.setup import resolve_device, setup
+from crossmae_det.engine.resuming import settings
+from crossmae_det.engine.run_folder import METRICS
+from crossmae_det.engine.setup import resolve_device, save_config, setup
 from crossmae_det.engine.sharding import check_config, shard
 from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype
 from crossmae_det.visualization.files import write_json
@@ -60,7 +65,7 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
         ValueError, OSError: something that the user can mend, in one line.
         NonFiniteError: a loss or the gradient was not finite.
     """
-    cfg = setup(cfg, args)
+    cfg, to_keep = setup(cfg, args)
     device = resolve_device(cfg.train.device)
     keep_freed_memory(device)
     model = instantiate(cfg.model).to(device)
@@ -68,7 +73,7 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
         name: getattr(args, name, ()) for name in ("allow_missing", "allow_unexpected")
     }
     if not args.eval_only:
-        return train(cfg, model, resume=args.resume, allowed=allowed)
+        return train(cfg, model, resume=args.resume, allowed=allowed, to_keep=to_keep)
     if "evaluator" not in cfg.dataloader:
         raise ValueError("--eval-only: the config has no dataloader.evaluator to evaluate with")
     if not cfg.train.init_checkpoint:
@@ -123,10 +128,24 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(
-    cfg: DictConfig, model: nn.Module, *, resume: bool, allowed: Mapping[str, Any]
+    cfg: DictConfig,
+    model: nn.Module,
+    *,
+    resume: bool,
+    allowed: Mapping[str, Any],
+    to_keep: DictConfig,
 ) -> dict[str, Any]:
-    """Train a model and evaluate it along the way; see :func:`run`."""
+    """Train a model and evaluate it along the way; see :func:`run`.
+
+    Args:
+        cfg: the config, resolved.
+        model: its model, on its device.
+        resume: continue the run in the folder, where there is one.
+        allowed: what the weights that a new run starts from may lack or have beside.
+        to_keep: the config that is written into the folder.
+    """
     options = cfg.train
+    run_settings = settings(cfg)  # before objects are put into the config
     if options.fsdp.enabled:
         check_config(cfg)
     if options.compile.enabled:
@@ -134,6 +153,7 @@ def train(
         model.get_submodule(options.compile.module).compile(backend=options.compile.backend)
     device = next(model.parameters()).device
     precision = amp_dtype(options, device)
+    run_settings["precision"] = precision or "float32"  # what "auto" was on this machine
     logger.info("Precision: %s", precision or "float32")
     ddp = dict(options.ddp)
     if device.type == "cpu":
@@ -151,7 +171,11 @@ def train(
     )
     ema = ModelEMA(model, options.ema.decay) if options.ema.enabled else None
     checkpointer = Checkpointer(
-        model, options.output_dir, save_to_disk=comm.is_main_process(), trainer=trainer
+        model,
+        options.output_dir,
+        save_to_disk=comm.is_main_process(),
+        run_settings=run_settings,
+        trainer=trainer,
     )
     if ema is not None:
         checkpointer.add_checkpointable("ema", ema.averaged)
@@ -178,7 +202,7 @@ def train(
             hooks.IterationTimer(),
             ema,
             LayerLearningRates(),
-            hooks.LRScheduler(
+            LearningRateSchedule(
                 scheduler=LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), options.max_iter)
             ),
             periodic,
@@ -188,7 +212,7 @@ def train(
             BestCheckpointer(checkpointer, options.best_checkpoint.metrics) if main else None,
             instantiate(options.pictures),  # before the writers, which write what it shows
             hooks.PeriodicWriter(
-                default_writers(options.output_dir, options.max_iter), period=options.log_period
+                writers(options.output_dir, options.max_iter), period=options.log_period
             )
             if main
             else None,
@@ -196,12 +220,11 @@ def train(
         ]
     )
     if resume and checkpointer.has_checkpoint():
-        checkpointer.resume()
+        resume_run(checkpointer, trainer, ema, options.max_iter)
         # They count among the last ones to keep.
         periodic.recent_checkpoints = sorted(
-            path
-            for path in checkpointer.get_all_checkpoint_files()
-            if re.search(r"_\d+\.pth$", path)
+            (p for p in checkpointer.get_all_checkpoint_files() if re.search(r"_\d+\.pth$", p)),
+            key=os.path.getmtime,  # iterations are counted anew after a change of the batch size
         )
         start_iter = trainer.iter + 1
     else:
@@ -213,6 +236,8 @@ def train(
             if main:
                 write_json(os.path.join(options.output_dir, REPORT), report.to_dict(), indent=2)
         start_iter = 0
+    if start_iter < options.max_iter:  # a run that is complete keeps the config of its training
+        save_config(to_keep, options.output_dir)
     try:
         trainer.train(start_iter, options.max_iter)
     except NonFiniteError as error:
@@ -224,3 +249,47 @@ def train(
             f"{error}; the state before it is in {os.path.join(options.output_dir, name)}.pth"
         ) from error
     return results
+
+
+def writers(output_dir: str, max_iter: int) -> list[EventWriter]:
+    """detectron2's writers of metrics: to the log, to TensorBoard, to ``metrics.json``."""
+    return [
+        CommonMetricPrinter(max_iter),
+        MetricsWriter(os.path.join(output_dir, METRICS)),
+        TensorboardXWriter(output_dir),
+    ]
+
+
+def resume_run(
+    checkpointer: Checkpointer, trainer: Trainer, ema: ModelEMA | None, max_iter: int
+) -> None:
+    """Continue the run in the folder, and log what differs from its settings so far.
+
+    Raises:
+        FileNotFoundError, ValueError: see :meth:`Checkpointer.resume`; or the run is already longer
+            than the config wants it to be.
+    """
+    resumed = checkpointer.resume(optional=["ema"])
+    done = trainer.iter + 1
+    if done > max_iter:
+        raise ValueError(
+            f"cannot resume {resumed.path}: it has {done} iterations, and the config ends after"
+            f" {max_iter}: raise train.epochs (or train.max_iter), or evaluate with --eval-only"
+        )
+    if ema is not None and "ema" in resumed.missing:
+        ema.restart()
+        logger.warning("train.ema was off so far: the average starts from the present weights")
+    if not resumed.has_settings:
+        logger.warning("%s does not tell its settings: the config's apply", resumed.path)
+    if resumed.changes:
+        state = "applied from here on" if done < max_iter else "not applied, the run is complete"
+        lines = "\n".join(f"  {change}" for change in resumed.changes)
+        logger.warning("Settings that differ from the run so far (%s):\n%s", state, lines)
+    if any(change.key.endswith("train.total_batch_size") for change in resumed.changes):
+        logger.warning(
+            "%d images seen are %d iterations of the new batch size",
+            done * trainer.batch_size + trainer.image_offset if trainer.batch_size else 0,
+            done,
+        )
+    if done == max_iter:
+        logger.info("The run is complete, with %d iterations", done)

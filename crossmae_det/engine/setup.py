@@ -4,23 +4,23 @@ import logging
 import os
 import re
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
 from detectron2.config import LazyConfig
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException
 
 from crossmae_det.checkpoint import atomic_path
+from crossmae_det.engine.logs import environment, start_log, versions
+from crossmae_det.engine.run_folder import claim_folder
 from crossmae_det.engine.trainer import NonFiniteError
 
 logger = logging.getLogger(__name__)
@@ -28,12 +28,18 @@ logger = logging.getLogger(__name__)
 # What a user can mend is told in one line; anything else is a defect of ours, with its traceback.
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, NonFiniteError)
 BAD_INPUT = 2
+WAIT_FOR_FIRST = 5  # seconds
 
 
 def argument_parser(description: str) -> ArgumentParser:
     """detectron2's arguments for training and evaluation tools, and what weights may lack."""
     parser = default_argument_parser()
     parser.description = description
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove the run that is in train.output_dir: its checkpoints, metrics and results",
+    )
     add_loading_arguments(parser)
     return parser
 
@@ -59,6 +65,9 @@ def run_tool(main: Callable[[], Any]) -> None:
         main()
     except USER_ERRORS as error:
         logger.debug("Traceback of the error", exc_info=True)
+        if comm.get_rank() > 0:
+            # The first process says it and ends, which ends the others; unless it met nothing.
+            time.sleep(WAIT_FOR_FIRST)
         print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except ProcessExitedException as error:
@@ -75,51 +84,6 @@ def _one_line(error: Exception) -> str:
         # torch puts the worker's traceback into the message; "package.Error: message" ends it.
         return re.sub(r"^[\w.]+: ", "", lines[-1])
     return " ".join(line.strip() for line in lines)
-
-
-def run_distributed(main: Callable[[Namespace], Any], args: Namespace) -> None:
-    """Run ``main(args)`` in every process of the job.
-
-    Under torchrun this process is one of them; otherwise detectron2's launcher starts
-    ``args.num_gpus`` processes on this machine (over gloo where there is no GPU).
-
-    Raises:
-        ValueError: there are GPUs, but fewer than processes.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _join_torchrun()
-        main(args)
-        torch.distributed.destroy_process_group()
-        return
-    gpus = torch.cuda.device_count()
-    if torch.cuda.is_available() and args.num_gpus > gpus:
-        raise ValueError(f"--num-gpus {args.num_gpus}, but this machine has {gpus}")
-    launch(
-        _worker,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(main, args),
-    )
-
-
-def _worker(main: Callable[[Namespace], Any], args: Namespace) -> None:
-    if comm.get_world_size() == 1:
-        main(args)
-    else:
-        run_tool(lambda: main(args))
-        torch.distributed.destroy_process_group()
-
-
-def _join_torchrun() -> None:
-    local_rank = int(os.environ["LOCAL_RANK"])
-    use_cuda = torch.cuda.is_available()
-    if use_cuda:
-        torch.cuda.set_device(local_rank)
-    backend = "nccl" if use_cuda else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -139,41 +103,50 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
-    """Make the run's folder, start the log, seed this process and resolve the config.
-
-    A training run keeps its config there as ``config.yaml``, with values instead of what follows
-    from the data: it is a config of its own, also where the data are gone.
+def setup(cfg: DictConfig, args: Namespace) -> tuple[DictConfig, DictConfig]:
+    """Resolve the config, claim the run's folder, start the log and seed this process.
 
     Returns:
-        The config without references; the one that was passed in is unchanged.
+        The config without references; and the config to keep with :func:`save_config`, with values
+        instead of what follows from the data: it is a config of its own, also where the data are
+        gone. The one that was passed in is unchanged.
 
     Raises:
-        ValueError, OSError: the config refers to what is not there.
+        ValueError, OSError: the config refers to what is not there, or the folder has another run.
     """
     settled = _settle(cfg.copy())
     resolved = settled.copy()
     OmegaConf.resolve(resolved)
     options = resolved.train
-    rank = comm.get_rank()
+    device = resolve_device(options.device)
+    removed = claim_folder(resolved, args)
+    start_log(options.output_dir)
+    world_size = comm.get_world_size()
+    processes = f" x {world_size} processes" if world_size > 1 else ""
+    logger.info("%s, device %s%s", versions(), device, processes)
+    logger.info("Output: %s (config.yaml, log.txt)", options.output_dir)
+    if removed:
+        logger.warning("--overwrite removed the run that was there: %s", ", ".join(removed))
+    logger.debug("Command line arguments: %s", args)
     if comm.is_main_process():
-        os.makedirs(options.output_dir, exist_ok=True)
-    for name in ("fvcore", "detectron2", "crossmae_det"):
-        log = setup_logger(options.output_dir, distributed_rank=rank, name=name)
-        for handler in log.handlers:
-            if type(handler) is logging.StreamHandler and handler.stream is sys.stdout:
-                handler.setLevel(logging.INFO)  # tracebacks of a user's errors go to the file only
-    logger.info("Rank of this process: %d. World size: %d", rank, comm.get_world_size())
-    logger.info("Environment\n%s", collect_env_info())
-    logger.info("Command line arguments: %s", args)
-    if comm.is_main_process() and not args.eval_only:
-        path = os.path.join(options.output_dir, "config.yaml")
-        with atomic_path(path) as temporary:
-            LazyConfig.save(settled, str(temporary))
-        logger.info("The config is in %s", path)
-    seed_all_rng(options.seed + rank)
+        logger.debug("Environment\n%s", environment())
+    seed_all_rng(options.seed + comm.get_rank())
     torch.backends.cudnn.benchmark = options.cudnn_benchmark and not args.eval_only
-    return resolved
+    return resolved, settled
+
+
+def save_config(cfg: DictConfig, output_dir: str) -> None:
+    """Keep the config of a training run as ``config.yaml`` in its folder, from the first process.
+
+    Args:
+        cfg: the second one that :func:`setup` returns.
+        output_dir: the folder of the run.
+    """
+    if comm.is_main_process():
+        path = os.path.join(output_dir, "config.yaml")
+        with atomic_path(path) as temporary:
+            LazyConfig.save(cfg, str(temporary))
+        logger.debug("The config is in %s", path)
 
 
 def _settle(node: DictConfig | ListConfig) -> Any:

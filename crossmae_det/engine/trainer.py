@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from crossmae_det.engine.resuming import match_optimizer_state, parameter_names
 from crossmae_det.engine.sharding import distribute_state
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,15 @@ class Trainer(SimpleTrainer):
     """detectron2's trainer with mixed precision, accumulation, clipping and a guard against NaN.
 
     Iteration i draws its random numbers from (seed, i, rank) alone, and asks the loader for batch
-    i: a run that was interrupted continues exactly as if it had not been.
+    i: a run that was interrupted continues exactly as if it had not been. One that is resumed with
+    another batch size goes on with the next image: iterations are then counted as if the run had
+    had that batch size from the start.
 
     Args:
         model: takes a batch, returns a dict of scalar losses.
         data_loader: an endless iterable of batches; a method ``start_at(iteration)``, where it has
-            one, makes the next ``iter()`` begin at that iteration.
+            one, makes the next ``iter()`` begin at that iteration. One with ``total_batch_size``
+            (images of an iteration) takes an ``offset`` in images as well.
         optimizer: over the model's parameters.
         seed: non-negative.
         amp_dtype: "bf16", "fp16" or None.
@@ -126,6 +130,9 @@ class Trainer(SimpleTrainer):
         self.amp_dtype = amp_dtype
         self.accumulation = accumulation
         self.clip_norm = clip_norm
+        self.batch_size: int | None = getattr(data_loader, "total_batch_size", None)
+        # Images that the run has seen beyond iteration x batch size, from other batch sizes.
+        self.image_offset = 0
         self.device = next(model.parameters()).device
         self.autocast()  # refuses an unknown dtype now, not at the first step
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == "fp16")
@@ -136,7 +143,8 @@ class Trainer(SimpleTrainer):
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
         if hasattr(self.data_loader, "start_at"):
-            self.data_loader.start_at(start_iter)
+            offset = {} if self.batch_size is None else {"offset": self.image_offset}
+            self.data_loader.start_at(start_iter, **offset)
         with EventStorage(start_iter) as self.storage:
             try:
                 self.before_train()
@@ -145,7 +153,7 @@ class Trainer(SimpleTrainer):
                     self.run_step()
                     self.after_step()
                 # after_train tells a finished run from a failed one by this.
-                self.iter += 1
+                self.iter = max_iter
             finally:
                 self.after_train()
 
@@ -242,15 +250,40 @@ class Trainer(SimpleTrainer):
             raise NonFiniteError(f"training stopped at iteration {self.iter}: {message}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks, optimiser and gradient scaler."""
-        return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
+        """Iteration, images seen, hooks, optimizer with names, gradient scaler."""
+        state = super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
+        state["parameter_names"] = parameter_names(self._bare_model(), self.optimizer)
+        if self.batch_size is not None:
+            state["images_seen"] = (self.iter + 1) * self.batch_size + self.image_offset
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave; the next iteration is ``self.iter + 1``."""
-        optimizer = distribute_state(self.optimizer, state_dict["optimizer"])
-        super().load_state_dict({**state_dict, "optimizer": optimizer})
+        """Continue from what :meth:`state_dict` gave; the next iteration is ``self.iter + 1``.
+
+        The settings of the optimizer stay as they are, and so does the batch size: see
+        :mod:`crossmae_det.engine.resuming`.
+
+        Raises:
+            ValueError: the state does not fit the optimizer.
+        """
+        names = parameter_names(self._bare_model(), self.optimizer)
+        optimizer = match_optimizer_state(
+            state_dict["optimizer"], state_dict.get("parameter_names"), self.optimizer, names
+        )
+        state = {**state_dict, "optimizer": distribute_state(self.optimizer, optimizer)}
+        # Earlier versions saved the schedule, which follows from the config and the iteration.
+        hooks = state.get("hooks", {})
+        state["hooks"] = {name: hooks[name] for name in hooks if name != "LRScheduler"}
+        if self.batch_size is not None and "images_seen" in state:
+            iterations, self.image_offset = divmod(state["images_seen"], self.batch_size)
+            state["iteration"] = iterations - 1
+        super().load_state_dict(state)
         if state_dict["grad_scaler"]:  # empty where the run was not in fp16
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+    def _bare_model(self) -> nn.Module:
+        wrapped = isinstance(self.model, DistributedDataParallel)
+        return self.model.module if wrapped else self.model
 
 
 def _names(samples: Any) -> str:

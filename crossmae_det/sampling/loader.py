@@ -3,7 +3,8 @@
 Iteration i of a run sees the same images under the same augmentations whether the run got there in
 one go or was killed and resumed, with any number of workers, and on any number of processes: each
 takes its slice of one global batch. So every random choice is derived from (seed, position), where
-position = iteration x total_batch_size + place in the batch counts the images of the whole run.
+position = iteration x total_batch_size + place in the batch counts the images of the whole run. A
+run that is resumed with another batch size goes on at the position that it has reached.
 """
 
 import logging
@@ -82,14 +83,23 @@ class ResumableLoader:
         self._collate = _Collate(collate)
         self._pin_memory = pin_memory
         self._worker_init = worker_init
-        self._start = 0
+        self._start = 0  # in images
         self._slice()  # so that a batch size that cannot be split fails here and not in training
 
-    def start_at(self, iteration: int) -> None:
-        """Let every following ``iter()`` begin at this iteration, without loading those before."""
-        if iteration < 0:
-            raise ValueError(f"iteration={iteration}: must not be negative")
-        self._start = iteration
+    def start_at(self, iteration: int, offset: int = 0) -> None:
+        """Let every following ``iter()`` begin at this iteration, without loading those before.
+
+        Args:
+            iteration: counted in batches of ``total_batch_size``.
+            offset: images to leave out as well, fewer than a batch: what a run that has been
+                resumed with another batch size has seen beyond ``iteration`` batches.
+
+        Raises:
+            ValueError: one of them is negative.
+        """
+        if min(iteration, offset) < 0:
+            raise ValueError(f"iteration={iteration}, offset={offset}: must not be negative")
+        self._start = iteration * self.total_batch_size + offset
 
     def __iter__(self) -> Iterator[Any]:
         loader = DataLoader(
@@ -164,11 +174,12 @@ class _Batches:
     """The batch sampler: endless lists of (position, index) for one process."""
 
     def __init__(self, order: _Order, total_batch_size: int, start: int, begin: int, end: int):
-        self.order, self.total_batch_size, self.start = order, total_batch_size, start
+        self.order, self.total_batch_size = order, total_batch_size
+        self.start = start  # position of the first image
         self.begin, self.end = begin, end
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first = self.start * self.total_batch_size
+        first = self.start
         while True:
             positions = range(first + self.begin, first + self.end)
             yield [(position, self.order[position]) for position in positions]

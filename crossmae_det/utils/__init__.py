@@ -1,1 +1,1 @@
-"""What every task shares below its own package: reading images."""
+"""What every task shares below its own package: reading images, warnings of libraries."""

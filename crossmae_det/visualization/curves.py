@@ -1,4 +1,4 @@
-"""Curves of a training run from detectron2's ``metrics.json``."""
+"""Curves of a training run from its ``metrics.json``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_NAMES_IN_LEGEND = 4
 
 
 def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:
-    """Reads the JSON lines that detectron2's ``JSONWriter`` appends to.
+    """Reads the JSON lines of a run's ``metrics.json``, with null or NaN for what is not finite.
 
     A resumed run writes iterations again that were written before it was stopped: the last value
     counts, and what a name had beyond it belongs to the abandoned run and is dropped. A line cut
@@ -58,6 +58,8 @@ def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:
             skipped += bool(line.strip())
             continue
         for name, value in record.items():
+            if value is None:  # what is not finite in JSON
+                value = math.nan
             if isinstance(value, int | float):
                 _append(series.setdefault(name, {}), iteration, float(value))
     if not series:

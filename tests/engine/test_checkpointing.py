@@ -28,8 +28,10 @@ def test_resume_brings_back_the_model_and_all_beside_it(tmp_path):
 def test_what_was_not_on_when_the_run_started_cannot_be_resumed(tmp_path):
     model = nn.Linear(2, 2)
     Checkpointer(model, str(tmp_path)).save("model_0000004")
-    with pytest.raises(ValueError, match="has no 'ema' to resume"):
-        Checkpointer(model, str(tmp_path), ema=Counter()).resume()
+    with pytest.raises(ValueError, match="it has no 'counter'"):
+        Checkpointer(model, str(tmp_path), counter=Counter()).resume()
+    resumed = Checkpointer(model, str(tmp_path), ema=Counter()).resume(optional=["ema"])
+    assert resumed.missing == ["ema"]
 
 
 def test_a_process_that_does_not_save_writes_nothing(tmp_path):

@@ -114,7 +114,7 @@ def test_pretraining_shows_its_pictures_and_starts_detectors(
                 override,
             ],
         )
-        run(cfg, TRAIN)
+        run(cfg, Namespace(eval_only=False, resume=False, overwrite=True))
         detector = read_checkpoint(tmp_path / "detector" / "model_final.pth")["model"]
         name = "blocks.3.mlp.fc2.weight"
         same = torch.allclose(detector[f"backbone.net.{name}"], trunk[f"encoder.{name}"], atol=1e-6)

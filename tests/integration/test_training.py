@@ -123,7 +123,7 @@ def test_two_processes_train_as_one(repo, tiny_overrides, tmp_path, launcher):
         arguments += ["--num-gpus", "2", "--dist-url", "auto"]
         process = start(repo, "lazyconfig_train_net.py", *arguments, *options)
     log = finish(process)
-    assert "World size: 2" in log
+    assert "device cpu x 2 processes" in log
     expected, got = weights(tmp_path / "one"), weights(tmp_path / "output")
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,46 @@
+"""Warnings of libraries about their own code, which a user of this project can do nothing about.
+
+Each is filtered by what it says and by the module that it comes from; any other one is shown.
+"""
+
+import logging
+import warnings
+
+# (start of the message as a regular expression, category, module that gives it)
+WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
+    # fvcore and detectron2 script functions when they are imported.
+    ("`torch.jit.script` is deprecated", FutureWarning, r"torch\.jit"),
+    ("`torch.jit.script_method` is deprecated", FutureWarning, r"torch\.jit"),
+    # detectron2.model_zoo finds its files with it.
+    ("pkg_resources is deprecated as an API", UserWarning, r"detectron2|pkg_resources"),
+    ("Deprecated call to `pkg_resources", DeprecationWarning, r"detectron2|pkg_resources"),
+    # detectron2's anchors.
+    ("torch.meshgrid: in an upcoming release", UserWarning, r"torch\.functional"),
+)
+
+# (logger, start of the message)
+LOG_RECORDS = (
+    # detectron2's report of the environment asks for a compiler of CUDA code.
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+    # detectron2's layers ask it in every forward.
+    ("torch.fx._symbolic_trace", "is_fx_tracing will return true"),
+)
+
+
+class _WithoutStart(logging.Filter):
+    """Drops the records whose message starts in a given way."""
+
+    def __init__(self, start: str):
+        super().__init__()
+        self.start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.start)
+
+
+def ignore_library_warnings() -> None:
+    """Filter them in this process, from now on; those of a user's own code are not touched."""
+    for message, category, module in WARNINGS:
+        warnings.filterwarnings("ignore", message, category, module)
+    for name, start in LOG_RECORDS:
+        logging.getLogger(name).addFilter(_WithoutStart(start))
