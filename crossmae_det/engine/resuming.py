@@ -6,6 +6,7 @@ checkpoint the weights, the state of the optimizer (by the names of the paramete
 of images seen. What differs from the run so far is logged; what cannot be combined is rejected.
 """
 
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -250,10 +251,7 @@ def _entries(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> set[
     like = group["params"][0]
     trial = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
     trial.grad = torch.zeros_like(trial)
-    options = {name: value for name, value in group.items() if name in optimizer.defaults}
-    try:
-        one = type(optimizer)([trial], **options)
-    except TypeError:  # an optimizer of a user's own, whose settings are not its arguments
-        return set()
+    arguments = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
+    one = type(optimizer)([trial], **{name: group[name] for name in arguments})
     one.step()
     return {name for name, value in one.state[trial].items() if value is not None}
