@@ -6,7 +6,8 @@ VENV := .venv
 PYTEST_ARGS :=
 
 TRUNK := output/demo_pretrain/model_final.pth
-PRETRAIN = $(RUN) tools/lazyconfig_train_net.py --config-file configs/demo/pretrain.py
+# Continues where it was stopped.
+PRETRAIN = $(RUN) tools/lazyconfig_train_net.py --resume --config-file configs/demo/pretrain.py
 
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -41,9 +42,8 @@ $(READY): setup.py $(wildcard requirements/*.txt) tools/setup_environment.py too
 	@$(RUN) tools/setup_environment.py
 	@touch $@
 
-demo: $(READY)  ## pretrain on the built-in data set, then train and evaluate Mask R-CNN, into output/
-	$(PRETRAIN)
-	$(RUN) tools/lazyconfig_train_net.py --config-file configs/demo/mask_rcnn.py \
+demo: $(READY) $(TRUNK)  ## pretrain on the built-in data set, once, then train and evaluate Mask R-CNN, into output/
+	$(RUN) tools/lazyconfig_train_net.py --overwrite --config-file configs/demo/mask_rcnn.py \
 	    train.init_checkpoint=$(TRUNK)
 
 compare: $(TRUNK)  ## AP from the demo's pretrained trunk beside AP from a random one, three seeds

@@ -59,7 +59,7 @@ def main() -> None:
         *args.overrides,
     ]
     cfg = get_config("demo/overfit_coco.py", overrides)
-    results = run(cfg, Namespace(eval_only=False, resume=False, config_file=""))
+    results = run(cfg, Namespace(eval_only=False, resume=False, overwrite=True))
     print(f"{len(content['images'])} images, {len(content['annotations'])} objects")
     for task, wanted in WANTED.items():
         print(f"{task} AP50 = {results[task]['AP50']:.1f}, wanted > {wanted}")
