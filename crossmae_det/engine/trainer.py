@@ -179,6 +179,8 @@ class Trainer(SimpleTrainer):
             for name, loss in part_losses.items():
                 losses[name] = losses.get(name, 0) + share * loss.detach()
         self.after_backward()
+        if self.iter == self.start_iter:
+            self._check_gradients()
 
         self.grad_scaler.unscale_(self.optimizer)
         self._clip_gradient(batch)
@@ -216,6 +218,28 @@ class Trainer(SimpleTrainer):
 
         self._stop_if(failed, describe)
         return losses
+
+    def _check_gradients(self) -> None:
+        """Say which parameters nothing reads.
+
+        Raises:
+            ValueError: there are some, and DistributedDataParallel would stop at the next step.
+        """
+        unread = [
+            name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None
+        ]
+        if not unread:
+            return
+        parallel = self.model if isinstance(self.model, DistributedDataParallel) else None
+        what = (
+            f"{len(unread)} parameters get no gradient, '{unread[0].removeprefix('module.')}' first"
+        )
+        if parallel is not None and not parallel.find_unused_parameters:
+            raise ValueError(
+                f"{what}: freeze or remove what the losses do not depend on, or set"
+                " train.ddp.find_unused_parameters=True"
+            )
+        logger.warning("%s: they are not trained", what)
 
     def _clip_gradient(self, batch: Any) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

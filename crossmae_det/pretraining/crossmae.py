@@ -110,7 +110,7 @@ class CrossMAE(MaskedAutoencoder):
         prediction_ratio: fraction of ALL patches that are predicted, in (0, mask_ratio]: 0.75 with
             a mask of 0.75 predicts every masked patch, 0.25 a third of them.
         feature_blocks: indices of the encoder blocks that the decoder reads, negative ones counted
-            from the end; None for all.
+            from the end; None for all. Blocks after the last of them are frozen.
         use_input_feature: the decoder also reads the input of the first encoder block.
         decoder_self_attention: the paper's ablation: queries attend to each other, too.
         norm_pix_loss: predict each patch normalised by its own mean and deviation, not raw.
@@ -149,6 +149,17 @@ class CrossMAE(MaskedAutoencoder):
             prediction_ratio=prediction_ratio,
             norm_pix_loss=norm_pix_loss,
         )
+        # Index i of the features is what block i reads, and i = depth what the last one gives.
+        read = decoder.feature_indices[-1]
+        if unread := encoder.blocks[read:]:
+            # Without a gradient they would stop DistributedDataParallel.
+            unread.requires_grad_(False)
+            logger.warning(
+                "the decoder reads no block after %d: the %d blocks that follow are not trained but"
+                " frozen",
+                read - 1,
+                len(unread),
+            )
 
 
 def _feature_indices(
@@ -162,10 +173,4 @@ def _feature_indices(
     blocks = sorted({index % depth for index in chosen})
     if not blocks:
         raise ValueError("feature_blocks is empty: the decoder must read at least one block")
-    if blocks[-1] < depth - 1:
-        logger.warning(
-            "the decoder reads no block after %d: the %d blocks that follow are not trained",
-            blocks[-1],
-            depth - 1 - blocks[-1],
-        )
     return ([0] if use_input_feature else []) + [index + 1 for index in blocks]

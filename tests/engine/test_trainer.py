@@ -190,3 +190,34 @@ def test_the_precision_follows_the_gpu(monkeypatch, ampere, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: ampere)
     options = {"amp": {"enabled": True, "dtype": "auto"}}
     assert amp_dtype(options, torch.device("cuda")) == expected
+
+
+class HalfRead(Regression):
+    """A part of the model reaches no loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.unread = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("find_unused", [None, False, True])
+def test_parameters_that_nothing_reads_are_named(find_unused, tmp_path, caplog):
+    model = HalfRead()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    if find_unused is None:
+        Trainer(model, Batches(), optimizer).train(0, 2)
+        assert "2 parameters get no gradient, 'unread.weight'" in caplog.text
+        return
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
+        trainer = Trainer(parallel, Batches(), optimizer)
+        if find_unused:
+            trainer.train(0, 2)
+        else:
+            with pytest.raises(ValueError, match="'unread.weight'.*find_unused_parameters=True"):
+                trainer.train(0, 2)
+    finally:
+        torch.distributed.destroy_process_group()

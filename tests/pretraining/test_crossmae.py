@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossmae_det.modeling import SIZES, ViT
-from crossmae_det.pretraining import MAE, CrossMAE
+from crossmae_det.pretraining import MAE, CrossMAE, weight_decay_param_groups
 from crossmae_det.pretraining.masking import mask_patches
 
 
@@ -93,6 +94,40 @@ def test_blocks_that_nothing_reads_are_warned_of(caplog):
     assert not caplog.records
     tiny_model(feature_blocks=[1])
     assert "no block after 1: the 2 blocks that follow are not trained" in caplog.text
+    assert len(caplog.records) == 1 and "\n" not in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    ("options", "frozen"),
+    [
+        (dict(feature_blocks=[0, 1]), [2, 3]),
+        (dict(feature_blocks=[-4], use_input_feature=False), [1, 2, 3]),
+        (dict(feature_blocks=[0, 3]), []),
+        (dict(), []),
+    ],
+)
+def test_blocks_that_nothing_reads_are_frozen(options, frozen, tmp_path):
+    model = tiny_model(**options)
+    everything = tiny_model().state_dict()
+    assert model.state_dict().keys() == everything.keys()  # a checkpoint is whole
+    still = {name for name, p in model.encoder.blocks.named_parameters() if not p.requires_grad}
+    assert {int(name.partition(".")[0]) for name in still} == set(frozen)
+    groups = weight_decay_param_groups(model, 0.05)
+    optimized = {id(p) for group in groups for p in group["params"]}
+    assert optimized == {id(p) for p in model.parameters() if p.requires_grad}
+
+    # DistributedDataParallel stops at its second iteration where a gradient is missing.
+    images = torch.randn(2, 3, 64, 64)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        parallel = DistributedDataParallel(model)
+        for _ in range(2):
+            parallel(images)["loss_reconstruction"].backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 def decoder_flops(kind, size, **options):
