@@ -9,12 +9,14 @@ from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader
 from omegaconf import OmegaConf
 
-from crossmae_det.data import DetectionMapper, TrainLoader, get_dataset_dicts
+from crossmae_det.data import DetectionMapper, ResizeToFit, TrainLoader, get_dataset_dicts
 from crossmae_det.evaluation import COCOEvaluator
 from crossmae_det.model_zoo import resolvers
 
 dataloader = OmegaConf.create(flags={"allow_objects": True})
 
+# A side in pixels, or [height, width]: large-scale jitter crops to it, test images are fitted into
+# it, and the model pads to it and has its position tables for it.
 dataloader.image_size = 1024
 
 # Category id -> name, from the training set's json; the number of classes follows.
@@ -29,12 +31,16 @@ dataloader.train = L(TrainLoader)(
             L(T.ResizeScale)(
                 min_scale=0.1,
                 max_scale=2.0,
-                target_height="${dataloader.image_size}",
-                target_width="${dataloader.image_size}",
+                target_height="${crossmae.height:${dataloader.image_size}}",
+                target_width="${crossmae.width:${dataloader.image_size}}",
             ),
             # No padding here: the model pads, after the normalisation.
             L(T.FixedSizeCrop)(
-                crop_size=["${dataloader.image_size}", "${dataloader.image_size}"], pad=False
+                crop_size=[
+                    "${crossmae.height:${dataloader.image_size}}",
+                    "${crossmae.width:${dataloader.image_size}}",
+                ],
+                pad=False,
             ),
         ],
         image_format="${oc.select:model.input_format,RGB}",
@@ -51,11 +57,7 @@ dataloader.test = L(build_detection_test_loader)(
     dataset=L(get_dataset_dicts)(names="coco_2017_val", filter_empty=False),
     mapper=L(DetectionMapper)(
         is_train=False,
-        augmentations=[
-            L(T.ResizeShortestEdge)(
-                short_edge_length="${dataloader.image_size}", max_size="${dataloader.image_size}"
-            ),
-        ],
+        augmentations=[L(ResizeToFit)(max_size="${dataloader.image_size}")],
         image_format="${...train.mapper.image_format}",
         min_size="${...train.mapper.min_size}",
     ),

@@ -3,19 +3,16 @@
 ``tests/integration/overfit_coco.py`` gives it the images.
 """
 
-import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
+
+from crossmae_det.data import ResizeToFit
 
 from .mask_rcnn import dataloader, lr_multiplier, model, optimizer, train
 
 dataloader.image_size = 320
 dataloader.train.total_batch_size = 4
 # What is to be learnt by heart is shown as it will be asked for.
-dataloader.train.mapper.augmentations = [
-    L(T.ResizeShortestEdge)(
-        short_edge_length="${dataloader.image_size}", max_size="${dataloader.image_size}"
-    )
-]
+dataloader.train.mapper.augmentations = [L(ResizeToFit)(max_size="${dataloader.image_size}")]
 model.backbone.net.patch_size = 16
 model.backbone.net.pretrain_img_size = "${dataloader.image_size}"
 model.backbone.scale_factors = (4.0, 2.0, 1.0)

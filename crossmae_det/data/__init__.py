@@ -1,6 +1,7 @@
 """Detection data: data sets by one string, checked, and a loader that resumes exactly."""
 
 from crossmae_det.data import shapes
+from crossmae_det.data.augmentations import ResizeToFit
 from crossmae_det.data.coco import DatasetInfo, describe, get_dataset_dicts, resolve_name
 from crossmae_det.data.loader import TrainLoader
 from crossmae_det.data.mapper import DetectionMapper
@@ -10,6 +11,7 @@ __all__ = [
     "DatasetInfo",
     "DetectionMapper",
     "ImageError",
+    "ResizeToFit",
     "TrainLoader",
     "UndecodableImageError",
     "describe",

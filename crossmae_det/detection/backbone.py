@@ -15,6 +15,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from crossmae_det.detection.config import IMAGE_SIZE
 from crossmae_det.modeling import ViT, size_arguments
 
 
@@ -238,7 +239,7 @@ def build_crossmae_vit_backbone(cfg, input_shape: ShapeSpec) -> ViTBackbone:
         depth=vit.DEPTH or None,
         num_heads=vit.NUM_HEADS or None,
         patch_size=vit.PATCH_SIZE,
-        img_size=cfg.INPUT.IMAGE_SIZE,
+        img_size=cfg.INPUT.IMAGE_SIZE or IMAGE_SIZE,
         in_chans=input_shape.channels,
         pretrain_img_size=vit.PRETRAIN_IMG_SIZE,
         window_size=vit.WINDOW_SIZE,
@@ -263,6 +264,6 @@ def build_crossmae_vit_pyramid_backbone(cfg, input_shape: ShapeSpec) -> SimpleFe
         out_channels=pyramid.OUT_CHANNELS,
         scale_factors=pyramid.SCALE_FACTORS,
         norm=pyramid.NORM,
-        square_pad=cfg.INPUT.IMAGE_SIZE if pyramid.SQUARE_PAD else 0,
+        square_pad=(cfg.INPUT.IMAGE_SIZE or IMAGE_SIZE) if pyramid.SQUARE_PAD else 0,
         top_block=LastLevelMaxPool() if pyramid.TOP_BLOCK else None,
     )

@@ -2,6 +2,8 @@
 
 from detectron2.config import CfgNode
 
+IMAGE_SIZE = 1024  # ViTDet's; where INPUT.IMAGE_SIZE is None
+
 
 def add_crossmae_config(cfg: CfgNode) -> None:
     """Add the keys of the trunk, the pyramid and the training recipe to a detectron2 config.
@@ -34,8 +36,9 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     pyramid.TOP_BLOCK = True
     pyramid.SQUARE_PAD = True
 
-    # Side in pixels: large-scale jitter, test size, square padding and position tables follow.
-    cfg.INPUT.IMAGE_SIZE = 1024
+    # Side in pixels, or (height, width): large-scale jitter, test size, padding and position tables
+    # follow. None is IMAGE_SIZE; as a default it lets yacs take both.
+    cfg.INPUT.IMAGE_SIZE = None
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]

@@ -10,6 +10,7 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import OmegaConf
+from timm.layers import to_2tuple
 
 from crossmae_det.data import describe
 from crossmae_det.pretraining import find_images
@@ -102,6 +103,30 @@ def fraction(total: int, parts: int, at_least: int) -> int:
     return max(at_least, total // parts)
 
 
+def height(image_size: int | Sequence[int]) -> int:
+    """The height of an image size: a side, or (height, width).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return _sides(image_size)[0]
+
+
+def width(image_size: int | Sequence[int]) -> int:
+    """The width of an image size, as :func:`height`."""
+    return _sides(image_size)[1]
+
+
+def _sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    sides = to_2tuple(image_size)
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(
+            "dataloader.image_size must be a side or [height, width], in whole pixels; got"
+            f" {image_size}"
+        )
+    return sides
+
+
 def when(condition: bool, value: Any) -> Any:
     """``value`` where the condition holds, None where it does not."""
     return value if condition else None
@@ -116,6 +141,8 @@ _RULES: dict[str, Callable] = {
     "crossmae.linear_lr": linear_lr,
     "crossmae.pretraining_lr": pretraining_lr,
     "crossmae.fraction": fraction,
+    "crossmae.height": height,
+    "crossmae.width": width,
     "crossmae.when": when,
     "crossmae.count": len,
 }

@@ -46,8 +46,14 @@ KEYS = {
     "OUTPUT_DIR": "train.output_dir",
     "MODEL.WEIGHTS": "train.init_checkpoint",
 }
-# Where 0 stands for the rule of the lazy config.
-FOLLOWING = ("SOLVER.MAX_ITER", "SOLVER.BASE_LR", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
+# Where 0 or None stands for the value or the rule of the lazy config.
+FOLLOWING = (
+    "INPUT.IMAGE_SIZE",
+    "SOLVER.MAX_ITER",
+    "SOLVER.BASE_LR",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+)
 # Read by to_lazy itself or by the model.
 ALSO_READ = (
     "DATASETS.TRAIN",
@@ -94,6 +100,8 @@ def read_yaml(path: str, overrides: Sequence[str] = ()) -> CfgNode | None:
         raise ValueError(f"the overrides of {path} must be PATH.KEY VALUE pairs, got {overrides}")
     try:
         cfg.merge_from_other_cfg(keys)
+        if "INPUT.IMAGE_SIZE" in overrides:
+            cfg.INPUT.IMAGE_SIZE = None  # yacs would not take a pair for a number
         cfg.merge_from_list(list(overrides))
     except (KeyError, AssertionError) as error:
         raise ValueError(f"{path}: unknown config key: {error.args[0]}") from error
