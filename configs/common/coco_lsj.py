@@ -64,4 +64,22 @@ dataloader.test = L(build_detection_test_loader)(
     num_workers="${..train.num_workers}",
 )
 
+# The test set with its ground truth, for train.validation_loss; one image at a time, so that the
+# loss does not depend on the number of processes.
+dataloader.validation = L(build_detection_test_loader)(
+    dataset=L(get_dataset_dicts)(
+        names="${dataloader.test.dataset.names}",
+        filter_empty=True,
+        max_images="${oc.select:dataloader.test.dataset.max_images,null}",
+    ),
+    mapper=L(DetectionMapper)(
+        is_train=True,
+        augmentations="${dataloader.test.mapper.augmentations}",
+        image_format="${dataloader.train.mapper.image_format}",
+        use_instance_mask="${dataloader.train.mapper.use_instance_mask}",
+        min_size="${dataloader.train.mapper.min_size}",
+    ),
+    num_workers="${dataloader.train.num_workers}",
+)
+
 dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names}", context={})

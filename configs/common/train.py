@@ -27,8 +27,19 @@ train = dict(
     # FSDP2: weights, gradients, optimizer in parts over the processes; for jobs without evaluation
     fsdp=dict(enabled=False),
     checkpointer=dict(period="${crossmae.fraction:${train.max_iter},20,100}", max_to_keep=2),
-    best_checkpoint=dict(metrics=["segm/AP", "bbox/AP"]),  # the first that the evaluation gives
-    eval_period="${crossmae.fraction:${train.max_iter},20,500}",
+    # The first of the metrics that is measured. mode: "auto" (of a loss lower is better, of others
+    # higher), "min" or "max".
+    best_checkpoint=dict(metrics=["segm/AP", "bbox/AP"], mode="auto"),
+    eval_period="${crossmae.fraction:${train.max_iter},20,500}",  # of the validation loss as well
+    # The training losses on dataloader.validation, as "val/total_loss" and "val/NAME".
+    validation_loss=dict(enabled=False),
+    # Ends the run after so many evaluations in a row that are not better than the best one.
+    early_stopping=dict(
+        enabled=False,
+        patience=5,
+        metrics="${train.best_checkpoint.metrics}",
+        mode="${train.best_checkpoint.mode}",
+    ),
     log_period=20,
     pictures=None,  # a hook that draws what the model does
 )

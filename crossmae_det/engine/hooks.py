@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torchvision.utils import make_grid
 
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
+from crossmae_det.engine.early_stopping import sign_of
 from crossmae_det.engine.precision import inference_autocast
 from crossmae_det.visualization.curves import plot_metrics
 from crossmae_det.visualization.grids import picture_grid
@@ -115,36 +116,60 @@ class LearningRateSchedule(LRScheduler):
 
 
 class Evaluation(EvalHook):
-    """detectron2's evaluation hook, but not after a run that failed in its last iteration."""
+    """detectron2's evaluation hook, with metrics that every process knows.
+
+    It does not evaluate after a run that failed in its last iteration, nor the same weights twice:
+    a run may end where it was just evaluated.
+    """
+
+    def __init__(self, eval_period: int, eval_function: Callable[[], dict[str, Any]]):
+        # In all processes alike: what follows from a metric may need all of them.
+        super().__init__(eval_period, lambda: comm.all_gather(eval_function())[0])
+        self.evaluated_iter = -1
+
+    def _do_eval(self) -> None:
+        super()._do_eval()
+        self.evaluated_iter = self.trainer.iter
 
     def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:
+        evaluated = self.evaluated_iter + 1 == self.trainer.iter
+        if self.trainer.iter >= self.trainer.max_iter and not evaluated:
             super().after_train()
 
 
 class BestCheckpointer(HookBase):
-    """Keep the checkpoint with the highest metric as ``model_best``.
+    """Keep the checkpoint with the best metric as ``model_best``.
 
-    Register it after the evaluation. Unlike detectron2's, it does not become the checkpoint that
-    ``--resume`` continues from, and a resumed run remembers the best value of the run so far.
+    Register it after the evaluation, in every process. Unlike detectron2's, it does not become the
+    checkpoint that ``--resume`` continues from, and a resumed run remembers the best value of the
+    run so far.
 
     Args:
         checkpointer: saves the model.
-        metrics: names such as "segm/AP"; the first one that the evaluation gives is used.
+        metrics: names such as "segm/AP" or "val/total_loss"; the first one that is measured is
+            used.
+        mode: "auto", "min" or "max": see :func:`crossmae_det.engine.early_stopping.sign_of`.
+
+    Raises:
+        ValueError: an unknown mode.
     """
 
     NAME = "model_best"
 
-    def __init__(self, checkpointer: Checkpointer, metrics: Sequence[str]):
+    def __init__(self, checkpointer: Checkpointer, metrics: Sequence[str], mode: str = "auto"):
         self.checkpointer = checkpointer
         self.metrics = metrics
-        self.best = -math.inf
+        self.mode = mode
+        sign_of("", mode)  # an unknown mode is rejected now, not at the first evaluation
+        self.best_score = -math.inf
         self.judged_iter = -1
 
     def before_train(self) -> None:
         path = os.path.join(self.checkpointer.save_dir, f"{self.NAME}.pth")
-        if self.trainer.start_iter > 0 and os.path.exists(path):
-            self.best = float(read_checkpoint(path).get("best_metric", -math.inf))
+        if self.trainer.start_iter > 0:
+            # The folder of the first process counts: on other machines there may be none.
+            known = comm.is_main_process() and os.path.exists(path)
+            self.best_score = comm.all_gather(self._score_of(path) if known else -math.inf)[0]
 
     def after_step(self) -> None:
         self._judge()
@@ -159,14 +184,24 @@ class BestCheckpointer(HookBase):
         if name is None:
             return
         value, iteration = latest[name]
-        if iteration <= self.judged_iter or not value > self.best:
+        score = sign_of(name, self.mode) * value
+        if iteration <= self.judged_iter or not score > self.best_score:
             return
         self.judged_iter = iteration
-        self.best = value = float(value)  # plain, so that the file can be read safely
+        self.best_score = float(score)
+        value = float(value)  # plain, so that the file can be read safely
         logger.info("%s = %.3f is the best so far", name, value)
         self.checkpointer.save(
             self.NAME, tag=False, iteration=iteration, best_metric=value, metric_name=name
         )
+
+    def _score_of(self, path: str) -> float:
+        """What the checkpoint is judged by; of another metric than that of this run, the least."""
+        content = read_checkpoint(path)
+        name = str(content.get("metric_name"))
+        if name not in self.metrics:
+            return -math.inf
+        return sign_of(name, self.mode) * float(content["best_metric"])
 
 
 class MetricCurves(HookBase):

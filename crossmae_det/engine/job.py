@@ -25,6 +25,7 @@ from torch import nn
 
 from crossmae_det.checkpoint import load, read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
+from crossmae_det.engine.early_stopping import EarlyStopping
 from crossmae_det.engine.hooks import (
     BestCheckpointer,
     Evaluation,
@@ -41,6 +42,7 @@ from crossmae_det.engine.run_folder import METRICS
 from crossmae_det.engine.setup import resolve_device, save_config, setup
 from crossmae_det.engine.sharding import check_config, shard
 from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype
+from crossmae_det.engine.validation import ValidationLoss
 from crossmae_det.visualization.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -209,7 +211,15 @@ def train(
             Evaluation(options.eval_period, evaluate_now)
             if "evaluator" in cfg.dataloader
             else None,
-            BestCheckpointer(checkpointer, options.best_checkpoint.metrics) if main else None,
+            ValidationLoss(
+                instantiate(cfg.dataloader.validation), options.eval_period, precision, options.seed
+            )
+            if options.validation_loss.enabled
+            else None,
+            BestCheckpointer(checkpointer, **options.best_checkpoint),
+            EarlyStopping(checkpointer, **_stopping_options(cfg))
+            if options.early_stopping.enabled
+            else None,
             instantiate(options.pictures),  # before the writers, which write what it shows
             hooks.PeriodicWriter(
                 writers(options.output_dir, options.max_iter), period=options.log_period
@@ -293,3 +303,19 @@ def resume_run(
         )
     if done == max_iter:
         logger.info("The run is complete, with %d iterations", done)
+
+
+def _stopping_options(cfg: DictConfig) -> dict[str, Any]:
+    """The arguments of :class:`EarlyStopping` that a config has.
+
+    Raises:
+        ValueError: nothing is measured that it could judge by.
+    """
+    if "evaluator" not in cfg.dataloader and not cfg.train.validation_loss.enabled:
+        raise ValueError(
+            "train.early_stopping needs something to judge by: set"
+            " train.validation_loss.enabled=True"
+        )
+    options = dict(cfg.train.early_stopping)
+    del options["enabled"]
+    return options | {"period": cfg.train.eval_period}

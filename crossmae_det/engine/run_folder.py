@@ -21,6 +21,7 @@ FILES = (
     "init_checkpoint.json",
     "curves.png",
     "predictions.png",
+    "early_stopping.json",
     "events.out.tfevents.*",
 )
 FOLDERS = ("inference", "inference_ema", "reconstructions")

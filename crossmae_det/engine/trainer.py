@@ -138,7 +138,10 @@ class Trainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == "fp16")
 
     def train(self, start_iter: int, max_iter: int) -> None:
-        """Run iterations ``start_iter`` to ``max_iter`` - 1 with the hooks around them."""
+        """Run iterations ``start_iter`` to ``max_iter`` - 1 with the hooks around them.
+
+        A hook ends the run early where it sets ``max_iter`` to the iterations that are done.
+        """
         logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
@@ -148,12 +151,12 @@ class Trainer(SimpleTrainer):
         with EventStorage(start_iter) as self.storage:
             try:
                 self.before_train()
-                for self.iter in range(start_iter, max_iter):
+                # after_train tells a finished run from a failed one by what self.iter has become.
+                while self.iter < self.max_iter:
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                # after_train tells a finished run from a failed one by this.
-                self.iter = max_iter
+                    self.iter += 1
             finally:
                 self.after_train()
 

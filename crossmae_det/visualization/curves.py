@@ -25,6 +25,7 @@ Series = dict[str, dict[int, float]]
 
 SMOOTHING = 0.02  # of the number of points, on either side
 MAX_NAMES_IN_LEGEND = 4
+VALIDATION = "val/total_loss"  # drawn beside the training's total loss
 
 
 def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:
@@ -72,7 +73,8 @@ def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:
 def plot_metrics(metrics_json: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
     """Draws the losses, the learning rate and, where evaluated, the AP of a run over iterations.
 
-    Losses are a smoothed line (running mean over 4 % of the points) over the logged values; their
+    Losses are a smoothed line (running mean over 4 % of the points) over the logged values, that of
+    a validation set is drawn as it is; their
     axis is logarithmic where they span more than a factor of ten. Values that are not finite leave
     a gap and a cross on the axis below it.
 
@@ -85,11 +87,11 @@ def plot_metrics(metrics_json: str | os.PathLike[str], png_path: str | os.PathLi
         OSError: the picture cannot be written.
     """
     series = read_metrics(metrics_json)
-    total = {name: series[name] for name in ("total_loss",) if name in series}
+    total = {name: series[name] for name in ("total_loss", VALIDATION) if name in series}
     parts = {name: series[name] for name in sorted(series) if name.startswith("loss_")}
     rates = {name: series[name] for name in sorted(series) if name == "lr"}
     precisions = {name: series[name] for name in sorted(series) if _is_precision(name)}
-    if len(parts) == 1 and total:
+    if len(parts) == 1 and "total_loss" in total:
         # The total of one loss is that loss.
         parts = {}
     panels: list[tuple[str, Series, Callable[[Axes, Series], None]]] = [
@@ -146,8 +148,9 @@ def _draw_losses(axes: Axes, group: Series) -> None:
         color = f"C{number % 10}"
         style = "-" if number < 10 else "--"
         label = f"{name}, last {_last(values):.3g}"
-        if finite.sum() == 1:
-            axes.plot(iterations, values, "o", color=color, label=label)
+        if finite.sum() == 1 or name == VALIDATION:
+            # There are few values of a validation set, and they have no noise of batches.
+            axes.plot(iterations, values, "o-", color=color, markersize=5, label=label)
             continue
         axes.plot(iterations, values, ".", color=color, alpha=0.22, markersize=4, linewidth=0)
         axes.plot(iterations, _smooth(values), style, color=color, linewidth=1.8, label=label)
