@@ -15,6 +15,7 @@ from crossmae_det.engine.hooks import ReconstructionPictures
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.pretraining import (
     build_pretraining_loader,
+    build_validation_loader,
     load_images,
     weight_decay_param_groups,
 )
@@ -31,6 +32,14 @@ dataloader = dict(
         flip=True,
         num_workers=8,
         seed="${train.seed}",
+    ),
+    # Images that are held out, named as those of the training set: their reconstruction loss.
+    validation=L(build_validation_loader)(
+        dataset=L(image_set)(name=""),
+        image_size="${dataloader.image_size}",
+        batch_size=32,
+        max_images=512,
+        num_workers="${dataloader.train.num_workers}",
     ),
 )
 
@@ -63,9 +72,10 @@ train.update(
         "${dataset.image_iterations:${train.epochs},"
         "${dataloader.train.dataset.name},${dataloader.train.total_batch_size}}"
     ),
-    eval_period=0,
+    eval_period="${train.checkpointer.period}",  # of the validation loss
 )
-train.best_checkpoint.metrics = []
+train.validation_loss.enabled = "${crossmae.is_set:${dataloader.validation.dataset.name}}"
+train.best_checkpoint.metrics = ["val/total_loss"]
 train.compile.module = ""  # the whole model
 train.pictures = L(ReconstructionPictures)(
     output_dir="${train.output_dir}",

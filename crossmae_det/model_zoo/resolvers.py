@@ -132,6 +132,11 @@ def when(condition: bool, value: Any) -> Any:
     return value if condition else None
 
 
+def is_set(value: Any) -> bool:
+    """Whether a key that is empty by default has a value."""
+    return bool(value)
+
+
 # Those that look at the data have names of their own: a run's saved config keeps their values.
 _RULES: dict[str, Callable] = {
     "dataset.iterations": iterations,
@@ -143,6 +148,7 @@ _RULES: dict[str, Callable] = {
     "crossmae.fraction": fraction,
     "crossmae.height": height,
     "crossmae.width": width,
+    "crossmae.is_set": is_set,
     "crossmae.when": when,
     "crossmae.count": len,
 }
