@@ -4,6 +4,7 @@ import math
 import cv2
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from crossmae_det.visualization.curves import _smooth, plot_metrics, read_metrics
 
@@ -116,3 +117,23 @@ def test_smoothing_is_a_centred_mean_over_finite_values():
         expected = np.nan if np.isnan(values[i]) else np.nanmean(window)
         np.testing.assert_allclose(smooth[i], expected)
     np.testing.assert_allclose(_smooth(np.arange(50.0)), np.arange(50.0))
+
+
+def test_the_loss_of_a_validation_set_is_drawn_beside_that_of_the_training(tmp_path, monkeypatch):
+    drawn = {}
+    original = Axes.plot
+
+    def plot(self, x, y, *style, label="", **options):
+        drawn[label.partition(",")[0]] = list(y)
+        return original(self, x, y, *style, label=label, **options)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    records = [{"iteration": i, "total_loss": 5.0 - i / 20} for i in range(0, 100, 10)]
+    values = {19: 5.0, 39: 4.0, 59: 6.0}
+    records += [{"iteration": i, "val/total_loss": value} for i, value in values.items()]
+    for lines in (records, records[-3:]):
+        path = write(tmp_path / "metrics.json", lines)
+        plot_metrics(path, tmp_path / "curves.png")
+        # As they are: there are too few of them to smooth.
+        assert drawn.pop("val/total_loss") == [5.0, 4.0, 6.0]
+    assert "total_loss" in drawn
