@@ -28,12 +28,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for the picture and the JSON")
     parser.add_argument(
         "--opts",
-        nargs=argparse.REMAINDER,
+        nargs="*",
         default=[],
         help="overrides of the config; train.init_checkpoint names the weights",
     )
     args = parser.parse_args()
-    cfg = get_config(args.config_file, args.opts)
+    cfg = get_config(args.config_file, args.opts, trained=True)
     model = load_pretrained(cfg)
     dataset = args.input or cfg.dataloader.train.dataset.name
     images = load_images(image_set(dataset), cfg.dataloader.image_size, args.num_images)

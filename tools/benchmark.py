@@ -114,9 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     out.add_argument(
         "--against", metavar="JSON", help="compare with an earlier run's JSON, backbone by backbone"
     )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="overrides, of every config"
-    )
+    parser.add_argument("--opts", nargs="*", default=[], help="overrides, of every config")
     args = parser.parse_args()
     if all(mode is None for mode in (args.backbones, args.growth, args.pretraining, args.data)):
         parser.error("nothing to measure: name --backbones, --growth, --pretraining or --data")

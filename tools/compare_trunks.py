@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Train one detector from different trunks, by one schedule, over several seeds; AP side by side.
 
-A comparison that was stopped goes on where it was, if it is started again with the same --output.
+A comparison that was stopped goes on where it was, if it is started again with the same --output. A
+run of another config, or from a checkpoint that has changed since, is trained anew.
 """
 
 import argparse
@@ -10,7 +11,9 @@ import sys
 from pathlib import Path
 
 from crossmae_det.engine import run_tool
+from crossmae_det.engine.configuration import is_run_of
 from crossmae_det.evaluation.comparison import comparison_table, read_metrics, summarise
+from crossmae_det.model_zoo import get_config
 from crossmae_det.visualization.files import write_json
 
 TRAIN = Path(__file__).with_name("lazyconfig_train_net.py")
@@ -32,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--output", required=True, help="folder for the runs and comparison.json")
     parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="overrides of the config, for all runs"
+        "--opts", nargs="*", default=[], help="overrides of the config, for all runs"
     )
     args = parser.parse_args()
     trunks = [trunk.partition("=")[::2] for trunk in args.trunks]
@@ -42,18 +45,16 @@ def main() -> None:
     for seed in range(args.seeds):
         for name, checkpoint in trunks:
             folder = Path(args.output, f"{name}_seed{seed}")
+            options = [f"train.seed={seed}", f"train.output_dir={folder}"]
+            options += [f"train.init_checkpoint={checkpoint}", "train.eval_period=0"]
+            options = [*args.opts, *options]
             results = folder / "inference" / "results.json"
-            if not results.exists():
-                command = [
-                    sys.executable,
-                    str(TRAIN),
-                    "--resume",
-                    "--config-file",
-                    args.config_file,
-                ]
-                options = [f"train.seed={seed}", f"train.output_dir='{folder}'"]
-                options += [f"train.init_checkpoint='{checkpoint}'", "train.eval_period=0"]
-                stop = subprocess.run([*command, *args.opts, *options]).returncode
+            same = is_run_of(folder, get_config(args.config_file, options))
+            if not (same and results.exists()):
+                print(f"{name}, seed {seed}: {'continuing' if same else 'training'} in {folder}")
+                how = "--resume" if same else "--overwrite"
+                command = [sys.executable, str(TRAIN), how, "--config-file", args.config_file]
+                stop = subprocess.run([*command, *options]).returncode
                 if stop:
                     sys.exit(stop)
             runs[name].append(read_metrics(results))

@@ -25,12 +25,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--opts",
-        nargs=argparse.REMAINDER,
+        nargs="*",
         default=[],
         help="overrides of the config; train.init_checkpoint (MODEL.WEIGHTS) names the weights",
     )
     args = parser.parse_args()
-    cfg = get_config(args.config_file, args.opts)
+    cfg = get_config(args.config_file, args.opts, trained=True)
     weights = "ema" if args.ema else "model"
     predict_files(cfg, args.input, args.output, args.score_threshold, weights)
 

@@ -24,13 +24,13 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, default=20, help="how many vote (default: 20)")
     parser.add_argument(
         "--opts",
-        nargs=argparse.REMAINDER,
+        nargs="*",
         default=[],
         help="overrides of the config; train.init_checkpoint names the weights, any that has the"
         " trunk; without it the trunk is random, by train.seed",
     )
     args = parser.parse_args()
-    cfg = get_config(args.config_file, args.opts)
+    cfg = get_config(args.config_file, args.opts, trained=True)
     seed_all_rng(cfg.train.seed)
     model = instantiate(cfg.model).to(resolve_device(cfg.train.device)).eval()
     checkpoint = cfg.train.init_checkpoint

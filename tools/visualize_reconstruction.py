@@ -31,12 +31,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides the masking (default: 0)")
     parser.add_argument(
         "--opts",
-        nargs=argparse.REMAINDER,
+        nargs="*",
         default=[],
         help="overrides of the config; train.init_checkpoint names the weights",
     )
     args = parser.parse_args()
-    cfg = get_config(args.config_file, args.opts)
+    cfg = get_config(args.config_file, args.opts, trained=True)
     model = load_pretrained(cfg)
     if not isinstance(model, MaskedAutoencoder):
         raise ValueError(f"{args.config_file} is not a pretraining config: nothing is masked there")

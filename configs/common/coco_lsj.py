@@ -19,6 +19,10 @@ dataloader = OmegaConf.create(flags={"allow_objects": True})
 # it, and the model pads to it and has its position tables for it.
 dataloader.image_size = 1024
 
+# What follows from the datasets. A run's saved config keeps it as `recorded`, for where they are not.
+dataloader.dataset_info = "${dataset.info:${.train.dataset},${.test.dataset}}"
+dataloader.recorded = {}
+
 # Category id -> name, from the training set's json; the number of classes follows.
 dataloader.categories = "${dataset.categories:${.train.dataset.names},${.test.dataset.names}}"
 
@@ -44,7 +48,10 @@ dataloader.train = L(TrainLoader)(
             ),
         ],
         image_format="${oc.select:model.input_format,RGB}",
-        use_instance_mask="${dataset.has_masks:${dataloader.train.dataset.names}}",
+        use_instance_mask=(
+            "${dataset.has_masks:${dataloader.train.dataset.names},"
+            "${oc.select:model.roi_heads.mask_head,''}}"
+        ),
         recompute_boxes="${.use_instance_mask}",  # a crop cuts masks, and so their boxes
         min_size="${oc.select:model.backbone.net.patch_size,1}",  # refuse smaller images
     ),
@@ -54,7 +61,12 @@ dataloader.train = L(TrainLoader)(
 )
 
 dataloader.test = L(build_detection_test_loader)(
-    dataset=L(get_dataset_dicts)(names="coco_2017_val", filter_empty=False),
+    # Unless one is named: COCO's own for COCO and for other training sets with its classes, else
+    # none (null), which trains without evaluation.
+    dataset=L(get_dataset_dicts)(
+        names="${dataset.default_val:${dataloader.train.dataset.names},coco_2017_val}",
+        filter_empty=False,
+    ),
     mapper=L(DetectionMapper)(
         is_train=False,
         augmentations=[L(ResizeToFit)(max_size="${dataloader.image_size}")],

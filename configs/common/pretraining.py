@@ -24,6 +24,8 @@ from .train import train
 
 dataloader = dict(
     image_size=224,
+    dataset_info="${dataset.info:${.train.dataset}}",  # kept in a run's saved config as `recorded`
+    recorded={},
     train=L(build_pretraining_loader)(
         dataset=L(image_set)(name="imagenet_train"),
         image_size="${dataloader.image_size}",

@@ -1,12 +1,12 @@
 # What the engine reads, beside the model, the data, the optimizer and its schedule.
 train = dict(
-    output_dir="./output",
+    output_dir=None,  # output/NAME_OF_CONFIG
     init_checkpoint="",  # a backbone or a pretraining run to start from, a detector to evaluate
     epochs=100,
-    # Iterations follow: epochs x images of the training set / total batch size.
+    # Iterations follow: epochs x images that are trained on / total batch size.
     max_iter=(
         "${dataset.iterations:${train.epochs},"
-        "${dataloader.train.dataset.names},${dataloader.train.total_batch_size}}"
+        "${dataloader.train.dataset},${dataloader.train.total_batch_size}}"
     ),
     device="auto",  # CUDA where there is one, else the CPU
     seed=0,

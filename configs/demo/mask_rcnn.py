@@ -39,7 +39,7 @@ _heads.box_pooler.scales = _heads.mask_pooler.scales = _scales
 _heads.box_head.update(conv_dims=[64], fc_dims=[256])
 _heads.mask_head.conv_dims = [64, 64, 64]  # two convolutions, then the deconvolution
 
-optimizer.lr = 1e-3
+optimizer.lr = "${crossmae.linear_lr:1e-3,${dataloader.train.total_batch_size},8}"
 optimizer.weight_decay = 0.05
 optimizer.params.update(lr_decay=1.0, trunk_lr_factor=0.5)
 lr_multiplier = L(cosine_schedule)(max_iter="${train.max_iter}", warmup_iters=45)
@@ -47,6 +47,6 @@ lr_multiplier = L(cosine_schedule)(max_iter="${train.max_iter}", warmup_iters=45
 train.output_dir = "./output/demo"
 # After so few iterations a detector is seldom sure, also where it is right.
 train.pictures.score_threshold = 0.25
-train.max_iter = 450
+train.epochs = 0.9  # 450 iterations
 train.clip_grad.enabled = True
-train.eval_period = 225
+train.eval_period = "${crossmae.fraction:${train.max_iter},2,1}"

@@ -1,4 +1,4 @@
-"""A check that learning is real: a small model learns eight photographs of COCO by heart.
+"""A check that learning is real: a small model overfits eight COCO images.
 
 ``tests/integration/overfit_coco.py`` gives it the images.
 """
@@ -20,6 +20,7 @@ model.roi_heads.batch_size_per_image = 64
 
 train.pictures.score_threshold = 0.5
 train.output_dir = "./output/overfit_coco"
-train.max_iter = 800
+optimizer.lr = "${crossmae.linear_lr:1e-3,${dataloader.train.total_batch_size},4}"
+train.epochs = 400  # 800 iterations for eight images
 train.eval_period = 0
 lr_multiplier.warmup_iters = 80

@@ -14,8 +14,8 @@ model.encoder.update(embed_dim=192, depth=6, num_heads=3, patch_size=8)
 model.update(decoder_dim=128, decoder_depth=4, decoder_num_heads=4)
 
 # The rule for the learning rate is for runs a hundred times as long.
-optimizer.lr = 1.5e-3
+optimizer.lr = "${crossmae.linear_lr:1.5e-3,${dataloader.train.total_batch_size},32}"
 lr_multiplier.warmup_length = 0.1
 
 train.output_dir = "./output/demo_pretrain"
-train.max_iter = 1080
+train.epochs = 8.64  # 1,080 iterations

@@ -12,9 +12,5 @@ dataloader.train.total_batch_size = 128
 model.encoder.patch_size = 4
 
 train.output_dir = "./output/cifar10_pretrain"
-train.epochs = 9
-# 9 epochs x 25,000 images / 128 = 1,758 iterations.
-train.max_iter = (
-    "${dataset.image_iterations:${train.epochs},"
-    "${dataloader.train.dataset.name},${dataloader.train.total_batch_size}}"
-)
+optimizer.lr = "${crossmae.linear_lr:1.5e-3,${dataloader.train.total_batch_size},128}"
+train.epochs = 9  # 9 epochs x 25,000 images / 128 = 1,758 iterations

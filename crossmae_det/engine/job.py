@@ -25,6 +25,7 @@ from torch import nn
 
 from crossmae_det.checkpoint import load, read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
+from crossmae_det.engine.configuration import FILE, build_model, save, use_trained_classes
 from crossmae_det.engine.early_stopping import EarlyStopping
 from crossmae_det.engine.hooks import (
     BestCheckpointer,
@@ -39,7 +40,7 @@ from crossmae_det.engine.metrics_file import MetricsWriter
 from crossmae_det.engine.precision import inference_autocast
 from crossmae_det.engine.resuming import settings
 from crossmae_det.engine.run_folder import METRICS
-from crossmae_det.engine.setup import resolve_device, save_config, setup
+from crossmae_det.engine.setup import resolve_device, setup
 from crossmae_det.engine.sharding import check_config, shard
 from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype
 from crossmae_det.engine.validation import ValidationLoss
@@ -67,21 +68,28 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
         ValueError, OSError: something that the user can mend, in one line.
         NonFiniteError: a loss or the gradient was not finite.
     """
-    cfg, to_keep = setup(cfg, args)
+    content: dict[str, Any] = {}
+    if args.eval_only:
+        if not cfg.train.init_checkpoint:
+            raise ValueError("--eval-only needs weights: add train.init_checkpoint=PATH")
+        content = read_checkpoint(cfg.train.init_checkpoint)
+        use_trained_classes(cfg, content)
+    original, cfg = cfg, setup(cfg, args)
     device = resolve_device(cfg.train.device)
     keep_freed_memory(device)
-    model = instantiate(cfg.model).to(device)
+    model = build_model(cfg).to(device)
     allowed: dict[str, Any] = {
         name: getattr(args, name, ()) for name in ("allow_missing", "allow_unexpected")
     }
     if not args.eval_only:
-        return train(cfg, model, resume=args.resume, allowed=allowed, to_keep=to_keep)
+        return train(cfg, model, resume=args.resume, allowed=allowed, original=original)
     if "evaluator" not in cfg.dataloader:
-        raise ValueError("--eval-only: the config has no dataloader.evaluator to evaluate with")
-    if not cfg.train.init_checkpoint:
-        raise ValueError("--eval-only needs weights: add train.init_checkpoint=PATH")
+        raise ValueError(
+            "--eval-only: the config has nothing to evaluate with (no dataloader.evaluator), or"
+            " dataloader.test.dataset.names is null"
+        )
     checkpoint = cfg.train.init_checkpoint
-    content = read_checkpoint(checkpoint)
+    logger.info("Evaluating the weights of %s", checkpoint)
     logger.info(load(model, checkpoint, content=content, whole=True, **allowed))
     results = evaluate(cfg, model, checkpoint=checkpoint)
     if cfg.train.ema.enabled:
@@ -135,7 +143,7 @@ def train(
     *,
     resume: bool,
     allowed: Mapping[str, Any],
-    to_keep: DictConfig,
+    original: DictConfig,
 ) -> dict[str, Any]:
     """Train a model and evaluate it along the way; see :func:`run`.
 
@@ -144,7 +152,7 @@ def train(
         model: its model, on its device.
         resume: continue the run in the folder, where there is one.
         allowed: what the weights that a new run starts from may lack or have beside.
-        to_keep: the config that is written into the folder.
+        original: the config with its references, to be kept in the folder.
     """
     options = cfg.train
     run_settings = settings(cfg)  # before objects are put into the config
@@ -246,8 +254,8 @@ def train(
             if main:
                 write_json(os.path.join(options.output_dir, REPORT), report.to_dict(), indent=2)
         start_iter = 0
-    if start_iter < options.max_iter:  # a run that is complete keeps the config of its training
-        save_config(to_keep, options.output_dir)
+    if main and start_iter < options.max_iter:  # a complete run keeps the config of its training
+        save(original, cfg, os.path.join(options.output_dir, FILE))
     try:
         trainer.train(start_iter, options.max_iter)
     except NonFiniteError as error:

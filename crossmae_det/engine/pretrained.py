@@ -2,11 +2,11 @@
 
 import logging
 
-from detectron2.config import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from crossmae_det.checkpoint import load
+from crossmae_det.checkpoint import load, read_checkpoint
+from crossmae_det.engine.configuration import build_model, use_trained_classes
 from crossmae_det.engine.setup import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -16,8 +16,9 @@ def load_pretrained(cfg: DictConfig, weights: str = "model") -> nn.Module:
     """Build the model of a config with all of its weights.
 
     Args:
-        cfg: a config; ``train.init_checkpoint`` names a file with the whole model, ``train.device``
-            where it goes.
+        cfg: a config; ``train.init_checkpoint`` points to a file with the whole model,
+            ``train.device`` says where it goes. ``dataloader.categories`` becomes the classes that
+            the weights were trained for.
         weights: "model", or "ema" for the averaged weights of the run.
 
     Returns:
@@ -29,6 +30,10 @@ def load_pretrained(cfg: DictConfig, weights: str = "model") -> nn.Module:
     if not cfg.train.init_checkpoint:
         raise ValueError("this needs weights: add train.init_checkpoint=PATH")
     device = resolve_device(cfg.train.device)
-    model = instantiate(cfg.model).eval()
-    logger.info(load(model, cfg.train.init_checkpoint, whole=True, weights=weights))
+    checkpoint = cfg.train.init_checkpoint
+    content = read_checkpoint(checkpoint)
+    use_trained_classes(cfg, content)
+    model = build_model(cfg).eval()
+    logger.info("Weights: %s", checkpoint)
+    logger.info(load(model, checkpoint, content=content, whole=True, weights=weights))
     return model.to(device)

@@ -17,11 +17,12 @@ from detectron2.config.instantiate import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from crossmae_det.engine.configuration import CATEGORIES
+
 logger = logging.getLogger(__name__)
 
 # The weights are those of the checkpoint, whatever the run started from.
 WITHOUT_EFFECT = frozenset({"train.init_checkpoint"})
-CATEGORIES = "dataloader.categories"  # id -> name, in the order of the classes
 OPTIMIZER = "optimizer._target_"
 _ABSENT = "(not set)"
 

@@ -10,15 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from detectron2.config import LazyConfig
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException
 
-from crossmae_det.checkpoint import atomic_path
+from crossmae_det.engine.configuration import log_data, resolve
 from crossmae_det.engine.logs import environment, start_log, versions
 from crossmae_det.engine.run_folder import claim_folder
 from crossmae_det.engine.trainer import NonFiniteError
@@ -31,10 +30,21 @@ BAD_INPUT = 2
 WAIT_FOR_FIRST = 5  # seconds
 
 
-def argument_parser(description: str) -> ArgumentParser:
-    """detectron2's arguments for training and evaluation tools, and what weights may lack."""
-    parser = default_argument_parser()
+def argument_parser(description: str, epilog: str) -> ArgumentParser:
+    """detectron2's arguments for training and evaluation tools, and what weights may lack.
+
+    Args:
+        description: first lines of the help text.
+        epilog: its last lines.
+
+    Returns:
+        To be used by ``parse_intermixed_args``: options may stand before and after overrides.
+    """
+    parser = default_argument_parser(epilog)
     parser.description = description
+    for action in parser._actions:
+        if action.dest == "opts":  # detectron2 takes all that follows the first override as one
+            action.nargs, action.default = "*", []
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -103,20 +113,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def setup(cfg: DictConfig, args: Namespace) -> tuple[DictConfig, DictConfig]:
+def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
     """Resolve the config, claim the run's folder, start the log and seed this process.
 
     Returns:
-        The config without references; and the config to keep with :func:`save_config`, with values
-        instead of what follows from the data: it is a config of its own, also where the data are
-        gone. The one that was passed in is unchanged.
+        The config without references; the one that was passed in is unchanged.
 
     Raises:
         ValueError, OSError: the config refers to what is not there, or the folder has another run.
     """
-    settled = _settle(cfg.copy())
-    resolved = settled.copy()
-    OmegaConf.resolve(resolved)
+    resolved = resolve(cfg)
     options = resolved.train
     device = resolve_device(options.device)
     removed = claim_folder(resolved, args)
@@ -130,32 +136,7 @@ def setup(cfg: DictConfig, args: Namespace) -> tuple[DictConfig, DictConfig]:
     logger.debug("Command line arguments: %s", args)
     if comm.is_main_process():
         logger.debug("Environment\n%s", environment())
+    log_data(cfg, resolved)
     seed_all_rng(options.seed + comm.get_rank())
     torch.backends.cudnn.benchmark = options.cudnn_benchmark and not args.eval_only
-    return resolved, settled
-
-
-def save_config(cfg: DictConfig, output_dir: str) -> None:
-    """Keep the config of a training run as ``config.yaml`` in its folder, from the first process.
-
-    Args:
-        cfg: the second one that :func:`setup` returns.
-        output_dir: the folder of the run.
-    """
-    if comm.is_main_process():
-        path = os.path.join(output_dir, "config.yaml")
-        with atomic_path(path) as temporary:
-            LazyConfig.save(cfg, str(temporary))
-        logger.debug("The config is in %s", path)
-
-
-def _settle(node: DictConfig | ListConfig) -> Any:
-    """Put values in place of the references that need the data, in place; the others stay."""
-    keys = list(node) if isinstance(node, DictConfig) else range(len(node))
-    for key in keys:
-        if OmegaConf.is_interpolation(node, key):
-            if "${dataset." in str(node._get_node(key)._value()):  # type: ignore[union-attr]
-                node[key] = node[key]
-        elif OmegaConf.is_config(node[key]):
-            _settle(node[key])
-    return node
+    return resolved

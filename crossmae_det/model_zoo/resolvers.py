@@ -5,14 +5,15 @@ the arguments are references to other keys, so that a changed key changes all th
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from timm.layers import to_2tuple
 
-from crossmae_det.data import describe
+from crossmae_det.data import DatasetInfo, describe
 from crossmae_det.pretraining import find_images
 
 Names = str | Sequence[str]
@@ -22,13 +23,83 @@ Names = str | Sequence[str]
 IMAGE_FOLDERS = {"imagenet_train": ("imagenet/train", 1_281_167)}
 
 
-def _list(names: Names) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+def _list(names: Names | None) -> list[str]:
+    return [] if names is None else [names] if isinstance(names, str) else list(names)
 
 
-def iterations(epochs: float, names: Names, batch_size: int) -> int:
-    """Iterations of ``epochs`` passes over the training images, rounded; at least one."""
-    images = sum(describe(name).num_images for name in _list(names))
+def _recorded(name: str, root: DictConfig) -> dict[str, Any] | None:
+    """What the run that saved this config knew of a dataset that is not there now."""
+    if _is_present(name):
+        return None
+    return (OmegaConf.select(root, "dataloader.recorded") or {}).get(name)
+
+
+def _is_present(name: str) -> bool:
+    """Whether the annotations of a detection dataset can be looked at."""
+    if name in DatasetCatalog:
+        path = MetadataCatalog.get(name).get("json_file")
+        return path is None or "://" in path or os.path.isfile(path)
+    spec = re.match(r"(.+?\.json):", name, re.IGNORECASE)
+    return spec is not None and os.path.isfile(os.path.expanduser(spec[1]))
+
+
+def _info(name: str, root: DictConfig, **options: Any) -> DatasetInfo:
+    recorded = _recorded(name, root)
+    if recorded is None:
+        return describe(name)
+    used = recorded["num_annotated" if options.get("filter_empty") else "num_images"]
+    return DatasetInfo(used, dict(recorded["categories"]), recorded["has_masks"])
+
+
+def dataset_info(
+    train: DictConfig, test: DictConfig | None = None, *, _root_: DictConfig
+) -> dict[str, dict[str, Any]]:
+    """What a config knows of its datasets, by name: kept in the saved config of a run.
+
+    Args:
+        train: ``dataloader.train.dataset``.
+        test: ``dataloader.test.dataset``, if there is one.
+
+    Returns:
+        Plain values: the number of images, and of a detection dataset the number with an annotation
+        that is not a crowd region, the categories, and whether there are masks.
+    """
+    if "name" in train:
+        return {train.name: {"num_images": _count_images(train.name, _root_)}}
+    result = {}
+    for name in _list(train.names) + _list(test.names if test is not None else None):
+        info = _info(name, _root_)
+        result[name] = {
+            "num_images": info.num_images,
+            "num_annotated": _info(name, _root_, filter_empty=True).num_images,
+            "categories": info.categories,
+            "has_masks": info.has_masks,
+        }
+    return result
+
+
+def _check_schedule(epochs: Any, batch_size: Any) -> None:
+    for key, value in (("train.epochs", epochs), ("total_batch_size", batch_size)):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{key} must be a positive number, not {value!r}")
+
+
+def iterations(epochs: float, dataset: DictConfig, batch_size: int, *, _root_: DictConfig) -> int:
+    """Iterations of ``epochs`` passes over the images that are trained on, rounded; at least one.
+
+    Args:
+        epochs: positive.
+        dataset: ``dataloader.train.dataset``, whose options say which images are used.
+        batch_size: images per iteration.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check_schedule(epochs, batch_size)
+    options = {"filter_empty": dataset.get("filter_empty", True)}
+    images = sum(_info(name, _root_, **options).num_images for name in _list(dataset.names))
+    if dataset.get("max_images") is not None:
+        images = min(images, dataset.max_images)
     return max(1, round(epochs * images / batch_size))
 
 
@@ -57,33 +128,71 @@ def image_set(name: str) -> str:
     return f"{json_file}:{image_root}"
 
 
-def image_iterations(epochs: float, name: str, batch_size: int) -> int:
+def image_iterations(epochs: float, name: str, batch_size: int, *, _root_: DictConfig) -> int:
     """Iterations of ``epochs`` passes over a set of unlabelled images, rounded; at least one."""
+    _check_schedule(epochs, batch_size)
+    return max(1, round(epochs * _count_images(name, _root_) / batch_size))
+
+
+def _count_images(name: str, root: DictConfig) -> int:
     images = image_set(name)
-    if name in IMAGE_FOLDERS and not os.path.isdir(images):
-        count = IMAGE_FOLDERS[name][1]
-    else:
-        count = len(find_images(images))
-    return max(1, round(epochs * count / batch_size))
+    recorded = (OmegaConf.select(root, "dataloader.recorded") or {}).get(name)
+    try:
+        return len(find_images(images))
+    except FileNotFoundError:
+        if recorded is not None:
+            return recorded["num_images"]
+        if name in IMAGE_FOLDERS and not os.path.isdir(images):
+            return IMAGE_FOLDERS[name][1]
+        raise
 
 
-def categories(train_names: Names, test_names: Names) -> dict[int, str]:
-    """Category id -> name of the training set, in the order of the classes.
+def categories(
+    train_names: Names, test_names: Names | None, *, _root_: DictConfig
+) -> dict[int, str]:
+    """Category id -> name of the training set, in the order of the model's classes.
+
+    Other datasets are mapped to them by name: their ids and their order may differ.
 
     Raises:
-        ValueError: a set has other categories than the first: its numbers would mean other classes.
+        ValueError: a dataset lacks a class of the first, or has one more.
     """
     first, *others = _list(train_names) + _list(test_names)
-    result = describe(first).categories
+    result = _info(first, _root_).categories
     for name in others:
-        if describe(name).categories != result:
-            raise ValueError(f"data sets '{first}' and '{name}' do not have the same categories")
+        check_same_classes(first, result, name, _info(name, _root_).categories)
     return result
 
 
-def has_masks(names: Names) -> bool:
-    """Whether the training set has masks; boxes alone train a Faster R-CNN."""
-    return all(describe(name).has_masks for name in _list(names))
+def check_same_classes(first, wanted, other, found):
+    if sorted(wanted.values()) != sorted(found.values()):
+        raise ValueError(f"{first} and {other} do not have the same classes")
+
+
+def default_val(train_names: Names, val_name: str, *, _root_: DictConfig) -> str | None:
+    """The validation set of a recipe, where it fits the training set; else none.
+
+    Args:
+        train_names: what is trained on.
+        val_name: the recipe's own validation set, a name registered in detectron2.
+
+    Returns:
+        ``val_name`` for the recipe's own training set, and for any other with the same classes if
+        the annotations of ``val_name`` are there; else None: training without a validation set.
+    """
+    train = _list(train_names)
+    if all(name in DatasetCatalog and name.startswith("coco_") for name in train):
+        return val_name
+    if not _is_present(val_name):
+        return None
+    wanted = set(_info(val_name, _root_).categories.values())
+    same = all(set(_info(name, _root_).categories.values()) == wanted for name in train)
+    return val_name if same else None
+
+
+def has_masks(names: Names, mask_head: Any = "", *, _root_: DictConfig) -> bool:
+    """Whether masks are trained: boxes alone, or a model without mask head, make a Faster R-CNN."""
+    return mask_head is not None and all(_info(name, _root_).has_masks for name in _list(names))
 
 
 def linear_lr(base_lr: float, batch_size: int, base_batch_size: int) -> float:
@@ -137,8 +246,10 @@ def is_set(value: Any) -> bool:
     return bool(value)
 
 
-# Those that look at the data have names of their own: a run's saved config keeps their values.
+# Those that look at the data have names of their own: an override does not resolve them.
 _RULES: dict[str, Callable] = {
+    "dataset.info": dataset_info,
+    "dataset.default_val": default_val,
     "dataset.iterations": iterations,
     "dataset.image_iterations": image_iterations,
     "dataset.categories": categories,

@@ -4,7 +4,8 @@ A yaml config is turned into the lazy config that it stands for, so that every r
 epochs, learning rate from batch size, ...) is written once, in the lazy configs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -46,6 +47,10 @@ KEYS = {
     "OUTPUT_DIR": "train.output_dir",
     "MODEL.WEIGHTS": "train.init_checkpoint",
 }
+# Of the shipped configs: the rule of the lazy configs says whether it fits the training set.
+DEFAULT_TEST = ("coco_2017_val",)
+# detectron2's own default of OUTPUT_DIR: each config has a folder of its own instead.
+DEFAULT_OUTPUT_DIR = "./output"
 # Where 0 or None stands for the value or the rule of the lazy config.
 FOLLOWING = (
     "INPUT.IMAGE_SIZE",
@@ -96,15 +101,21 @@ def read_yaml(path: str, overrides: Sequence[str] = ()) -> CfgNode | None:
         raise ValueError(f"{path} is not a yaml config: {error}") from error
     if "dataloader" in raw:
         return None
-    if len(overrides) % 2:
-        raise ValueError(f"the overrides of {path} must be PATH.KEY VALUE pairs, got {overrides}")
-    try:
-        cfg.merge_from_other_cfg(keys)
+    known = list(_keys(cfg))
+    overrides = _pairs(path, overrides)
+
+    def merge_overrides() -> None:
         if "INPUT.IMAGE_SIZE" in overrides:
             cfg.INPUT.IMAGE_SIZE = None  # yacs would not take a pair for a number
-        cfg.merge_from_list(list(overrides))
-    except (KeyError, AssertionError) as error:
-        raise ValueError(f"{path}: unknown config key: {error.args[0]}") from error
+        cfg.merge_from_list(overrides)
+
+    for given, merge in (
+        (list(_keys(keys)), lambda: cfg.merge_from_other_cfg(keys)),
+        (overrides[::2], merge_overrides),
+    ):
+        for key in given:
+            if key not in known:
+                raise ValueError(f"{path}: unknown config key '{key}'{_did_you_mean(key, known)}")
     _refuse_keys_without_effect(path, cfg)
     return cfg
 
@@ -119,19 +130,25 @@ def to_lazy(cfg: CfgNode, get_config: Callable[[str], DictConfig]) -> DictConfig
     Raises:
         ValueError: a value that the lazy config cannot express.
     """
-    if len(cfg.DATASETS.TEST) != 1:
-        raise ValueError(f"DATASETS.TEST must name one data set, got {cfg.DATASETS.TEST}")
+    if len(cfg.DATASETS.TEST) > 1:
+        raise ValueError(f"DATASETS.TEST must name one dataset, got {cfg.DATASETS.TEST}")
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN names no dataset: add DATASETS.TRAIN \"('NAME',)\"")
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED and (clip.CLIP_TYPE, clip.NORM_TYPE) != ("norm", 2.0):
         raise ValueError("SOLVER.CLIP_GRADIENTS clips by the 2-norm of the whole gradient only")
     lazy = get_config("common/from_yaml.py")
+    lazy.train.output_dir = None  # named after the yaml file
     for yaml_key, lazy_key in KEYS.items():
         value = _select(cfg, yaml_key)
+        if yaml_key == "OUTPUT_DIR" and value == DEFAULT_OUTPUT_DIR:
+            continue
         if value or yaml_key not in FOLLOWING:
             OmegaConf.update(lazy, lazy_key, value)
     lazy.dataloader.train.dataset.names = list(cfg.DATASETS.TRAIN)
     lazy.dataloader.train.mapper.min_size = cfg.MODEL.VIT.PATCH_SIZE
-    lazy.dataloader.test.dataset.names = cfg.DATASETS.TEST[0]
+    if tuple(cfg.DATASETS.TEST) != DEFAULT_TEST:
+        lazy.dataloader.test.dataset.names = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else None
     if cfg.SOLVER.STEPS:
         steps = [step / lazy.train.max_iter for step in cfg.SOLVER.STEPS]
         lazy.lr_multiplier.milestones = steps
@@ -163,6 +180,44 @@ def build_yaml_model(config: str, num_classes: int, mask_on: bool) -> nn.Module:
     cfg.MODEL.MASK_ON = mask_on
     # Not build_model: it moves the model to MODEL.DEVICE, which is the engine's task.
     return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    """Every key of a yaml config, sections and values."""
+    for name, value in cfg.items():
+        yield prefix + name
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _pairs(path: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides as alternating keys and values, with a single dataset as a tuple of one.
+
+    Raises:
+        ValueError: they are not pairs, as those of lazy configs; with what was probably meant.
+    """
+    for key in overrides[::2]:
+        name, equals, value = key.partition("=")
+        if equals:
+            yaml_key = {lazy: yaml for yaml, lazy in KEYS.items()}.get(name, name)
+            raise ValueError(
+                f"{path}: override '{key}': yaml configs take PATH.KEY VALUE pairs; write "
+                f"{yaml_key} {value or 'VALUE'}"
+            )
+    if len(overrides) % 2:
+        raise ValueError(
+            f"{path}: the overrides must be PATH.KEY VALUE pairs, and {overrides[-1]} has no value"
+        )
+    pairs = list(overrides)
+    for index in range(0, len(pairs), 2):
+        if pairs[index] in ("DATASETS.TRAIN", "DATASETS.TEST") and pairs[index + 1][:1] not in "([":
+            pairs[index + 1] = repr((pairs[index + 1],))
+    return pairs
+
+
+def _did_you_mean(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _select(cfg: Mapping[str, Any], key: str) -> Any:

@@ -1,24 +1,28 @@
-"""Finding, reading and overriding configs, lazy or yaml."""
+"""Finding and reading configs, lazy or yaml."""
 
 import difflib
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import LazyConfig
-from detectron2.config.instantiate import locate
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from crossmae_det.model_zoo import resolvers  # noqa: F401  (registers the rules of the configs)
+from crossmae_det.model_zoo.overrides import apply_overrides
 from crossmae_det.model_zoo.yaml import read_yaml, to_lazy
 
 PACKAGE_CONFIGS = Path(__file__).parent / "configs"
 CHECKOUT_CONFIGS = Path(__file__).parents[2] / "configs"
 # Parts that configs share; they cannot be run.
 SHARED = "common"
+# One of each kind, for help texts and messages.
+EXAMPLES = (
+    "coco/mask_rcnn_crossmae_vit_b_100ep.py",
+    "pretraining/crossmae_vit_b_800ep.py",
+    "demo/mask_rcnn.py",
+)
+# Where a config that names no folder puts its runs: a folder of its own for each config.
+OUTPUT_DIR = "output/{name}"
 
 
 def _folder() -> Path:
@@ -53,7 +57,8 @@ def get_config_file(config_path: str) -> str:
     """
     path = _folder() / config_path
     if not path.is_file():
-        hint = _did_you_mean(config_path, _names())
+        close = difflib.get_close_matches(config_path, _names(), n=1, cutoff=0.5)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ValueError(f"there is no config '{config_path}'{hint}")
     return str(path)
 
@@ -64,6 +69,11 @@ def _find_config(config_file: str) -> str:
     Raises:
         FileNotFoundError: there is neither.
     """
+    if not config_file:
+        raise FileNotFoundError(
+            "no config is named: add --config-file with a path or the name of a shipped config, "
+            f"such as {', '.join(EXAMPLES)} (--help of the training tools lists them)"
+        )
     if Path(config_file).is_file():
         return config_file
     try:
@@ -72,88 +82,63 @@ def _find_config(config_file: str) -> str:
         raise FileNotFoundError(f"no config file '{config_file}', and {error}") from None
 
 
-def get_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+def usage_examples(tool: str) -> str:
+    """Examples and the shipped configs, for the end of a tool's ``--help``.
+
+    Args:
+        tool: how the tool is called.
+    """
+    lazy, *_ = EXAMPLES
+    commands = (
+        f"{tool} --config-file demo/mask_rcnn.py",
+        f"{tool} --config-file {lazy} --num-gpus 8 train.init_checkpoint=backbone.pth",
+        f"{tool} --config-file {lazy} dataloader.train.dataset.names=train.json:images "
+        "dataloader.train.total_batch_size=8",
+        f"{tool} --config-file {lazy.replace('.py', '.yaml')} SOLVER.IMS_PER_BATCH 8",
+        f"{tool} --config-file output/mask_rcnn_crossmae_vit_b_100ep/config.yaml --eval-only",
+    )
+    lines = ["Examples:", *(f"  {command}" for command in commands), "", "Shipped configs:"]
+    return "\n".join([*lines, *(f"  {name}" for name in list_configs())])
+
+
+def get_config(
+    config_file: str, overrides: Sequence[str] = (), *, trained: bool = False
+) -> DictConfig:
     """Read a config with its five keys and apply overrides.
 
     Args:
         config_file: a path, or the name of a shipped config. A yaml file with detectron2's keys is
             turned into the lazy config that it stands for.
         overrides: ``path.key=value`` for lazy configs, ``PATH.KEY VALUE`` pairs for yaml ones.
+        trained: to look at a trained model. Where the config is a run's own config.yaml and no
+            override names weights, ``train.init_checkpoint`` is the run's best checkpoint, or its
+            last, instead of the weights that it started from.
 
     Returns:
-        The unresolved config: values that follow from others still do.
+        The unresolved config: values that follow from others still do. Where it names no
+        ``train.output_dir``, that is ``output/NAME_OF_CONFIG``.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not a config, or an override of an unknown key.
     """
     path = _find_config(config_file)
-    if path.endswith(".py"):
-        return apply_overrides(LazyConfig.load(path), overrides)
-    cfg = read_yaml(path, overrides)
+    yaml_config = None if path.endswith(".py") else read_yaml(path, overrides)
     # A run's own config.yaml is a lazy config in yaml's clothes.
-    return (
-        apply_overrides(LazyConfig.load(path), overrides)
-        if cfg is None
-        else to_lazy(cfg, get_config)
-    )
+    lazy = LazyConfig.load(path) if yaml_config is None else to_lazy(yaml_config, get_config)
+    if "train" in lazy and not lazy.train.get("output_dir"):
+        lazy.train.output_dir = OUTPUT_DIR.format(name=Path(path).stem)
+    if yaml_config is None:
+        if trained and (checkpoint := _checkpoint_of_run(path)):
+            lazy.train.init_checkpoint = checkpoint
+        apply_overrides(lazy, overrides)
+    return lazy
 
 
-def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Apply ``path.key=value`` overrides in hydra's grammar, in place.
-
-    Unlike detectron2's, it takes no key that the config and the called function do not know; a plus
-    in front (``+path.key=value``) adds one nevertheless.
-
-    Returns:
-        ``cfg``.
-
-    Raises:
-        ValueError: an override that cannot be parsed, or an unknown key.
-    """
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ValueError(f"cannot parse the overrides {list(overrides)}: {error}") from error
-    for override in parsed:
-        _apply(cfg, override)
-    return cfg
-
-
-def _apply(cfg: DictConfig, override: Override) -> None:
-    key = override.key_or_group
-    *parents, last = key.split(".")
-    if override.is_delete():
-        raise ValueError(
-            f"override '{override.input_line}': a key cannot be deleted; set it to null"
-        )
-    node: object = cfg
-    for depth, part in enumerate(parents):
-        known = list(node) if isinstance(node, DictConfig) else []
-        node = OmegaConf.select(
-            cfg, ".".join(parents[: depth + 1]), throw_on_resolution_failure=False
-        )
-        if not OmegaConf.is_config(node):
-            raise ValueError(
-                f"unknown config key '{key}': there is no '{part}'{_did_you_mean(part, known)}"
-            )
-    if isinstance(node, DictConfig) and not override.is_add():
-        known = [str(name) for name in node] + _parameters(node)
-        if last not in known:
-            hint = _did_you_mean(last, known) or f"; +{key}=... adds a key that is not listed"
-            raise ValueError(f"unknown config key '{key}'{hint}")
-    OmegaConf.update(cfg, key, override.value(), merge=True)
-
-
-def _parameters(node: DictConfig) -> list[str]:
-    """Names of the arguments that a LazyCall's function takes."""
-    target = node.get("_target_")
-    if target is None:
-        return []
-    function: Callable = locate(target) if isinstance(target, str) else target
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+def _checkpoint_of_run(config_file: str) -> str | None:
+    """The best checkpoint of the run that a config is of, or its last; None without a run."""
+    folder = Path(config_file).parent
+    best, pointer = folder / "model_best.pth", folder / "last_checkpoint"
+    if best.is_file():
+        return str(best)
+    last = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else "model_final.pth"
+    return str(folder / last) if (folder / last).is_file() else None

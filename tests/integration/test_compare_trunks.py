@@ -6,17 +6,21 @@ import subprocess
 import sys
 
 from crossmae_det.checkpoint import save_checkpoint
+from crossmae_det.engine.configuration import resolve, save
+from crossmae_det.model_zoo import get_config
 from crossmae_det.modeling import ViT
 
 
 def test_a_comparison_trains_from_each_trunk_and_goes_on(repo, tiny_overrides, tmp_path):
     trunk = ViT(64, 16, embed_dim=32, depth=4, num_heads=2)
     save_checkpoint({"model": trunk.state_dict()}, tmp_path / "trunk.pth")
+    config = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
+    options = [*tiny_overrides, "train.max_iter=1", "train.pictures=null"]
     command = [
         *(sys.executable, repo / "tools" / "compare_trunks.py", "--seeds", "1"),
-        *("--config-file", "coco/mask_rcnn_crossmae_vit_b_100ep.py"),
+        *("--config-file", config),
         *("--trunks", f"given={tmp_path}/trunk.pth", "random=", "--output", tmp_path / "runs"),
-        *("--opts", *tiny_overrides, "train.max_iter=1", "train.pictures=null"),
+        *("--opts", *options),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -28,6 +32,9 @@ def test_a_comparison_trains_from_each_trunk_and_goes_on(repo, tiny_overrides, t
     # One of the runs is there already, as after a stop: it is not trained again.
     done = tmp_path / "runs" / "random_seed0" / "inference"
     done.mkdir(parents=True)
+    options += ["train.seed=0", f"train.output_dir={done.parent}", "train.init_checkpoint="]
+    cfg = get_config(config, [*options, "train.eval_period=0"])
+    save(cfg, resolve(cfg), done.parent / "config.yaml")
     content = {"results": {"bbox": {"AP": 50.0}, "segm": {"AP": 40.0}}, "context": {}}
     (done / "results.json").write_text(json.dumps(content))
     process = run()

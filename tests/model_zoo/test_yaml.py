@@ -6,6 +6,7 @@ from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
 from crossmae_det.engine import run
+from crossmae_det.engine.configuration import resolve
 from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.yaml import KEYS
 
@@ -28,6 +29,7 @@ def test_a_yaml_config_is_its_lazy_twin(letter):
     assert yaml.train.pictures is None
     lazy.train.pictures = None
     yaml.dataloader.train.dataset.names = yaml.dataloader.train.dataset.names[0]
+    assert yaml.train.output_dir == lazy.train.output_dir == f"output/{name.rpartition('/')[2]}"
     for key in ("train", "lr_multiplier", "optimizer", "dataloader"):
         assert str(yaml[key]) == str(lazy[key])
 
@@ -74,7 +76,7 @@ def test_a_yaml_with_nothing_but_the_model_has_the_recipe(tmp_path):
     mine, lazy = get_config(str(path)), get_config(f"{B_100}.py")
     for cfg in (mine, lazy):
         OmegaConf.resolve(cfg)
-    lazy.train.pictures = None
+    lazy.train.update(pictures=None, output_dir="output/mine")
     assert str(mine.train) == str(lazy.train)
     assert str(mine.optimizer) == str(lazy.optimizer)
     assert mine.dataloader.train.mapper.image_format == "RGB"
@@ -98,19 +100,23 @@ def test_every_yaml_config_trains_two_iterations_and_evaluates(letter, tiny_sets
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["SOLVER.EPOCH", "3"], "unknown config key"),
+        (["SOLVER.EPOCH", "3"], "unknown config key 'SOLVER.EPOCH'; did you mean SOLVER.EPOCHS"),
+        (["train.epochs=3"], "write SOLVER.EPOCHS 3"),
+        (["SOLVER.EPOCHS", "-1"], "train.epochs must be a positive number"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "dataloader.train.total_batch_size=0"),
+        (["SOLVER.EPOCHS", "many"], "SOLVER.EPOCHS"),
         (["SOLVER.EPOCHS"], "must be PATH.KEY VALUE pairs"),
         (["INPUT.MIN_SIZE_TEST", "600"], "'INPUT.MIN_SIZE_TEST' has no effect"),
         (
             ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value"],
             "2-norm",
         ),
-        (["DATASETS.TEST", "('a', 'b')"], "DATASETS.TEST must name one data set"),
+        (["DATASETS.TEST", "('a', 'b')"], "DATASETS.TEST must name one dataset"),
     ],
 )
 def test_bad_yaml_settings_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
-        get_config(f"{B_100}.yaml", overrides)
+        resolve(get_config(f"{B_100}.yaml", overrides))
 
 
 def test_a_file_that_is_no_config_is_refused(tmp_path):

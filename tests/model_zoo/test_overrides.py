@@ -1,0 +1,148 @@
+"""Overrides of lazy configs: what people type, and what they are told."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from crossmae_det.model_zoo import get_config
+from crossmae_det.model_zoo.overrides import apply_overrides
+
+B_100 = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
+B_800 = "pretraining/crossmae_vit_b_800ep.py"
+
+
+def error_of(*overrides, config=B_100):
+    with pytest.raises(ValueError) as error:
+        get_config(config, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("train.epoch=3", "train.epochs"),
+        ("trian.epochs=3", "train.epochs"),
+        ("model.backbone.net.window=7", "model.backbone.net.window_size"),
+        ("optimizer.learning_rate=1e-4", "optimizer.lr"),
+        ("+optimizer.learning_rate=1e-4", "optimizer.lr"),
+        ("lr=1e-4", "optimizer.lr"),
+        ("train.batch_size=4", "dataloader.train.total_batch_size"),
+        ("train.num_epochs=4", "train.epochs"),
+        ("weights=a.pth", "train.init_checkpoint"),
+        ("train.patience_epochs=4", None),
+        ("model.roi_heads.num_class=3", "model.roi_heads.num_classes"),
+        ("model.neck.out_channels=64", "model.backbone.out_channels"),
+        ("MODEL.WEIGHTS=a.pth", "train.init_checkpoint"),
+        ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+    ],
+)
+def test_an_unknown_key_is_rejected_with_the_key_that_was_meant(override, meant):
+    line = error_of(override)
+    assert override.lstrip("+").partition("=")[0] in line
+    assert meant in line if meant else "did you mean" not in line
+
+
+def test_pretraining_configs_name_their_own_keys():
+    line = error_of("model.backbone.net.size=small", config=B_800)
+    assert "model.encoder.size" in line
+    assert "dataloader.train.dataset.name'" in error_of("data_path=photos", config=B_800)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["+anything=3", "+train.no_such=3", "+optimizer.foo=1", "+dataloader.train.shuffle=True"],
+)
+def test_an_added_key_that_nothing_reads_is_rejected(override):
+    assert "nothing reads this key" in error_of(override)
+
+
+def test_an_added_key_that_something_reads_is_accepted():
+    cfg = get_config(
+        B_100,
+        [
+            "dataloader.evaluator.max_dets_per_image=10",
+            "+model.backbone.net.in_chans=1",  # passed on by **kwargs
+            "+train.ddp.static_graph=True",
+            "+train.scale=2",
+            "optimizer.weight_decay=${train.scale}",
+        ],
+    )
+    assert cfg.dataloader.evaluator.max_dets_per_image == 10
+    assert cfg.model.backbone.net.in_chans == 1
+    assert cfg.optimizer.weight_decay == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my data/train (1).json:my data/images",
+        "a,b.json:images",
+        "C:\\data\\train.json:C:\\data\\images",
+        "~/data/é.json:~/data/ü",
+        "shards/{000..127}.tar",
+        "https://host/path?a=b&c=d",
+        "it's.json:images#2",
+        "010",
+        "12",
+        "true",
+    ],
+)
+def test_text_needs_no_quotes(text):
+    for override in (f"train.output_dir={text}", f"train.output_dir='{text}'"):
+        if "'" in text and "='" in override:
+            continue
+        assert get_config(B_100, [override]).train.output_dir == text
+    assert get_config(B_100, [f"train.init_checkpoint={text}"]).train.init_checkpoint == text
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.amp.enabled=yes", "True or False"),
+        ("train.amp=True", "train.amp.enabled"),
+        ("train.init_checkpoint=[a,b]", "one text"),
+        ("dataloader.image_size=large", "a number"),
+        ("train.epochs=[1,2]", "a number"),
+        ("train.epochs=ten", "a number"),
+        ("model.backbone=resnet50", "model.backbone.net"),
+        ("model.backbone.scale_factors=4", "a list"),
+        ("model.backbone.scale_factors=[4,", "parse"),
+        ("train.epochs", "train.epochs=VALUE"),
+        ("train.epochs 3", "key=value"),
+        ("=3", "path.key=value"),
+        ("~train.epochs", "set it to null"),
+        ("dataloader.train.mapper.augmentations.7.min_scale=1", "augmentations.7"),
+    ],
+)
+def test_a_value_of_another_kind_is_rejected_with_the_remedy(override, words):
+    assert words in error_of(override)
+
+
+def test_a_key_and_its_value_apart_are_shown_together():
+    assert "train.epochs=3" in error_of("train.epochs", "3")
+
+
+def test_values_of_the_right_kind_are_taken():
+    cfg = get_config(
+        B_100,
+        [
+            "train.amp.enabled=0",
+            "model.backbone.scale_factors=(4.0,2.0)",
+            "dataloader.train.mapper.augmentations[1].min_scale=0.5",
+            "dataloader.train.dataset.names=[a.json:b,c.json:d]",
+            "dataloader.image_size=[64,128]",
+            "model.roi_heads.mask_head=null",
+        ],
+    )
+    assert cfg.train.amp.enabled is False
+    assert list(cfg.model.backbone.scale_factors) == [4, 2]
+    assert cfg.dataloader.train.mapper.augmentations[1].min_scale == 0.5
+    assert list(cfg.dataloader.train.dataset.names) == ["a.json:b", "c.json:d"]
+    assert cfg.model.roi_heads.mask_head is None
+
+
+def test_an_override_without_effect_is_rejected():
+    cfg = OmegaConf.create({"train": {"epochs": 5, "max_iter": 100}})
+    with pytest.raises(ValueError, match="train.max_iter=100"):
+        apply_overrides(cfg, ["train.epochs=3"])
+    assert apply_overrides(cfg, ["train.epochs=3", "train.max_iter=60"]).train.max_iter == 60
