@@ -19,7 +19,7 @@ dataloader = OmegaConf.create(flags={"allow_objects": True})
 # it, and the model pads to it and has its position tables for it.
 dataloader.image_size = 1024
 
-# What follows from the datasets. A run's saved config keeps it as `recorded`, for where they are not.
+# What follows from the datasets. A run's config keeps it as `recorded`, for where they are not.
 dataloader.dataset_info = "${dataset.info:${.train.dataset},${.test.dataset}}"
 dataloader.recorded = {}
 

@@ -56,6 +56,8 @@ DDP_OPTIONS = "train.ddp"
 # A number may be given as two, height and width, and one name as several.
 PAIRS = re.compile(r"(size|pad)$")
 NAMES = "names"
+# Without a test set a run is not evaluated.
+NULLABLE = "dataloader.test.dataset.names"
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -79,6 +81,8 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             added.append(key)
         _check_key(cfg, key, adds)
         value = _parse(key, raw, _current(cfg, key))
+        if value is None and key != NULLABLE and not _takes_none(cfg, key):
+            raise ValueError(f"{key}={raw}: must not be null; it is needed")
         OmegaConf.update(cfg, key, value, merge=True, force_add=adds)
         given.add(key)
     for key in added:
@@ -308,6 +312,23 @@ def _parameters(node: DictConfig) -> tuple[list[str], bool]:
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return names, any(p.kind == p.VAR_KEYWORD for p in parameters)
+
+
+def _takes_none(cfg: DictConfig, key: str) -> bool:
+    """Whether the function that gets a key takes None for it, as far as its signature tells."""
+    parent, _, last = key.rpartition(".")
+    node = _select(cfg, parent) if parent else cfg
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if target is None:
+        return True
+    function: Any = locate(target) if isinstance(target, str) else target
+    # A class may hand on what it does not name to the classes that it is derived from.
+    functions = [c.__init__ for c in function.__mro__] if inspect.isclass(function) else [function]
+    for candidate in functions:
+        parameter = inspect.signature(candidate).parameters.get(last)
+        if parameter is not None:
+            return parameter.default is None
+    return True
 
 
 def _keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:

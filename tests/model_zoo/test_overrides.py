@@ -108,6 +108,9 @@ def test_text_needs_no_quotes(text):
         ("model.backbone.scale_factors=4", "a list"),
         ("model.backbone.scale_factors=[4,", "parse"),
         ("train.epochs", "train.epochs=VALUE"),
+        ("model.roi_heads.box_pooler=null", "must not be null"),
+        ("model.roi_heads.proposal_matcher=null", "must not be null"),
+        ("dataloader.train.dataset.names=null", "must not be null"),
         ("train.epochs 3", "key=value"),
         ("=3", "path.key=value"),
         ("~train.epochs", "set it to null"),
@@ -132,6 +135,8 @@ def test_values_of_the_right_kind_are_taken():
             "dataloader.train.dataset.names=[a.json:b,c.json:d]",
             "dataloader.image_size=[64,128]",
             "model.roi_heads.mask_head=null",
+            "model.backbone.top_block=null",
+            "dataloader.test.dataset.names=null",
         ],
     )
     assert cfg.train.amp.enabled is False
