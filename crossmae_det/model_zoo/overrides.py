@@ -147,7 +147,7 @@ def _select(cfg: DictConfig, key: str) -> Any:
         else:
             return _MISSING
         child = node._get_node(index)
-        raw = child._value()  # type: ignore[union-attr]
+        raw = child._value()
         if OmegaConf.is_interpolation(node, index) and not _reads_data(raw):
             # Keys below a reference are those of what it refers to.
             target = OmegaConf.select(node, str(part), throw_on_resolution_failure=False)
@@ -323,8 +323,12 @@ def _takes_none(cfg: DictConfig, key: str) -> bool:
         return True
     function: Any = locate(target) if isinstance(target, str) else target
     # A class may hand on what it does not name to the classes that it is derived from.
-    functions = [c.__init__ for c in function.__mro__] if inspect.isclass(function) else [function]
-    for candidate in functions:
+    functions = (
+        [vars(c).get("__init__") for c in function.__mro__]
+        if inspect.isclass(function)
+        else [function]
+    )
+    for candidate in filter(inspect.isfunction, functions):
         parameter = inspect.signature(candidate).parameters.get(last)
         if parameter is not None:
             return parameter.default is None
@@ -333,7 +337,8 @@ def _takes_none(cfg: DictConfig, key: str) -> bool:
 
 def _keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
     """Every key that an override can name, without those of LazyCalls that references share."""
-    for name in node if isinstance(node, DictConfig) else range(len(node)):
+    names: Sequence[Any] = list(node) if isinstance(node, DictConfig) else range(len(node))
+    for name in names:
         if str(name).startswith("_"):
             continue
         key = f"{prefix}{name}"
