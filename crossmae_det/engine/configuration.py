@@ -62,8 +62,10 @@ def resolve(cfg: DictConfig) -> DictConfig:
         )
     resolved = cfg.copy()
     if _is_without_test_set(cfg):
-        for key in ("test", "evaluator"):
-            resolved.dataloader.pop(key)
+        if OmegaConf.select(resolved, "train.validation_loss.enabled"):
+            raise ValueError(f"train.validation_loss needs a validation set: name it by {TEST_NAMES}")
+        for key in ("test", "validation", "evaluator"):
+            resolved.dataloader.pop(key, None)
         resolved.train.pictures = None
     _check_ranges(resolved)
     OmegaConf.resolve(resolved)

@@ -116,6 +116,10 @@ def read_yaml(path: str, overrides: Sequence[str] = ()) -> CfgNode | None:
         for key in given:
             if key not in known:
                 raise ValueError(f"{path}: unknown config key '{key}'{_did_you_mean(key, known)}")
+        try:
+            merge()
+        except (KeyError, AssertionError, ValueError) as error:
+            raise ValueError(f"{path}: {error.args[0]}") from error
     _refuse_keys_without_effect(path, cfg)
     return cfg
 
