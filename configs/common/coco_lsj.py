@@ -58,6 +58,9 @@ dataloader.train = L(TrainLoader)(
     total_batch_size=64,
     num_workers=4,
     seed="${train.seed}",
+    # An annotated image that cannot be decoded ends training with its name. True: such images are
+    # skipped, counted and logged.
+    skip_undecodable=False,
 )
 
 dataloader.test = L(build_detection_test_loader)(

@@ -34,6 +34,8 @@ dataloader = dict(
         flip=True,
         num_workers=8,
         seed="${train.seed}",
+        # Large sets have bad files: they are skipped, counted and logged. False ends at the first.
+        skip_undecodable=True,
     ),
     # Images that are held out, named as those of the training set: their reconstruction loss.
     validation=L(build_validation_loader)(

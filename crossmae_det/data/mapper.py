@@ -1,4 +1,4 @@
-"""From one data set record to one model input: detectron2's mapper, made to name bad images."""
+"""From one data set record to one model input: detectron2's mapper on this project's reader."""
 
 import copy
 from collections.abc import Sequence
@@ -10,13 +10,45 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import PolygonMasks
+from detectron2.utils.file_io import PathManager
 
 from crossmae_det.utils.errors import ImageError, UndecodableImageError
+from crossmae_det.utils.image_reading import check_image_format, naming_errors, read_image
+
+
+class Augmentations(T.AugmentationList):
+    """detectron2's list of augmentations, under which each side of an image keeps a pixel.
+
+    The short side of a long, thin image rounds to nothing where the long one is made to fit.
+    """
+
+    def __call__(self, aug_input: T.AugInput) -> T.TransformList:
+        """Apply them to ``aug_input`` in place, and return what was applied."""
+        return super().__call__(_KeepsPixels(aug_input))
+
+
+class _KeepsPixels:
+    """An ``AugInput``, but for resizing to nothing."""
+
+    def __init__(self, aug_input: T.AugInput):
+        self._input = aug_input
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._input, name)
+
+    def transform(self, transform: T.Transform) -> None:
+        steps = transform.transforms if isinstance(transform, T.TransformList) else [transform]
+        for step in steps:
+            if isinstance(step, T.ResizeTransform):
+                step.new_h, step.new_w = max(1, step.new_h), max(1, step.new_w)
+        self._input.transform(transform)
 
 
 class DetectionMapper(DatasetMapper):
-    """detectron2's ``DatasetMapper`` for boxes and masks, with three differences.
+    """detectron2's ``DatasetMapper`` for boxes and masks, with four differences.
 
+    - Images are read by :func:`crossmae_det.utils.image_reading.read_image`, and keep at least one
+      pixel of each side when they are resized.
     - An image that cannot be decoded, is not of the annotated size, or is smaller than `min_size`
       raises an `ImageError` that names the file.
     - Polygons and run-length masks may be mixed: an image with a run-length mask gets ``BitMasks``
@@ -27,7 +59,7 @@ class DetectionMapper(DatasetMapper):
     Args:
         is_train: False leaves out the annotations.
         augmentations: detectron2 augmentations or transforms, applied in order.
-        image_format: "RGB" or "BGR", or any other that ``read_image`` knows.
+        image_format: "RGB", "BGR" or "L" (gray), what the model was made for.
         use_instance_mask: whether to give masks.
         recompute_boxes: make the boxes tight around the masks after augmentation.
         min_size: smallest height and width, in pixels, of an image file that can be used; configs
@@ -44,6 +76,7 @@ class DetectionMapper(DatasetMapper):
         recompute_boxes: bool = False,
         min_size: int = 1,
     ):
+        check_image_format(image_format)
         if recompute_boxes and not use_instance_mask:
             raise ValueError("recompute_boxes=True needs use_instance_mask=True")
         super().__init__(
@@ -53,6 +86,7 @@ class DetectionMapper(DatasetMapper):
             use_instance_mask=use_instance_mask,
             recompute_boxes=recompute_boxes,
         )
+        self.augmentations = Augmentations(augmentations)
         self.min_size = min_size
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -82,16 +116,13 @@ class DetectionMapper(DatasetMapper):
 
     def _read(self, dataset_dict: dict[str, Any]) -> np.ndarray:
         file_name = dataset_dict["file_name"]
-        advice = "replace the file or take it out of the data set"
-        if self.is_train:
-            advice += ", or pass dataloader.train.skip_undecodable=True to leave such images out"
+        advice = "replace the file or take it out of the dataset"
         try:
-            image = utils.read_image(file_name, format=self.image_format)
-        except Exception as error:  # decoders meet damaged files with almost any exception
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UndecodableImageError(
-                f"{file_name}: the image cannot be decoded ({reason}); {advice}", file_name
-            ) from error
+            with naming_errors(file_name), PathManager.open(file_name, "rb") as file:
+                data = file.read()
+            image = read_image(data, self.image_format, name=file_name)
+        except UndecodableImageError as error:
+            raise UndecodableImageError(f"{error}; {advice}", file_name) from error
         height, width = image.shape[:2]
         try:
             utils.check_image_size(dataset_dict, image)
@@ -104,7 +135,7 @@ class DetectionMapper(DatasetMapper):
         if min(height, width) < self.min_size:
             raise ImageError(
                 f"{file_name}: the image is {width}x{height} pixels, smaller than the least usable "
-                f"size {self.min_size} (a patch); take it out of the data set"
+                f"size {self.min_size} (a patch); take it out of the dataset"
             )
         return image
 

@@ -5,10 +5,9 @@ Legend: N images of a batch, H x W pixels of a crop, all colours in the order RG
 The crops are those of the published recipe (torchvision's ``RandomResizedCrop``), made faster: a
 JPEG that is far larger than what is needed of it is decoded at a half, a quarter or an eighth of
 its size, only the crop is resized, and what leaves the loader is uint8. The model normalises it, on
-its own device. EXIF orientation is not looked at, as in the usual pipeline.
+its own device. Crops are drawn of the upright image.
 """
 
-import io
 import logging
 import math
 import random
@@ -17,14 +16,15 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from timm.layers import to_2tuple
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import default_collate
 
 from crossmae_det.pretraining.images import StoredImage, find_images
 from crossmae_det.sampling import ResumableLoader
 from crossmae_det.utils.errors import UndecodableImageError
+from crossmae_det.utils.image_files import sampled_sizes
+from crossmae_det.utils.image_reading import REDUCTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +39,6 @@ CROP_ATTEMPTS = 10
 # to 41 dB; averaged over areas, which takes twice as long, 38 to 43 dB.
 BLUR = 0.37
 AREA_FROM = 2.5
-
-# First and last bytes of what OpenCV decodes. Of a file that was cut short OpenCV 4 makes up the
-# rest in grey, without a word; so all others are left to Pillow, which refuses those.
-JPEG = (b"\xff\xd8", b"\xff\xd9")
-PNG = (b"\x89PNG", b"IEND\xaeB`\x82")
-# Markers of a JPEG's frame header, which has its size.
-FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-REDUCED_COLOR = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-}
 
 
 def random_crop(
@@ -80,47 +67,6 @@ def random_crop(
     crop_w = min(width, max(1, round(height * ASPECT_RATIOS[1])))
     crop_h = min(height, max(1, round(width / ASPECT_RATIOS[0])))
     return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
-
-
-def read_size(data: bytes) -> tuple[int, int]:
-    """Height and width of an encoded image, in pixels, from its header.
-
-    Raises:
-        Exception: of almost any class, for data that is damaged or no image.
-    """
-    place = 2
-    # Pillow reads all of a JPEG's header, which takes a twentieth of the time of decoding it.
-    while data.startswith(JPEG[0]) and data[place] == 0xFF and data[place + 1] != 0xFF:
-        if data[place + 1] in FRAME_MARKERS:
-            size = data[place + 5 : place + 9]
-            return int.from_bytes(size[:2], "big"), int.from_bytes(size[2:], "big")
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    with Image.open(io.BytesIO(data)) as header:
-        return header.height, header.width
-
-
-def decode(data: bytes, reduction: int = 1) -> np.ndarray:
-    """Decode an image, a JPEG at a fraction of its size for a fraction of the time.
-
-    Args:
-        data: the encoded image.
-        reduction: 1, 2, 4 or 8: the size of the image over the size that will do.
-
-    Returns:
-        (height, width, 3) uint8 in the order BGR; of the full size, or a JPEG's reduced.
-
-    Raises:
-        Exception: of almost any class, for data that is damaged or no image.
-    """
-    if not data.startswith(JPEG[0]):
-        reduction = 1  # OpenCV would decode all and then leave pixels out
-    if any(data.startswith(first) and data.endswith(last) for first, last in (JPEG, PNG)):
-        flags = REDUCED_COLOR[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if pixels is not None:
-            return pixels
-    with Image.open(io.BytesIO(data)) as image:
-        return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -164,21 +110,16 @@ def read_part(
     Raises:
         UndecodableImageError: the image cannot be read or decoded.
     """
-    try:
-        data = image.read()
-        height, width = read_size(data)
-        top, left, part_h, part_w = choose(height, width)
-        enough = max(1, min(part_h // size[0], part_w // size[1]))
-        pixels = decode(data, max(r for r in REDUCED_COLOR if r <= enough))
-    except Exception as error:  # decoders meet damaged files with almost any exception
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UndecodableImageError(
-            f"{image}: the image cannot be decoded ({reason})", str(image)
-        ) from error
+    encoded = image.open()
+    height, width = encoded.height, encoded.width
+    top, left, part_h, part_w = choose(height, width)
+    enough = max(1, min(part_h // size[0], part_w // size[1]))
+    pixels = encoded.decode("BGR", max(r for r in REDUCTIONS if r <= enough))
     scale_y, scale_x = pixels.shape[0] / height, pixels.shape[1] / width
     top, part_h = round(top * scale_y), max(1, round(part_h * scale_y))
     left, part_w = round(left * scale_x), max(1, round(part_w * scale_x))
-    return resize(pixels[top : top + part_h, left : left + part_w], *size)
+    part = pixels[top : top + part_h, left : left + part_w]
+    return resize(part, *size)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -311,13 +252,15 @@ def build_pretraining_loader(
     flip: bool = True,
     num_workers: int = 2,
     seed: int = 0,
+    skip_undecodable: bool = True,
 ) -> ResumableLoader:
     """Build the training loader, for ``dataloader.train`` of a lazy config.
 
+    What is found is logged: how many images, of which kinds and sizes.
+
     Batch i depends on (seed, i) and the names of the images alone: not on workers, on the number of
     processes, of which each gets its slice, or on whether the run was resumed. An epoch shows every
-    image once, those of tar shards ``images.SHARDS_AT_A_TIME`` shards at a time. Images that cannot
-    be decoded are replaced by others, named once each in the log, and counted in ``skipped``.
+    image once, those of tar shards ``images.SHARDS_AT_A_TIME`` shards at a time.
 
     Args:
         dataset: names the images, see :mod:`crossmae_det.pretraining.images`.
@@ -327,26 +270,37 @@ def build_pretraining_loader(
         flip: mirror every second crop, at random.
         num_workers: worker processes of each process; 0 loads in the process itself.
         seed: any number >= 0, the same in every process.
+        skip_undecodable: replace an image that cannot be decoded by another one, name it once in
+            the log and count it in ``skipped``; False ends with an error that names it.
 
     Returns:
         An endless iterable of (N, 3, H, W) uint8 tensors in RGB with ``start_at(iteration)``.
 
     Raises:
-        ValueError: there is no image, or an argument is out of range; while loading: none of the
-            images drawn could be decoded.
+        ValueError: there is no image, or an argument is out of range; while loading: an
+            image cannot be decoded, or with ``skip_undecodable`` none of those drawn can.
         FileNotFoundError: a file or a folder does not exist.
     """
+    images = find_images(dataset)
+    if _is_main_process():
+        sizes = sampled_sizes(lambda index: images[index].image_size(), len(images))
+        logger.info("%s: %s; %s", dataset, images.summary, sizes)
     return ResumableLoader(
-        find_images(dataset),
+        images,
         RandomCrops(image_size, crop_scale, flip),
         total_batch_size,
         num_workers=num_workers,
         seed=seed,
-        skip_undecodable=True,
+        skip_undecodable=skip_undecodable,
         collate=default_collate,
         pin_memory=torch.cuda.is_available(),
         worker_init=_use_one_thread,
     )
+
+
+def _is_main_process() -> bool:
+    started = distributed.is_available() and distributed.is_initialized()
+    return not started or distributed.get_rank() == 0
 
 
 def _use_one_thread(worker: int) -> None:

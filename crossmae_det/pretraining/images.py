@@ -26,9 +26,15 @@ from torch.utils.data import Dataset
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-logger = logging.getLogger(__name__)
+from crossmae_det.utils.image_files import (
+    IMAGE_SUFFIXES,
+    is_image_file,
+    suffix_counts,
+    walk_images,
+)
+from crossmae_det.utils.image_reading import EncodedImage, image_size, naming_errors
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+logger = logging.getLogger(__name__)
 
 # An epoch goes through shards in a random order, so many at a time, and through the images of those
 # in a random order: what is read lies close together, and near to what was read before.
@@ -63,13 +69,41 @@ class StoredImage(NamedTuple):
             file.seek(self.offset)
             return file.read(self.size)
 
+    def open(self) -> EncodedImage:
+        """Read the encoded image and its header.
+
+        Raises:
+            UndecodableImageError: the file cannot be read, or is not an image.
+        """
+        with naming_errors(str(self)):
+            data = self.read()
+        return EncodedImage(data, str(self))
+
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the upright image, from its header.
+
+        Raises:
+            UndecodableImageError: the file cannot be read, or is not an image.
+        """
+        if not self.member:
+            return image_size(self.path)
+        image = self.open()
+        return image.height, image.width
+
 
 class ImageFiles(Dataset):
-    """Images that are files of their own, under one folder."""
+    """Images that are files of their own, under one folder.
+
+    Attributes:
+        summary: how many images of which suffixes, in how many folders.
+    """
 
     def __init__(self, folder: str, names: Iterable[str]):
         self.folder = folder
+        names = list(names)
         self._names = _pack(names)
+        folders = len({os.path.dirname(name) for name in names})
+        self.summary = f"{len(names)} images ({suffix_counts(names)}) in {folders} folders"
 
     def __len__(self) -> int:
         return len(self._names)
@@ -85,6 +119,9 @@ class ShardedImages(Dataset):
 
     Args:
         shards: the tar files.
+
+    Attributes:
+        summary: how many images of which suffixes, in how many shards.
 
     Raises:
         ValueError: a shard is not an uncompressed tar file.
@@ -105,7 +142,9 @@ class ShardedImages(Dataset):
         self._names = _pack(names)
         self._places = torch.tensor(places, dtype=torch.int64).reshape(-1, 2)
         self._starts = np.array(starts)
-        logger.info("Found %d images in them", len(self))
+        self.summary = (
+            f"{len(names)} images ({suffix_counts(names)}) in {len(self.shards)} tar shards"
+        )
 
     def __len__(self) -> int:
         return len(self._names)
@@ -158,7 +197,7 @@ def find_images(dataset: str) -> ImageFiles | ShardedImages:
     else:
         path = os.path.expanduser(dataset)
         if os.path.isdir(path):
-            images = ImageFiles(path, _walk(path))
+            images = ImageFiles(path, walk_images(path))
         elif os.path.isfile(path):
             images = _listed_images(path)
         else:
@@ -183,25 +222,14 @@ def _unpack(row: Tensor) -> str:
     return os.fsdecode(row.numpy().tobytes().rstrip(b"\0"))
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """Paths of the images under a folder, relative to it, sorted within each folder."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        prefix = os.path.relpath(parent, folder)
-        for name in sorted(files):
-            # Hidden files are none: macOS puts ._photo.jpg beside photo.jpg.
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield name if prefix == os.curdir else os.path.join(prefix, name)
-
-
 def _listed_images(path: str) -> ImageFiles:
-    if path.lower().endswith(IMAGE_SUFFIXES):
+    if is_image_file(path):
         folder, name = os.path.split(path)
         return ImageFiles(folder, [name])
     if path.lower().endswith(".json"):
         raise ValueError(f"data set '{path}': add the image folder, as in {path}:FOLDER")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a list of images, one path a line, in UTF-8") from error
@@ -214,7 +242,7 @@ def _coco_images(json_file: str, folder: str) -> ImageFiles:
             f"{folder}: no such image folder; check dataloader.train.dataset.name"
         )
     try:
-        with open(json_file, encoding="utf-8") as file:
+        with open(json_file, encoding="utf-8-sig") as file:
             names = [image["file_name"] for image in json.load(file)["images"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{json_file}: not a COCO json, which lists images by name") from error

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 # How many images are tried for one place in a batch before the data set itself is to blame.
 _MAX_ATTEMPTS = 10
 
+_SKIP_ADVICE = ", or pass dataloader.train.skip_undecodable=True to skip such images"
+
 
 class ResumableLoader:
     """An endless iterable over training batches, each what ``collate`` makes of a list of samples.
@@ -223,9 +225,11 @@ class _Samples(Dataset):
             try:
                 content = self.load(item, entropy)
             except (ValueError, OSError) as error:
-                if self.skip_undecodable and isinstance(error, UndecodableImageError):
-                    skipped.append(error.file_name)
-                    continue
+                if isinstance(error, UndecodableImageError):
+                    if self.skip_undecodable:
+                        skipped.append(error.file_name)
+                        continue
+                    error.args = (f"{error}{_SKIP_ADVICE}", *error.args[1:])
                 return _failure(error)
             if content is not None:
                 return _Loaded(content, skipped)

@@ -10,9 +10,9 @@ from image_files import encode, photo
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from crossmae_det.pretraining import data
 from crossmae_det.pretraining.data import RandomCrops, random_crop, resize
 from crossmae_det.pretraining.images import StoredImage
+from crossmae_det.utils.image_reading import EncodedImage
 
 
 def test_crops_are_drawn_as_torchvision_draws_them():
@@ -62,8 +62,10 @@ def test_a_crop_is_what_pillow_makes_of_the_same_box(tmp_path, monkeypatch, imag
     path = tmp_path / "photo.jpg"
     path.write_bytes(encode(pixels, "JPEG", quality=95, subsampling=0))
     asked = []
-    decode = data.decode
-    monkeypatch.setattr(data, "decode", lambda *args: asked.append(args[1]) or decode(*args))
+    decode = EncodedImage.decode
+    monkeypatch.setattr(
+        EncodedImage, "decode", lambda *args: asked.append(args[2]) or decode(*args)
+    )
     crops = RandomCrops(image_size, scale=(0.5, 0.6), flip=False)
     top, left, crop_h, crop_w = box_of([3, 1], 210, 260, (0.5, 0.6))
     crop = crops(StoredImage(str(path)), [3, 1])

@@ -12,7 +12,8 @@ from PIL import Image, features
 from shorthand import one_line
 
 from crossmae_det.utils.errors import UndecodableImageError
-from crossmae_det.utils.image_reading import IMAGE_SUFFIXES, EncodedImage, image_size, read_image
+from crossmae_det.utils.image_files import IMAGE_SUFFIXES
+from crossmae_det.utils.image_reading import EncodedImage, image_size, read_image
 
 PICTURE = photo(20, 29, seed=1, finest=4)
 AVIF = features.check("avif") if "avif" in features.features | features.modules else False
