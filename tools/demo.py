@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
-"""Draw the detections of a trained model into images and videos, and write them as COCO results."""
+"""Draw the detections of a trained model into images and videos, and write them as COCO results.
+
+Files that cannot be decoded are skipped and named; the exit code is then 1.
+"""
 
 import argparse
+import sys
 
 from crossmae_det.engine import run_tool
 from crossmae_det.engine.inference import predict_files
@@ -32,7 +36,8 @@ def main() -> None:
     args = parser.parse_args()
     cfg = get_config(args.config_file, args.opts, trained=True)
     weights = "ema" if args.ema else "model"
-    predict_files(cfg, args.input, args.output, args.score_threshold, weights)
+    if predict_files(cfg, args.input, args.output, args.score_threshold, weights):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
 from crossmae_det.engine.early_stopping import sign_of
 from crossmae_det.engine.precision import inference_autocast
+from crossmae_det.utils.image_reading import read_image
 from crossmae_det.visualization.curves import plot_metrics
 from crossmae_det.visualization.grids import picture_grid
-from crossmae_det.visualization.inference_io import read_image
 from crossmae_det.visualization.predictions import comparison_sheet
 
 logger = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ class PredictionPictures(HookBase):
         with inference_context(model), torch.no_grad(), precision:
             for sample in itertools.islice(annotated, self.count):
                 instances = model([sample])[0]["instances"].to("cpu")
-                image = read_image(sample["file_name"])
+                image = read_image(sample["file_name"], "BGR")
                 rows.append((image, records[sample["image_id"]], instances))
         if not rows:
             logger.warning("No image of '%s' has annotations to draw", self.dataset_name)

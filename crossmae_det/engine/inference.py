@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.data import Metadata
-from detectron2.data.transforms import AugInput, AugmentationList
+from detectron2.data.transforms import AugInput
 from detectron2.structures import Instances
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -17,6 +17,8 @@ from crossmae_det.engine.precision import inference_autocast
 from crossmae_det.engine.pretrained import load_pretrained
 from crossmae_det.engine.setup import resolve_device
 from crossmae_det.engine.trainer import amp_dtype
+from crossmae_det.utils.errors import UndecodableImageError
+from crossmae_det.utils.image_reading import convert_color
 from crossmae_det.visualization.files import write_image
 from crossmae_det.visualization.inference_io import (
     ImageSource,
@@ -46,8 +48,8 @@ class Predictor:
         self.model = load_pretrained(cfg, weights)
         self.device = resolve_device(cfg.train.device)
         self.amp_dtype = amp_dtype(cfg.train, self.device)
-        mapper = cfg.dataloader.test.mapper
-        self.augmentations = AugmentationList(instantiate(mapper.augmentations))
+        mapper = instantiate(cfg.dataloader.test.mapper)
+        self.augmentations = mapper.augmentations
         self.image_format = mapper.image_format
         categories = cfg.dataloader.categories
         self.metadata = Metadata(
@@ -60,13 +62,13 @@ class Predictor:
         """Detect in one image.
 
         Args:
-            image_bgr: (H, W, 3) uint8.
+            image_bgr: (H, W, 3) uint8; the model gets it in its own format.
 
         Returns:
             Boxes, scores, classes and, where the model has them, masks, in pixels of the image, on
             the CPU.
         """
-        image = image_bgr[:, :, ::-1] if self.image_format == "RGB" else image_bgr
+        image = convert_color(image_bgr, self.image_format)
         aug_input = AugInput(image)
         self.augmentations(aug_input)
         tensor = torch.as_tensor(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
@@ -82,51 +84,67 @@ def predict_files(
     output: str,
     score_threshold: float,
     weights: str = "model",
-) -> None:
+) -> list[Path]:
     """Run a detector over images, folders, globs and videos.
 
     Pictures and videos with the detections drawn in go to ``output`` under the inputs' names, and
-    the detections themselves to ``predictions.json`` there, in COCO's result format.
+    the detections themselves to ``predictions.json`` there, in COCO's result format. Files that
+    cannot be decoded are skipped, and named in the log.
 
     Args:
         cfg, weights: see :class:`Predictor`.
-        inputs: files, folders or patterns.
+        inputs: files, folders (searched at any depth) or patterns.
         output: a folder.
         score_threshold: detections below it are neither drawn nor written; in [0, 1].
 
+    Returns:
+        The files that were skipped.
+
     Raises:
-        ValueError, OSError: an input cannot be read, or the output cannot be written.
+        ValueError, OSError: an input does not exist, or the output cannot be written.
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"the score threshold must lie in [0, 1], got {score_threshold}")
-    sources = iter_inputs(inputs)
+    sources = iter_inputs(inputs, output)
     targets = output_paths(sources, output)
     predictor = Predictor(cfg, weights)
-    total = sum(source.num_frames or 1 for source in sources)
-    with PredictionWriter(output, predictor.metadata) as writer, tqdm(total=total) as progress:
+    skipped = []
+    with (
+        PredictionWriter(output, predictor.metadata) as writer,
+        tqdm(total=len(sources), unit="file") as progress,
+    ):
 
         def detect_and_draw(image: np.ndarray, path: Path, frame: int | None = None) -> np.ndarray:
             instances = predictor(image)
-            instances = instances[instances.scores >= score_threshold]
-            writer.add(instances, path, frame)
-            progress.update()
-            # The frames of a video keep their size.
-            scale = None if frame is None else 1.0
+            writer.add(instances[instances.scores >= score_threshold], path, frame)
             return draw_predictions(
                 image,
                 instances,
                 predictor.metadata,
                 score_threshold=score_threshold,
-                scale=scale,
+                # The frames of a video keep their size.
+                scale=None if frame is None else 1.0,
             )
 
         for source, target in zip(sources, targets, strict=True):
-            progress.set_description(source.path.name)
-            if isinstance(source, ImageSource):
-                (image,) = source
-                write_image(target, detect_and_draw(image, source.path))
-                continue
-            with VideoWriter(target, fps=source.fps, size=source.size) as video:
-                for number, image in enumerate(source):
-                    video.write(detect_and_draw(image, source.path, number))
-    logger.info("Pictures and predictions are in %s", output)
+            progress.set_description(str(source.name))
+            try:
+                if isinstance(source, ImageSource):
+                    (image,) = source
+                    write_image(target, detect_and_draw(image, source.path))
+                else:
+                    with VideoWriter(target, fps=source.fps, size=source.size) as video:
+                        for number, image in enumerate(source):
+                            progress.set_postfix(frame=f"{number + 1}/{source.num_frames or '?'}")
+                            video.write(detect_and_draw(image, source.path, number))
+                    progress.set_postfix()
+            except UndecodableImageError as error:
+                skipped.append(source.path)
+                logger.warning("Skipped: %s", error)
+            progress.update()
+    done = len(sources) - len(skipped)
+    logger.info("Pictures and predictions of %d files are in %s", done, output)
+    if skipped:
+        names = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
+        logger.error("%d of %d files cannot be decoded: %s", len(skipped), len(sources), names)
+    return skipped

@@ -62,7 +62,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed every patch: (N, B, H * P, W * P) -> (N, L, C)."""
+        """Embed every patch: (N, B, H * P, W * P) -> (N, L, C).
+
+        Raises:
+            ValueError: the images have another number of channels than B.
+        """
+        self._check_channels(images)
         # Contiguous, or every token stays spread over memory: sums of tensors keep the strides of
         # the first, and each norm would copy its input.
         return self.proj(images).flatten(2).transpose(1, 2).contiguous()
@@ -76,9 +81,20 @@ class PatchEmbed(nn.Module):
 
         Returns:
             (N, L_visible, C): the same rows that ``forward`` gives at those indices.
+
+        Raises:
+            ValueError: the images have another number of channels than B.
         """
+        self._check_channels(images)
         patches = patchify(images, self.patch_size)
         patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[-1]))
         # (C, B, P_h, P_w) -> (C, P_h * P_w * B), the order of patchify.
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(patches, weight, self.proj.bias)
+
+    def _check_channels(self, images: Tensor) -> None:
+        if images.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"images of {images.shape[1]} channels for a model that takes"
+                f" {self.proj.in_channels}: check the image format and in_chans"
+            )

@@ -184,10 +184,21 @@ def check_image_format(format: str) -> None:
         )
 
 
-def num_channels(format: str) -> int:
-    """Channels C of an image format: 1 for "L", 3 for "RGB" and "BGR"."""
+def convert_color(image_bgr: np.ndarray, format: str) -> np.ndarray:
+    """Convert an image in memory, such as a frame of a video.
+
+    Args:
+        image_bgr: (H, W, 3) uint8 in BGR.
+        format: "RGB", "BGR" or "L" (gray).
+
+    Returns:
+        (H, W, C) uint8, what :func:`read_image` gives of the same image; it may be a view.
+
+    Raises:
+        ValueError: ``format`` is not one of the three.
+    """
     check_image_format(format)
-    return 1 if format == "L" else 3
+    return _convert(image_bgr[:, :, ::-1], format)
 
 
 class _ReasonError(Exception):

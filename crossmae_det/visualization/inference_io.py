@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,15 +19,19 @@ import cv2
 import numpy as np
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
-from PIL import Image, UnidentifiedImageError
 
 from crossmae_det.checkpoint import atomic_path
+from crossmae_det.utils.errors import UndecodableImageError
+from crossmae_det.utils.image_files import IMAGE_SUFFIXES, is_image_file, walk_images
+from crossmae_det.utils.image_reading import read_image
 from crossmae_det.visualization.files import write_json
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+MEDIA_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+# Of the images that are read, those that OpenCV writes in color; others become PNG.
+DRAWN_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 DEFAULT_FPS = 25.0
 PREDICTIONS_FILE = "predictions.json"
 IMAGES_FILE = "images.json"
@@ -33,21 +39,31 @@ IMAGES_FILE = "images.json"
 
 @dataclass(frozen=True)
 class ImageSource:
-    """One image file. Iterating yields its one picture, (H, W, 3) uint8 BGR."""
+    """One image file. Iterating yields its one picture, (H, W, 3) uint8 BGR, upright.
+
+    Attributes:
+        path: the file.
+        name: its path relative to the folder that the user named.
+    """
 
     path: Path
+    name: Path
     is_video: bool = field(default=False, init=False)
-    num_frames: int | None = field(default=1, init=False)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        yield read_image(self.path)
+        yield read_image(self.path, "BGR")
 
 
 @dataclass(frozen=True)
 class VideoSource:
     """One video file. Iterating yields its frames, (H, W, 3) uint8 BGR, upright.
 
+    The file is opened when a property is asked for, or a frame: an UndecodableImageError says that
+    it cannot be decoded, or has no frame.
+
     Attributes:
+        path: the file.
+        name: its path relative to the folder that the user named.
         fps: frames per second, 25 where the file does not say.
         size: (width, height) of every frame.
         num_frames: as the file states it, which need not be what can be decoded; None if it does
@@ -55,30 +71,36 @@ class VideoSource:
     """
 
     path: Path
-    fps: float
-    size: tuple[int, int]
-    num_frames: int | None
+    name: Path
     is_video: bool = field(default=True, init=False)
 
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> VideoSource:
-        """Reads the properties of a video and its first frame.
+    @property
+    def fps(self) -> float:
+        return self._properties[0]
 
-        Raises:
-            ValueError: the file cannot be decoded, or has no frame.
-        """
-        capture = cv2.VideoCapture(str(path))
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._properties[1]
+
+    @property
+    def num_frames(self) -> int | None:
+        return self._properties[2]
+
+    @cached_property
+    def _properties(self) -> tuple[float, tuple[int, int], int | None]:
+        capture = cv2.VideoCapture(str(self.path))
         try:
             decoded, frame = capture.read()
             if not decoded:
-                raise ValueError(f"{path}: cannot be read as a video; convert it to mp4")
+                raise UndecodableImageError(
+                    f"{self.path}: cannot be read as a video; convert it to mp4", str(self.path)
+                )
             fps = capture.get(cv2.CAP_PROP_FPS)
             count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
         finally:
             capture.release()
         height, width = frame.shape[:2]
-        return cls(
-            Path(path),
+        return (
             fps if math.isfinite(fps) and fps > 0 else DEFAULT_FPS,
             (width, height),
             int(count) if math.isfinite(count) and count > 0 else None,
@@ -100,70 +122,51 @@ class VideoSource:
             logger.warning("%s: only %d of %d frames decoded", self.path, number, self.num_frames)
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads an image with OpenCV, turned upright by its EXIF orientation as detectron2 does.
-
-    Args:
-        path: the file, of any format that OpenCV decodes. Grey becomes BGR, an alpha channel is
-            dropped, 16 bits become 8.
-
-    Returns:
-        (H, W, 3) uint8, BGR.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not an image that OpenCV can decode.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such image file")
-    try:
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error.err})") from error
-    if image is None or _is_truncated_jpeg(path):
-        raise ValueError(f"{path}: cannot be read as an image; is it complete?")
-    return image
-
-
-def iter_inputs(paths: Sequence[str]) -> list[ImageSource | VideoSource]:
+def iter_inputs(
+    paths: Sequence[str], output: str | os.PathLike[str] | None = None
+) -> list[ImageSource | VideoSource]:
     """Finds the images and videos that the user named.
 
     Args:
-        paths: files, folders (the images and videos in them, not in their subfolders) and glob
-            patterns (``**`` goes into subfolders). A named file is a video by its suffix and an
-            image otherwise; from folders and patterns, files of other suffixes are left out.
+        paths: files, folders (the images and videos in them, at any depth) and glob patterns
+            (``**`` goes into subfolders). A named file is a video by its suffix and an image
+            otherwise; from folders and patterns, files of other suffixes are left out.
+        output: a folder whose files are left out of folders and patterns: what is drawn into a
+            subfolder of the input is not an input.
 
     Returns:
         Every file once, in the order of ``paths``, those of a folder or pattern sorted by name.
-        Images are decoded only when they are iterated over.
+        They are decoded only when they are iterated over.
 
     Raises:
         FileNotFoundError: a path matches nothing, or a folder holds no image or video.
-        ValueError: a video cannot be decoded, or ``paths`` is empty.
+        ValueError: ``paths`` is empty.
     """
     if not paths:
         raise ValueError("no input: name at least one image, video, folder or pattern")
-    found: dict[Path, Path] = {}
+    outside = None if output is None else Path(output).resolve()
+    found: dict[Path, ImageSource | VideoSource] = {}
     for entry in paths:
         path = Path(entry).expanduser()
         if path.is_file():
-            matches = [path]
+            folder, names = path.parent, [path.name]
         elif path.is_dir():
-            matches = _media(path.iterdir())
-            if not matches:
-                raise FileNotFoundError(f"{entry}: there is no image or video in this folder")
+            folder, names = path, list(walk_images(str(path), MEDIA_SUFFIXES))
+            what = "there is no image or video in this folder"
         elif glob.has_magic(entry):
-            matches = _media(Path(name) for name in glob.iglob(str(path), recursive=True))
-            if not matches:
-                raise FileNotFoundError(f"{entry}: no image or video matches this pattern")
+            folder, names = _matches(path)
+            what = "no image or video matches this pattern"
         else:
             raise FileNotFoundError(f"{entry}: no such file or folder")
-        for match in matches:
-            found.setdefault(match.resolve(), match)
-    return [
-        VideoSource.open(path) if path.suffix.lower() in VIDEO_SUFFIXES else ImageSource(path)
-        for path in found.values()
-    ]
+        if not path.is_file():
+            names = [name for name in names if outside not in (folder / name).resolve().parents]
+        if not names:
+            raise FileNotFoundError(f"{entry}: {what}")
+        for name in names:
+            file = folder / name
+            source = VideoSource if file.suffix.lower() in VIDEO_SUFFIXES else ImageSource
+            found.setdefault(file.resolve(), source(file, Path(name)))
+    return list(found.values())
 
 
 def output_paths(
@@ -176,9 +179,9 @@ def output_paths(
         folder: the output folder.
 
     Returns:
-        A path for each source: the name of its file, ``.mp4`` for videos, ``.png`` for images of
-        any other suffix than ``IMAGE_SUFFIXES``. A name that is taken gets a number (``a.jpg``,
-        ``a_2.jpg``).
+        A path for each source: its name, in the subfolder that it has in the input; ``.mp4`` for
+        videos, ``.png`` for images of any other suffix than ``DRAWN_SUFFIXES``. A name that is
+        taken gets a number (``a.jpg``, ``a_2.jpg``).
 
     Raises:
         ValueError: a path is one of the inputs, which would be overwritten.
@@ -187,17 +190,17 @@ def output_paths(
     taken: set[str] = set()
     targets = []
     for source in sources:
-        suffix = source.path.suffix
+        suffix = source.name.suffix
         if source.is_video:
             suffix = ".mp4"
-        elif suffix.lower() not in IMAGE_SUFFIXES:
+        elif suffix.lower() not in DRAWN_SUFFIXES:
             suffix = ".png"
-        name, number = source.path.stem + suffix, 1
+        name, number = source.name.with_suffix(suffix), 1
         # Case does not distinguish files everywhere.
-        while name.lower() in taken:
+        while str(name).lower() in taken:
             number += 1
-            name = f"{source.path.stem}_{number}{suffix}"
-        taken.add(name.lower())
+            name = source.name.with_name(f"{source.name.stem}_{number}{suffix}")
+        taken.add(str(name).lower())
         target = Path(folder) / name
         if target.resolve() in inputs:
             raise ValueError(f"{target}: the output would replace an input; choose another folder")
@@ -362,26 +365,13 @@ class PredictionWriter:
         return self._class_names[index] if index < len(self._class_names) else f"class {index}"
 
 
-def _is_truncated_jpeg(path: str | os.PathLike[str]) -> bool:
-    """OpenCV fills the missing part of a JPEG with grey; PIL, like detectron2's loader, refuses."""
-    try:
-        with Image.open(path) as image:
-            if image.format == "JPEG":
-                # An eighth of the size decodes fast and still reads the whole file.
-                image.draft("L", (image.width // 8, image.height // 8))
-                image.load()
-    except UnidentifiedImageError:
-        return False  # a format that only OpenCV knows
-    except (OSError, SyntaxError):
-        return True
-    return False
-
-
-def _media(paths: Iterator[Path]) -> list[Path]:
-    """The visible images and videos among ``paths``, sorted."""
-    suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
-    return sorted(
-        path
-        for path in paths
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+def _matches(pattern: Path) -> tuple[Path, list[str]]:
+    """The part of a pattern before its first wildcard, and the visible files relative to it."""
+    plain = list(takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    folder = Path(*plain)
+    found = glob.iglob(str(pattern), recursive=True)
+    return folder, sorted(
+        os.path.relpath(name, folder)
+        for name in found
+        if is_image_file(name, MEDIA_SUFFIXES) and os.path.isfile(name)
     )

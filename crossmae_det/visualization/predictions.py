@@ -1,7 +1,7 @@
 """Drawing predictions and ground truth, alone or side by side.
 
-Colours belong to classes, not to instances: what is drawn in one colour on the ground truth has
-the same colour on the predictions.
+A color belongs to a class: what has one hue on the ground truth has the same hue on the
+predictions. The objects of one class in an image are shades of it, so that they can be told apart.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import colorsys
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from crossmae_det.visualization.files import write_image
@@ -26,6 +28,8 @@ LONG_SIDE = 1600
 CELL_SIDE = 480
 GAP = 12
 PAPER = 255
+# Lightness of the objects of one class, one after another, beside that of the class's color.
+SHADES = (0.0, -0.18, 0.14, -0.09, 0.07, -0.27)
 
 
 @dataclass
@@ -49,6 +53,8 @@ def draw_predictions(
 ) -> np.ndarray:
     """Draws the masks, boxes, class names and scores of a model's output.
 
+    A picture without any says so, with the best score that is below the threshold.
+
     Args:
         image_bgr: (H, W, 3) uint8, BGR.
         instances: of image size (H, W), on any device, with ``pred_boxes``, ``pred_classes``, and
@@ -68,7 +74,14 @@ def draw_predictions(
     """
     _check_size("instances", instances.image_size, image_bgr)
     objects = _predicted(instances.to("cpu"), metadata, score_threshold)
-    return _draw(image_bgr, objects, _scale(image_bgr) if scale is None else scale)
+    note = "no object"
+    if instances.has("scores"):
+        note += f" with score \N{GREATER-THAN OR EQUAL TO} {score_threshold:g}"
+        if len(instances):
+            # Rounded down, or 0.499 would be said to reach 0.5; but 0.32 in float32 is 0.31999999.
+            best = math.floor(100 * instances.scores.max().item() + 1e-3) / 100
+            note += f", best {best:.2f}"
+    return _draw(image_bgr, objects, _scale(image_bgr) if scale is None else scale, note)
 
 
 def draw_ground_truth(
@@ -78,7 +91,7 @@ def draw_ground_truth(
     *,
     scale: float | None = None,
 ) -> np.ndarray:
-    """Draws the annotations of an image. Crowds have a dashed box.
+    """Draws the annotations of an image, crowds with a dashed box; without any, it says so.
 
     Args:
         image_bgr: (H, W, 3) uint8, BGR, of the size that the annotations are for.
@@ -97,7 +110,8 @@ def draw_ground_truth(
         size = (dataset_dict["height"], dataset_dict["width"])
         _check_size(str(dataset_dict.get("file_name", "dataset_dict")), size, image_bgr)
     objects = _annotated(dataset_dict, image_bgr.shape[:2], metadata)
-    return _draw(image_bgr, objects, _scale(image_bgr) if scale is None else scale)
+    scale = _scale(image_bgr) if scale is None else scale
+    return _draw(image_bgr, objects, scale, "no annotated object")
 
 
 def comparison_sheet(
@@ -150,7 +164,7 @@ def comparison_sheet(
 
 
 def class_color(index: int, metadata: Any) -> tuple[float, float, float]:
-    """The colour of a class, RGB in [0, 1].
+    """The color of a class, RGB in [0, 1].
 
     Args:
         index: contiguous class index.
@@ -166,12 +180,30 @@ def class_color(index: int, metadata: Any) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb(hue, 0.75 if index % 2 == 0 else 0.55, 0.95)
 
 
+class _Colors:
+    """The colors of the objects of an image, by their classes and their order."""
+
+    def __init__(self, metadata: Any):
+        self._metadata = metadata
+        self._counts: Counter[int] = Counter()
+
+    def next(self, index: int) -> tuple[float, float, float]:
+        """The color of the next object of a class: the class's own first, then shades of it."""
+        hue, lightness, saturation = colorsys.rgb_to_hls(*class_color(index, self._metadata))
+        shade = SHADES[self._counts[index] % len(SHADES)]
+        self._counts[index] += 1
+        if not shade:
+            return class_color(index, self._metadata)
+        return colorsys.hls_to_rgb(hue, min(max(lightness + shade, 0.15), 0.9), saturation)
+
+
 def _predicted(instances: Instances, metadata: Any, score_threshold: float) -> list[_Object]:
     scores = instances.scores.tolist() if instances.has("scores") else [None] * len(instances)
     boxes = instances.pred_boxes.tensor.tolist()
     classes = instances.pred_classes.tolist()
     masks = np.asarray(instances.pred_masks) if instances.has("pred_masks") else None
     objects = []
+    colors = _Colors(metadata)
     for i, (box, score, index) in enumerate(zip(boxes, scores, classes, strict=True)):
         if score is not None and score < score_threshold:
             continue
@@ -180,7 +212,7 @@ def _predicted(instances: Instances, metadata: Any, score_threshold: float) -> l
             _Object(
                 box,
                 name if score is None else f"{name} {score:.0%}",
-                class_color(index, metadata),
+                colors.next(index),
                 None if masks is None else GenericMask(masks[i], *instances.image_size),
             )
         )
@@ -191,6 +223,7 @@ def _annotated(
     dataset_dict: Mapping[str, Any], size: tuple[int, int], metadata: Any
 ) -> list[_Object]:
     objects = []
+    colors = _Colors(metadata)
     for annotation in dataset_dict.get("annotations", ()):
         index = annotation["category_id"]
         crowd = bool(annotation.get("iscrowd", 0))
@@ -200,7 +233,7 @@ def _annotated(
             _Object(
                 [float(value) for value in box],
                 _class_name(index, metadata) + (" (crowd)" if crowd else ""),
-                class_color(index, metadata),
+                colors.next(index),
                 GenericMask(segmentation, *size) if segmentation else None,
                 dashed=crowd,
             )
@@ -208,7 +241,8 @@ def _annotated(
     return objects
 
 
-def _draw(image_bgr: np.ndarray, objects: Sequence[_Object], scale: float) -> np.ndarray:
+def _draw(image_bgr: np.ndarray, objects: Sequence[_Object], scale: float, note: str) -> np.ndarray:
+    """The objects on the image; where there are none, ``note`` in its corner."""
     visualizer = Visualizer(image_bgr[:, :, ::-1], scale=scale)
     output = visualizer.output
     if scale != 1:
@@ -232,6 +266,9 @@ def _draw(image_bgr: np.ndarray, objects: Sequence[_Object], scale: float) -> np
     # Large objects have room elsewhere: small ones choose first.
     for item in reversed(objects):
         placed.append(_draw_label(visualizer, item, placed))
+    if not objects:
+        text, extent, margin = _write(visualizer, note, (0.0, 0.0, 0.0))
+        text.set_position((margin / output.scale, margin / output.scale))
     return np.ascontiguousarray(output.get_image()[:, :, ::-1])
 
 
@@ -239,22 +276,7 @@ def _draw_label(visualizer: Visualizer, item: _Object, placed: Sequence[Bbox]) -
     """Writes a label where it covers the fewest others, and never beyond the canvas."""
     output = visualizer.output
     canvas_width, canvas_height = output.canvas.get_width_height()
-    pixels = float(np.clip(min(canvas_height, canvas_width) / 38, 11.5, 20))
-    font_size = _points(output, pixels) / output.scale
-    visualizer.draw_text(item.label, item.box[:2], font_size=font_size, horizontal_alignment="left")
-    text = output.ax.texts[-1]
-    text.set_parse_math(False)
-    luminance = float(np.dot(item.color, (0.299, 0.587, 0.114)))
-    text.set_color("black" if luminance > 0.45 else "white")
-    margin = pixels / 6
-    background = {"facecolor": item.color, "alpha": 0.85, "pad": _points(output, margin)}
-    text.set_bbox({**background, "edgecolor": "none"})
-    renderer = output.canvas.get_renderer()
-    extent = text.get_window_extent(renderer).padded(margin)
-    if extent.width > canvas_width:
-        text.set_fontsize(text.get_fontsize() * 0.97 * canvas_width / extent.width)
-        extent = text.get_window_extent(renderer).padded(margin)
-
+    text, extent, margin = _write(visualizer, item.label, item.color)
     x0, y0, x1, y1 = (value * output.scale for value in item.box)
     candidates = [
         (x0, y0 - extent.height),
@@ -280,6 +302,35 @@ def _draw_label(visualizer: Visualizer, item: _Object, placed: Sequence[Bbox]) -
     # The text is anchored at its top left corner, in pixels of the image.
     text.set_position(((best.x0 + margin) / output.scale, (best.y0 + margin) / output.scale))
     return best
+
+
+def _write(
+    visualizer: Visualizer, label: str, color: tuple[float, float, float]
+) -> tuple[Text, Bbox, float]:
+    """Writes a label on a background of a color, no wider than the canvas.
+
+    Returns:
+        The text, which is anchored at its top left corner; the extent of its background and the
+        width of the background's margin, in pixels of the canvas.
+    """
+    output = visualizer.output
+    canvas_width, canvas_height = output.canvas.get_width_height()
+    pixels = float(np.clip(min(canvas_height, canvas_width) / 38, 11.5, 20))
+    font_size = _points(output, pixels) / output.scale
+    visualizer.draw_text(label, (0, 0), font_size=font_size, horizontal_alignment="left")
+    text = output.ax.texts[-1]
+    text.set_parse_math(False)
+    luminance = float(np.dot(color, (0.299, 0.587, 0.114)))
+    text.set_color("black" if luminance > 0.45 else "white")
+    margin = pixels / 6
+    background = {"facecolor": color, "alpha": 0.85, "pad": _points(output, margin)}
+    text.set_bbox({**background, "edgecolor": "none"})
+    renderer = output.canvas.get_renderer()
+    extent = text.get_window_extent(renderer).padded(margin)
+    if extent.width > canvas_width:
+        text.set_fontsize(text.get_fontsize() * 0.97 * canvas_width / extent.width)
+        extent = text.get_window_extent(renderer).padded(margin)
+    return text, extent, margin
 
 
 def _overlap(first: Bbox, second: Bbox) -> float:

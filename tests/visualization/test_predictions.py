@@ -1,3 +1,5 @@
+import colorsys
+
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
@@ -65,15 +67,48 @@ def inside(picture, x, y):
     return picture[y - 3 : y + 3, x - 3 : x + 3].reshape(-1, 3).mean(axis=0)
 
 
-def test_nothing_to_draw_leaves_the_image(metadata):
+def test_a_picture_without_objects_says_so(metadata):
     # Smooth, because older versions of matplotlib resample an image by a fraction of a pixel.
     image = np.tile(np.linspace(0, 250, SIZE[1])[None, :, None], (SIZE[0], 1, 3)).astype(np.uint8)
-    for picture in (
+    box = [[9, 9, 90, 90]]
+    pictures = [
         draw_predictions(image, instances([], [], []), metadata),
+        draw_predictions(image, instances(box, [0], [0.31]), metadata),
+        draw_predictions(image, instances(box, [0], [0.32]), metadata),
+        draw_predictions(image, instances([], [], []), metadata, score_threshold=0.6),
+        draw_predictions(image, instances([], []), metadata),
         draw_ground_truth(image, record([]), metadata),
-        draw_predictions(image, instances([[9, 9, 90, 90]], [0], [0.3]), metadata),
-    ):
-        np.testing.assert_allclose(picture, image.astype(int), atol=2)
+    ]
+    for picture in pictures:
+        np.testing.assert_allclose(picture[40:], image[40:].astype(int), atol=2)
+        assert (picture[:40, :300] == 0).all(axis=2).sum() > 200  # the background of the note
+    for index, picture in enumerate(pictures):  # threshold and best score are part of it
+        assert all((picture != other).any() for other in pictures[:index])
+    # The note fits a small picture that is not enlarged.
+    for size in ((8, 9), (400, 20), (20, 400)):
+        found = instances([], [], [], size)
+        assert draw_predictions(grey(size), found, metadata, scale=1).shape == (*size, 3)
+
+
+def test_objects_of_one_class_have_shades_of_its_color(metadata):
+    boxes = [[20, 40, 180, 200], [200, 40, 380, 200], [400, 40, 580, 200], [20, 260, 180, 420]]
+    found = instances(boxes, [1] * 4, [0.9, 0.8, 0.7, 0.6], masks=True)
+    picture = draw_predictions(grey(), found, metadata)
+    tints = [inside(picture, x, y) for x, y in ((100, 120), (290, 120), (490, 120), (100, 340))]
+    colors = (np.array(tints) - 0.55 * GREY) / 0.45 / 255  # what was laid over the image, BGR
+    np.testing.assert_allclose(255 * colors[0], bgr(1, metadata), atol=4)
+    for index, color in enumerate(colors):
+        assert all(np.abs(color - other).max() > 0.05 for other in colors[:index])
+        hue = colorsys.rgb_to_hls(*color[::-1].clip(0, 1))[0]
+        assert abs(hue - colorsys.rgb_to_hls(*class_color(1, metadata))[0]) < 0.03
+    truth = [
+        annotation(box, 1, segmentation=[[x0, y0, x1, y0, x1, y1, x0, y1]])
+        for box in boxes
+        for x0, y0, x1, y1 in [box]
+    ]
+    drawn = draw_ground_truth(grey(), record(truth), metadata)
+    for (x, y), tint in zip(((100, 120), (290, 120), (490, 120)), tints, strict=False):
+        np.testing.assert_allclose(inside(drawn, x, y), tint, atol=2)
 
 
 def test_masks_are_tinted_with_the_colour_of_the_class(metadata):

@@ -21,6 +21,7 @@ model.backbone = L(SimpleFeaturePyramid)(
         depth=None,
         num_heads=None,
         patch_size=16,
+        in_chans="${crossmae.count:${model.pixel_mean}}",  # 1 for model.input_format "L"
         img_size="${dataloader.image_size}",
         pretrain_img_size=224,
         window_size=14,
