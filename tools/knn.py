@@ -5,6 +5,7 @@ import argparse
 
 from detectron2.config import instantiate
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
 
 from crossmae_det.checkpoint import load
 from crossmae_det.classification import knn_accuracy, labelled_features
@@ -23,6 +24,11 @@ def main() -> None:
     parser.add_argument("--test", required=True, help="folder of the test images, likewise")
     parser.add_argument("--neighbours", type=int, default=20, help="how many vote (default: 20)")
     parser.add_argument(
+        "--skip-undecodable",
+        action="store_true",
+        help="leave out images that cannot be decoded, and name them",
+    )
+    parser.add_argument(
         "--opts",
         nargs="*",
         default=[],
@@ -30,6 +36,7 @@ def main() -> None:
         " trunk; without it the trunk is random, by train.seed",
     )
     args = parser.parse_args()
+    setup_logger(name="crossmae_det")
     cfg = get_config(args.config_file, args.opts, trained=True)
     seed_all_rng(cfg.train.seed)
     model = instantiate(cfg.model).to(resolve_device(cfg.train.device)).eval()
@@ -37,7 +44,12 @@ def main() -> None:
     if checkpoint:
         print(load(model.encoder, checkpoint))
     train, test = (
-        labelled_features(folder, model.features, cfg.dataloader.image_size)
+        labelled_features(
+            folder,
+            model.features,
+            cfg.dataloader.image_size,
+            skip_undecodable=args.skip_undecodable,
+        )
         for folder in (args.train, args.test)
     )
     if train[2] != test[2]:

@@ -3,16 +3,25 @@
 Legend: N images, C channels of a feature.
 """
 
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from timm.layers import to_2tuple
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from tqdm import tqdm
+
+from crossmae_det.utils.errors import UndecodableImageError
+from crossmae_det.utils.image_files import file_sizes, is_image_file, suffix_counts
+from crossmae_det.utils.image_reading import read_image
+
+logger = logging.getLogger(__name__)
 
 
 def labelled_features(
@@ -22,8 +31,11 @@ def labelled_features(
     *,
     batch_size: int = 256,
     num_workers: int = 0,
+    skip_undecodable: bool = False,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """The features of a folder of images, one folder a class, as ImageNet is laid out.
+
+    What is found is logged: how many images, of which kinds and sizes.
 
     Args:
         folder: the folder.
@@ -32,26 +44,65 @@ def labelled_features(
             is cropped.
         batch_size: images at a time.
         num_workers: worker processes that load the images; 0 loads in this one.
+        skip_undecodable: leave out images that cannot be decoded, and name them in the log.
 
     Returns:
         Features (images, C) float32 and labels (images,) int64 on the CPU, and the classes' names.
 
     Raises:
         FileNotFoundError: there is no such folder, it has no class folders, or one has no images.
-        OSError: an image cannot be decoded.
+        UndecodableImageError: an image cannot be decoded.
+        ValueError: no image can be decoded.
     """
     size = to_2tuple(image_size)
     transform = Compose(
         [Resize(max(size), InterpolationMode.BICUBIC), CenterCrop(size), PILToTensor()]
     )
-    dataset = ImageFolder(folder, transform)
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers)
+    dataset = _LabelledImages(folder, transform, loader=_read_picture, is_valid_file=is_image_file)
+    paths = [path for path, _ in dataset.samples]
+    logger.info(
+        "%s: %d images (%s) of %d classes; %s",
+        *(folder, len(paths), suffix_counts(paths), len(dataset.classes), file_sizes(paths)),
+    )
+    loader: DataLoader[Any] = DataLoader(
+        dataset, batch_size, num_workers=num_workers, collate_fn=list
+    )
     features, labels = [], []
+    skipped = 0
     with torch.no_grad():
-        for images, classes in tqdm(loader, desc=folder):
-            features.append(encode(images).float().cpu())
-            labels.append(classes)
+        for samples in tqdm(loader, desc=folder):
+            for error in (sample for sample in samples if isinstance(sample, Exception)):
+                if not skip_undecodable:
+                    raise error
+                logger.warning("Skipped: %s", error)
+                skipped += 1
+            samples = [sample for sample in samples if not isinstance(sample, Exception)]
+            if samples:
+                images, classes = default_collate(samples)
+                features.append(encode(images).float().cpu())
+                labels.append(classes)
+    if skipped:
+        logger.warning("%s: %d of %d images were skipped", folder, skipped, len(paths))
+    if not features:
+        raise ValueError(f"{folder}: none of the {len(paths)} images can be decoded")
     return torch.cat(features), torch.cat(labels), dataset.classes
+
+
+class _LabelledImages(ImageFolder):
+    """Images and classes by index, and for an image that cannot be decoded the error instead.
+
+    An error that a worker raises would come with the worker's traceback in its message.
+    """
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return super().__getitem__(index)
+        except UndecodableImageError as error:
+            return error
+
+
+def _read_picture(path: str) -> Image.Image:
+    return Image.fromarray(read_image(path))
 
 
 def knn_accuracy(

@@ -107,7 +107,7 @@ class DetectionMapper(DatasetMapper):
         augmented = T.AugInput(self._read(dataset_dict))
         transforms = self.augmentations(augmented)
         image = augmented.image
-        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        dataset_dict["image"] = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
         if not self.is_train:
             dataset_dict.pop("annotations", None)
         elif "annotations" in dataset_dict:

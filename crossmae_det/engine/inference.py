@@ -71,7 +71,7 @@ class Predictor:
         image = convert_color(image_bgr, self.image_format)
         aug_input = AugInput(image)
         self.augmentations(aug_input)
-        tensor = torch.as_tensor(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
+        tensor = torch.from_numpy(np.array(aug_input.image.transpose(2, 0, 1), order="C"))
         height, width = image.shape[:2]
         with inference_autocast(self.model, self.amp_dtype):
             (output,) = self.model([{"image": tensor, "height": height, "width": width}])

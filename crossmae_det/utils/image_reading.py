@@ -135,7 +135,7 @@ def read_image(source: Source, format: str = "RGB", *, name: str = "") -> np.nda
         name: names the image in messages; the path by default.
 
     Returns:
-        (H, W, C) uint8, contiguous; C = 1 for "L" and 3 otherwise.
+        (H, W, C) uint8, contiguous and writable; C = 1 for "L" and 3 otherwise.
 
     Raises:
         UndecodableImageError: there is no such file, or it is empty, truncated, damaged, not an
@@ -363,7 +363,7 @@ def _decode(data: bytes, reduction: int) -> np.ndarray:
             straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
             if straight:
                 image = image.convert(straight)  # type: ignore[assignment]
-            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            pixels = np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     return pixels
 
 
@@ -393,7 +393,7 @@ def _convert(pixels: np.ndarray, format: str) -> np.ndarray:
     if format == "L":
         if pixels.ndim == 3:
             # Pillow's weights, wherever the pixels are from.
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))
+            pixels = np.array(Image.fromarray(pixels).convert("L"))
         return pixels[:, :, None]
     if pixels.ndim == 2:
         return np.repeat(pixels[:, :, None], 3, axis=2)

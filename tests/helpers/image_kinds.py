@@ -18,6 +18,7 @@ STORED = {
 # suffix -> Pillow's format, options, greatest difference of a decoded pixel, has orientations
 CONTAINERS = {
     "jpg": ("JPEG", {"quality": 98, "subsampling": 0}, 8, True),
+    "mpo": ("MPO", {"quality": 98, "subsampling": 0}, 8, True),
     "png": ("PNG", {}, 0, True),
     "tif": ("TIFF", {}, 0, True),
     "webp": ("WEBP", {"lossless": True, "exact": True}, 0, True),
@@ -29,7 +30,7 @@ CONTAINERS = {
 }
 # "MODE SUFFIX", with a variant of the container where there are several.
 KINDS = (
-    *("RGB jpg", "L jpg", "CMYK jpg", "RGB jpg progressive", "RGB jpg trailing"),
+    *("RGB jpg", "L jpg", "CMYK jpg", "RGB jpg progressive", "RGB jpg trailing", "RGB mpo"),
     *("RGB png", "L png", "1 png", "P png", "P png transparent", "LA png", "RGBA png"),
     *("I;16 png", "RGB16 png", "RGBA16 png", "RGB png late"),
     *("RGB tif", "L tif", "1 tif", "P tif", "CMYK tif", "RGBA tif", "LA tif", "I;16 tif"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from image_files import encode, photo
 from image_kinds import KINDS, encode_kind
-from PIL import Image, features
+from PIL import Image
 from shorthand import one_line
 
 from crossmae_det.utils.errors import UndecodableImageError
@@ -16,17 +16,16 @@ from crossmae_det.utils.image_files import IMAGE_SUFFIXES
 from crossmae_det.utils.image_reading import EncodedImage, image_size, read_image
 
 PICTURE = photo(20, 29, seed=1, finest=4)
-AVIF = features.check("avif") if "avif" in features.features | features.modules else False
 
 
 def supported(kind):
-    return AVIF or "avif" not in kind
+    return f".{kind.split()[1]}" in (*IMAGE_SUFFIXES, ".mpo")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image_is_read_upright(tmp_path, kind):
     if not supported(kind):
-        pytest.skip("this Pillow has no AVIF")
+        pytest.skip("this Pillow does not decode it")
     for orientation in range(1, 9):
         encoded = encode_kind(kind, PICTURE, orientation)
         if encoded is None:
@@ -36,7 +35,7 @@ def test_every_kind_of_image_is_read_upright(tmp_path, kind):
         path.write_bytes(data)
         pixels = read_image(path)
         assert (pixels.dtype, pixels.shape) == (np.uint8, expected.shape)
-        assert pixels.flags.c_contiguous
+        assert pixels.flags.c_contiguous and pixels.flags.writeable
         difference = np.abs(pixels.astype(int) - expected)
         assert difference.max() <= tolerance, (orientation, difference.max())
         assert image_size(path) == image_size(data) == expected.shape[:2]
@@ -60,11 +59,6 @@ def test_opencv_decodes_what_pillow_decodes(monkeypatch, kind):
         divisor = reduction if "jpg" in kind else 1
         assert mine.shape[:2] == (-(-45 // divisor), -(-67 // divisor))
         assert (image.height, image.width) == (45, 67)
-
-
-def test_only_suffixes_that_can_be_decoded_are_looked_for():
-    assert {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff"} <= set(IMAGE_SUFFIXES)
-    assert (".avif" in IMAGE_SUFFIXES) == AVIF
 
 
 # What cannot be read

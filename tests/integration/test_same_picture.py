@@ -1,0 +1,97 @@
+"""Every tool sees the same picture, whatever the file is that it is stored in."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from image_files import photo
+from image_kinds import KINDS, encode_kind
+from omegaconf import OmegaConf
+from torch import nn
+
+from crossmae_det.classification import labelled_features
+from crossmae_det.data import DetectionMapper
+from crossmae_det.engine import inference
+from crossmae_det.pretraining import data
+from crossmae_det.pretraining.data import RandomCrops, load_image
+from crossmae_det.pretraining.images import StoredImage, find_images
+from crossmae_det.utils.image_files import IMAGE_SUFFIXES
+from crossmae_det.utils.image_reading import image_size, read_image
+from crossmae_det.visualization.inference_io import iter_inputs
+
+HEIGHT, WIDTH = 20, 29
+CROP = slice(4, 24)  # the middle of the width
+
+
+class Recorder(nn.Module):
+    """A detector that keeps the image it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch):
+        self.image = batch[0]["image"]
+        return [{"instances": torch.zeros(0)}]
+
+
+@pytest.fixture
+def predictor(monkeypatch):
+    """The predictor of demo.py for a config that only reads images."""
+    monkeypatch.setattr(inference, "load_pretrained", lambda cfg, weights: Recorder())
+
+    def make(image_format="RGB"):
+        mapper = L(DetectionMapper)(is_train=False, augmentations=[], image_format=image_format)
+        cfg = {
+            "train": {"device": "cpu", "amp": {"enabled": False, "dtype": "float16"}},
+            "dataloader": {"categories": {1: "a"}, "test": {"mapper": mapper}},
+        }
+        return inference.Predictor(OmegaConf.create(cfg, flags={"allow_objects": True}))
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if f".{k.split()[1]}" in IMAGE_SUFFIXES])
+def test_every_tool_sees_the_same_picture(tmp_path, monkeypatch, predictor, kind):
+    # The part that pretraining takes is the whole image.
+    monkeypatch.setattr(data, "random_crop", lambda height, width, *_: (0, 0, height, width))
+    picture = photo(HEIGHT, WIDTH, seed=2, finest=4)
+    demo = {image_format: predictor(image_format) for image_format in ("RGB", "BGR", "L")}
+    mapper = DetectionMapper(True, augmentations=[], image_format="RGB")
+    folder = tmp_path / "class"
+    folder.mkdir()
+    expected = {}
+    for orientation in range(1, 9):
+        encoded = encode_kind(kind, picture, orientation)
+        if encoded is None:
+            continue
+        path = folder / f"{orientation}.{kind.split()[1]}"
+        path.write_bytes(encoded[0])
+        pixels = read_image(path)
+        assert np.abs(pixels.astype(int) - encoded[1]).max() <= encoded[2]
+        planes = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        expected[path.name] = planes
+        assert image_size(path) == (HEIGHT, WIDTH)
+
+        record = {"file_name": str(path), "height": HEIGHT, "width": WIDTH}
+        assert torch.equal(mapper(record)["image"], planes)
+
+        stored = StoredImage(str(path))
+        assert torch.equal(load_image(stored, (HEIGHT, WIDTH)), planes)
+        crop = RandomCrops((HEIGHT, WIDTH), (1.0, 1.0), flip=False)
+        assert torch.equal(crop(stored, [0]), planes)
+
+        ((frame,),) = iter_inputs([str(path)])
+        np.testing.assert_array_equal(frame[:, :, ::-1], pixels)
+        for image_format, run in demo.items():
+            run(frame)
+            shown = run.model.image.numpy().transpose(1, 2, 0)
+            np.testing.assert_array_equal(shown, read_image(path, image_format))
+
+    seen = []
+    labelled_features(
+        str(tmp_path), lambda images: seen.append(images) or images[:, 0, :2, 0], HEIGHT
+    )
+    assert len(find_images(str(folder))) == len(expected) == len(seen[0])
+    for planes, image in zip(expected.values(), seen[0], strict=True):
+        assert torch.equal(image, planes[:, :, CROP])
