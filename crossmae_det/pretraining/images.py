@@ -103,7 +103,8 @@ class ImageFiles(Dataset):
         names = list(names)
         self._names = _pack(names)
         folders = len({os.path.dirname(name) for name in names})
-        self.summary = f"{len(names)} images ({suffix_counts(names)}) in {folders} folders"
+        places = f"{folders} folder{'s' if folders != 1 else ''}"
+        self.summary = f"{len(names)} images ({suffix_counts(names)}) in {places}"
 
     def __len__(self) -> int:
         return len(self._names)
