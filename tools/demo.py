@@ -7,10 +7,9 @@ Files that cannot be decoded are skipped and named; the exit code is then 1.
 import argparse
 import sys
 
-from detectron2.utils.logger import setup_logger
-
 from crossmae_det.engine import run_tool
 from crossmae_det.engine.inference import predict_files
+from crossmae_det.engine.logs import start_log
 from crossmae_det.model_zoo import get_config
 
 
@@ -36,7 +35,7 @@ def main() -> None:
         help="overrides of the config; train.init_checkpoint (MODEL.WEIGHTS) names the weights",
     )
     args = parser.parse_args()
-    setup_logger(name="crossmae_det")
+    start_log()
     cfg = get_config(args.config_file, args.opts, trained=True)
     weights = "ema" if args.ema else "model"
     if predict_files(cfg, args.input, args.output, args.score_threshold, weights):

@@ -5,11 +5,11 @@ import argparse
 
 from detectron2.config import instantiate
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 
 from crossmae_det.checkpoint import load
 from crossmae_det.classification import knn_accuracy, labelled_features
 from crossmae_det.engine import resolve_device, run_tool
+from crossmae_det.engine.logs import start_log
 from crossmae_det.model_zoo import get_config
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         " trunk; without it the trunk is random, by train.seed",
     )
     args = parser.parse_args()
-    setup_logger(name="crossmae_det")
+    start_log()
     cfg = get_config(args.config_file, args.opts, trained=True)
     seed_all_rng(cfg.train.seed)
     model = instantiate(cfg.model).to(resolve_device(cfg.train.device)).eval()

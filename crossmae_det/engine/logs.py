@@ -15,14 +15,14 @@ LOGGERS = ("fvcore", "detectron2", "crossmae_det")
 FILE_ONLY = ("detectron2.data.common", "detectron2.data.dataset_mapper")
 
 
-def start_log(output_dir: str) -> None:
+def start_log(output_dir: str | None = None) -> None:
     """Log to ``log.txt`` in a folder, and in the first process to the terminal as well.
 
     The file has all records; the terminal has none below INFO. Other processes write
     ``log.txt.rankN`` and leave the terminal alone: their warnings go into that file.
 
     Args:
-        output_dir: the folder of the run.
+        output_dir: the folder of the run; None logs to the terminal alone.
     """
     rank = comm.get_rank()
     for name in LOGGERS:

@@ -91,21 +91,6 @@ def test_half_of_the_crops_are_flipped(tmp_path):
         assert sum(crop[0, 0, 0].item() > 128 for crop in made) in expected
 
 
-@pytest.mark.parametrize(
-    ("mode", "file_format"),
-    [("RGB", "JPEG"), ("L", "JPEG"), ("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("L", "PNG")]
-    + [("RGB", "WEBP"), ("RGB", "BMP"), ("RGB", "TIFF"), ("1", "PNG"), ("RGB", "MPO")],
-)
-def test_any_format_and_mode_comes_as_rgb(tmp_path, mode, file_format):
-    pixels = np.full((20, 30, 3), (200, 80, 20), np.uint8)
-    image = Image.fromarray(pixels).convert(mode)
-    path = tmp_path / "image"
-    image.save(path, file_format)
-    crop = RandomCrops(8)(StoredImage(str(path)), [0])
-    expected = np.asarray(image.convert("RGB")).reshape(-1, 3).mean(0)
-    np.testing.assert_allclose(crop.float().mean((1, 2)), expected, atol=3)
-
-
 def test_an_image_smaller_than_the_crop_is_enlarged(tmp_path):
     path = tmp_path / "small.png"
     path.write_bytes(encode(photo(5, 3)))
