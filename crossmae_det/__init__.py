@@ -1,7 +1,8 @@
 """CrossMAE pretraining and plain-ViT backbones for detectron2.
 
-Importing the package registers its backbones in detectron2, where detectron2 is installed. Without
-it, ``layers``, ``modeling`` and ``pretraining`` still import.
+Importing the package registers its backbones in detectron2 and the resolvers of its configs in
+OmegaConf, where detectron2 is installed. Without it, ``layers``, ``modeling`` and ``pretraining``
+still import.
 """
 
 from importlib.util import find_spec
@@ -13,3 +14,4 @@ __version__ = "0.1.0"
 ignore_library_warnings()
 if find_spec("detectron2") is not None:
     from crossmae_det import detection as detection
+    from crossmae_det import model_zoo as model_zoo

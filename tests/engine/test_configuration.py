@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 
 from crossmae_det.engine.configuration import is_run_of, log_data, resolve, save
 from crossmae_det.model_zoo import get_config
@@ -113,7 +115,12 @@ def test_a_run_is_known_by_its_config_its_data_and_its_start(saved, tmp_path):
 
 def test_lazyconfig_itself_reads_a_saved_config(saved):
     path, _, _ = saved
-    assert LazyConfig.load(path).model.roi_heads.num_classes == 6
+    program = (
+        "import crossmae_det; from detectron2.config import LazyConfig; "
+        f"print(LazyConfig.load({path!r}).model.roi_heads.num_classes)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "6\n", result.stderr
 
 
 def test_a_saved_pretraining_config_follows_overrides_and_remembers(tmp_path, tiny_sets):
