@@ -63,7 +63,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
     resolved = cfg.copy()
     if _is_without_test_set(cfg):
         if OmegaConf.select(resolved, "train.validation_loss.enabled"):
-            raise ValueError(f"train.validation_loss needs a validation set: name it by {TEST_NAMES}")
+            raise ValueError(f"train.validation_loss needs a validation set: set {TEST_NAMES}")
         for key in ("test", "validation", "evaluator"):
             resolved.dataloader.pop(key, None)
         resolved.train.pictures = None
