@@ -37,7 +37,7 @@ def main() -> None:
     if args.inspect == bool(args.output) or args.inspect == bool(args.to):
         parser.error("name OUTPUT and --to, or --inspect")
     if args.inspect:
-        facts = inspect(args.input)
+        facts = inspect(args.input, weights=args.weights, prefix=args.prefix)
         print(format_facts(facts))
         result = facts
     else:
@@ -46,6 +46,7 @@ def main() -> None:
             args.output,
             args.to,
             weights=args.weights,
+            prefix=args.prefix,
             allow_missing=args.allow_missing,
             allow_unexpected=args.allow_unexpected,
         )

@@ -32,6 +32,7 @@ def convert(
     to: str,
     *,
     weights: str = "model",
+    prefix: str = "",
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
 ) -> Report:
@@ -43,6 +44,7 @@ def convert(
             (a pickle of numpy arrays, as detectron2's zoo has).
         to: one of :data:`TARGETS`.
         weights: "model", or "ema" for the averaged weights of a run.
+        prefix: the part of the file to take: see :func:`extract_state_dict`.
         allow_missing: patterns of native names that the layout needs and the file may lack.
         allow_unexpected: patterns of names that may be left out: of the file where a plain ViT has
             no place for them, native ones where the layout has none.
@@ -68,7 +70,7 @@ def convert(
     content = read_checkpoint(source)
     grid = saved_grid(content)
     beside = {POSITION_GRID: list(grid)} if grid else {}
-    state = extract_state_dict(content, source, weights)
+    state = extract_state_dict(content, source, weights, prefix)
     try:
         native = translate(state, allowed)
         tensors, dropped = export(

@@ -20,11 +20,14 @@ from crossmae_det.checkpoint.structure import square_side
 from crossmae_det.modeling import SIZES
 
 
-def inspect(path: str | PathLike[str]) -> dict[str, Any]:
+def inspect(
+    path: str | PathLike[str], *, weights: str = "model", prefix: str = ""
+) -> dict[str, Any]:
     """What a checkpoint holds.
 
     Args:
         path: what :func:`read_checkpoint` reads.
+        weights, prefix: the part of it to look at: see :func:`extract_state_dict`.
 
     Returns:
         Facts by name, in types that JSON has: the layout, the sizes of the trunk and of a decoder,
@@ -36,7 +39,7 @@ def inspect(path: str | PathLike[str]) -> dict[str, Any]:
         FileNotFoundError, OSError, ValueError: the file cannot be read, or is not that of a ViT.
     """
     content = read_checkpoint(path)
-    state = extract_state_dict(content, path)
+    state = extract_state_dict(content, path, weights, prefix)
     try:
         native = translate(state, lambda name: True)
     except ValueError as error:

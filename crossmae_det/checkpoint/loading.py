@@ -37,6 +37,7 @@ def load(
     whole: bool = False,
     exact: bool = False,
     weights: str = "model",
+    prefix: str = "",
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
 ) -> Report:
@@ -58,6 +59,8 @@ def load(
         whole: refuse a file that does not hold the whole model, as evaluation needs.
         exact: refuse to resample as well, as resuming needs.
         weights: "model", or "ema" for the averaged weights of a run.
+        prefix: the part of the file to take, such as "teacher."; it may follow the path as well:
+            see :func:`~crossmae_det.checkpoint.reading.extract_state_dict`.
         allow_missing: patterns as of a shell (``*``, ``?``, ``[...]``) of names in the model that
             the file may lack; they are listed as initialised.
         allow_unexpected: patterns of names in the file that may have no place in the model. A
@@ -73,7 +76,7 @@ def load(
     """
     if content is None:
         content = read_checkpoint(path)
-    state = extract_state_dict(content, path, weights)
+    state = extract_state_dict(content, path, weights, prefix)
     plan = _Plan(model, path, allow_missing, allow_unexpected, saved_grid(content))
     new = plan.match(state, whole=whole, exact=exact)
     # Only now, when everything fits: a refused file leaves the model as it was.

@@ -16,10 +16,29 @@ SCHEME = re.compile(r"\w+://")
 HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<file>.+))?$")
 # How detectron2 is asked to guess names; here they are never guessed.
 HEURISTICS = re.compile(r"\?matching_heuristics=\w+$")
+# A part of a checkpoint, as in "dino.pth:teacher."; not the port of a server.
+PART = re.compile(r"(?!\w+://[^/]*$)(?P<location>.{2,}):(?P<prefix>[^:/\\]+)$")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
 
 _path_manager = PathManager()
 _path_manager.register_handler(HTTPURLHandler())
+
+
+def split_prefix(location: str | os.PathLike[str]) -> tuple[str, str]:
+    """Where a checkpoint is, and which part of it is meant: "a.pth:teacher." is "a.pth", "teacher."
+
+    Args:
+        location: what a user names; a file with a colon in its name is taken for that.
+
+    Returns:
+        What :func:`checkpoint_files` takes, and the prefix for
+        :func:`~crossmae_det.checkpoint.reading.extract_state_dict`, "" where there is none.
+    """
+    name = os.fspath(location)
+    match = PART.match(name)
+    if match is None or os.path.exists(name):
+        return name, ""
+    return match["location"], match["prefix"]
 
 
 def checkpoint_files(location: str | os.PathLike[str]) -> list[Path]:
@@ -29,7 +48,8 @@ def checkpoint_files(location: str | os.PathLike[str]) -> list[Path]:
         location: a file; a folder with a checkpoint, whole or in parts, or of a run (then its
             last one); ``http(s)://``; ``detectron2://``; or ``hf://owner/repository``, with or
             without ``@revision`` and ``/file``. What is fetched is kept: URLs in iopath's cache,
-            which FVCORE_CACHE moves, and the hub's files in its own.
+            which FVCORE_CACHE moves, and the hub's files in its own. A part of the checkpoint that
+            is named behind it is left to the reader: see :func:`split_prefix`.
 
     Returns:
         The files, of which there are several where a checkpoint is in parts.
@@ -39,7 +59,7 @@ def checkpoint_files(location: str | os.PathLike[str]) -> list[Path]:
         ValueError: a folder does not tell which of its files is meant.
         OSError: it cannot be fetched.
     """
-    name = HEURISTICS.sub("", os.fspath(location))
+    name = HEURISTICS.sub("", split_prefix(location)[0])
     for alias, url in ALIASES.items():
         if name.startswith(alias):
             name = url + name.removeprefix(alias)

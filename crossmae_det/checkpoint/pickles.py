@@ -1,16 +1,19 @@
 """Plain pickles without execution: arrays, containers and plain values, and nothing else.
 
 detectron2's zoo keeps weights as pickled dicts of numpy arrays. A pickle is a program that calls
-what it names; here every name that it may use stands for a function of this module.
+what it names; here every name that it may use stands for a function of this module. Files of
+``torch.save`` are read by torch with the same stand-ins.
 """
 
+import datetime
 import io
 import math
 import pickle
 import pickletools
 import struct
-from collections.abc import Callable
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any, BinaryIO
 
 import numpy as np
@@ -21,6 +24,18 @@ from torch import Tensor
 MOST, DIMENSIONS = 2**48, 32
 # Elements of a tuple and of all that it holds: checkpoints have shapes and the like.
 MOST_NESTED = 10_000
+# Kinds of numpy's types: of arrays, and beside them of scalars, complex numbers and text.
+NUMBERS, OF_SCALARS = "biuf", "cSU"
+# Types that a pickle may name, and not call.
+BUILT_IN_TYPES = (
+    *("list", "dict", "tuple", "str", "unicode", "int", "long", "float", "complex", "bool"),
+    "object",
+)
+NUMPY_TYPES = (
+    *("bool", "bool_", "float16", "float32", "float64", "int8", "int16", "int32", "int64"),
+    *("uint8", "uint16", "uint32", "uint64"),
+)
+DATES = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone)
 
 
 class PickledArray:
@@ -28,7 +43,7 @@ class PickledArray:
 
     tensor: Tensor | None = None
 
-    def restore(self, state: Any) -> None:
+    def __setstate__(self, state: Any) -> None:
         """Take the state of a numpy array: (version, shape, dtype, column by column, bytes).
 
         Raises:
@@ -42,6 +57,8 @@ class PickledArray:
             or len(shape) > DIMENSIONS
         ):
             raise ValueError("an array without a shape and a type")
+        if dtype.dtype.kind not in NUMBERS:
+            raise ValueError(f"an array of {dtype.dtype}")
         if isinstance(data, str):  # as Python 2 pickled bytes
             data = data.encode("latin1")
         # Before anything is made of that shape: it may be any number.
@@ -54,19 +71,28 @@ class PickledArray:
 
 
 class PickledType:
-    """What a pickle has in place of a numpy dtype: booleans, integers and floats only."""
+    """What a pickle has in place of a numpy dtype: of numbers and, for scalars, of text."""
 
     __slots__ = ("dtype",)
 
     def __init__(self, name: Any, *_: Any) -> None:
         dtype = np.dtype(name) if isinstance(name, str) else None
-        if dtype is None or dtype.kind not in "biuf" or dtype.itemsize > 8:
+        usual = dtype is not None and dtype.kind in NUMBERS and dtype.itemsize <= 8
+        if dtype is None or not (usual or dtype.kind in OF_SCALARS):
             raise ValueError(f"an array of {name!r}")
         self.dtype = dtype
 
-    def restore(self, state: Any) -> None:
+    def __setstate__(self, state: Any) -> None:
         """Take the byte order from the state of a numpy dtype: (version, order, ...)."""
         self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def not_admitted(name: str) -> str:
+    """Why a file with something of that name is rejected, and what to do about it."""
+    return (
+        f"it asks for {name[:80]}, and only tensors and plain values are admitted: if you trust it,"
+        " save its weights alone (torch.load with weights_only=False, then torch.save)"
+    )
 
 
 def _new_array(*_: Any) -> PickledArray:
@@ -84,14 +110,55 @@ def _ordered(items: Any = ()) -> dict:
 def _from_buffer(data: bytes, dtype: PickledType, shape: Any, order: str) -> PickledArray:
     """How protocol 5 holds an array."""
     array = PickledArray()
-    array.restore((1, shape, dtype, order == "F", data))
+    array.__setstate__((1, shape, dtype, order == "F", data))
     return array
 
 
-def _scalar(dtype: PickledType, data: bytes | str) -> bool | int | float:
+def _scalar(dtype: PickledType, data: bytes | str) -> Any:
     raw = data.encode("latin1") if isinstance(data, str) else data
+    if not raw and not dtype.dtype.itemsize:
+        return dtype.dtype.type().item()  # an empty text
     (value,) = np.frombuffer(raw, dtype.dtype)
     return value.item()
+
+
+class PickledNamespace(Namespace):
+    """A command line, or another object with nothing but attributes."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _mapping(items: Any = (), *_: Any) -> dict:
+    """A Counter is made from a dict; a defaultdict empty, with what makes its values."""
+    return dict(items) if type(items) is dict else {}
+
+
+def _items(items: Iterable = (), *_: Any) -> list:
+    """Sets are lists, which hash nothing; so are deques."""
+    return list(items)
+
+
+def _posix_path(*parts: str) -> str:
+    return str(PurePosixPath(*parts))
+
+
+def _windows_path(*parts: str) -> str:
+    return str(PureWindowsPath(*parts))
+
+
+def _moment(kind: Callable[..., Any]) -> Callable[..., Any]:
+    """A class of ``datetime``, which checks what it is given."""
+
+    def stand_in(*arguments: Any) -> Any:
+        return kind(*arguments)
+
+    return stand_in
+
+
+def _type(*_: Any) -> None:
+    """A type, as what makes the values of a defaultdict, or as the value of an option."""
+    raise ValueError("it makes an object of a type that files of weights only name")
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -109,6 +176,11 @@ def _no_bytes() -> bytes:
 # Everything that a pickle may name, and what it gets.
 ADMITTED: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered,
+    "collections.Counter": _mapping,
+    "collections.defaultdict": _mapping,
+    "collections.deque": _items,
+    "argparse.Namespace": PickledNamespace,
+    "types.SimpleNamespace": PickledNamespace,
     "numpy.ndarray": PickledArray,
     "numpy.dtype": PickledType,
     "numpy.core.multiarray._reconstruct": _new_array,
@@ -116,6 +188,15 @@ ADMITTED: dict[str, Callable[..., Any]] = {
     "numpy.core.numeric._frombuffer": _from_buffer,
     "_codecs.encode": _encode,
     "__builtin__.bytes": _no_bytes,
+    **{f"__builtin__.{name}": _items for name in ("set", "frozenset")},
+    **{
+        f"{module}.{kind}Path": _windows_path if "Windows" in kind else _posix_path
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("Posix", "PurePosix", "Windows", "PureWindows")
+    },
+    **{f"datetime.{kind.__name__}": _moment(kind) for kind in DATES},
+    **{f"__builtin__.{name}": _type for name in BUILT_IN_TYPES},
+    **{f"numpy.{name}": _type for name in NUMPY_TYPES},
 }
 
 
@@ -131,21 +212,20 @@ class ArrayUnpickler(pickle._Unpickler):
         Raises:
             UnpicklingError: there is none.
         """
-        # numpy 2 calls its modules numpy._core.
-        stand_in = ADMITTED.get(f"{module.replace('numpy._core', 'numpy.core')}.{name}")
+        # numpy 2 calls its modules numpy._core, Python 3 its built-in names builtins.
+        module = module.replace("numpy._core", "numpy.core").replace("builtins", "__builtin__")
+        stand_in = ADMITTED.get(f"{module}.{name}")
         if stand_in is None:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, and only arrays and plain values are admitted"
-            )
+            raise pickle.UnpicklingError(not_admitted(f"{module}.{name}"))
         return stand_in
 
     def load_build(self) -> None:
-        """Give an object its state: an array or a type, where pickle itself sets attributes."""
+        """Give a stand-in its state, where pickle itself sets attributes of anything."""
         state = self.stack.pop()  # type: ignore[attr-defined]
         target = self.stack[-1]  # type: ignore[attr-defined]
-        if not isinstance(target, PickledArray | PickledType):
+        if not isinstance(target, PickledArray | PickledType | PickledNamespace):
             raise pickle.UnpicklingError(f"it gives a state to a {type(target).__name__}")
-        target.restore(state)
+        target.__setstate__(state)
 
     dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
 
@@ -186,9 +266,28 @@ class ArrayUnpickler(pickle._Unpickler):
                 raise pickle.UnpicklingError(f"a {type(key).__name__} is no name of an entry")
             target[key] = value
 
+    # Sets are lists: nothing is hashed.
+    def load_empty_set(self) -> None:
+        """Begin a set."""
+        self.append([])  # type: ignore[attr-defined]
 
-for _unused in (pickle.ADDITEMS, pickle.FROZENSET):  # they hash, too, and no weights lie in sets
-    del ArrayUnpickler.dispatch[_unused[0]]
+    dispatch[pickle.EMPTY_SET[0]] = load_empty_set  # type: ignore[assignment]
+
+    def load_additems(self) -> None:
+        """Put the items since the last mark into a set."""
+        items, target = self.pop_mark(), self.stack[-1]  # type: ignore[attr-defined]
+        if type(target) is not list:
+            raise pickle.UnpicklingError(f"it adds items to a {type(target).__name__}")
+        target.extend(items)
+
+    dispatch[pickle.ADDITEMS[0]] = load_additems  # type: ignore[assignment]
+
+    def load_frozenset(self) -> None:
+        """Make a frozen set of the items since the last mark."""
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        self.append(items)  # type: ignore[attr-defined]
+
+    dispatch[pickle.FROZENSET[0]] = load_frozenset  # type: ignore[assignment]
 
 
 def check_tuples(file: IO[bytes]) -> None:
@@ -277,7 +376,7 @@ def read_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         bounded = Bounded(file, path.stat().st_size)
         try:
-            return _tensors(ArrayUnpickler(bounded, encoding="latin1").load())
+            return with_tensors(ArrayUnpickler(bounded, encoding="latin1").load())
         except KeyError as error:
             # What pickle says of a byte that is no instruction.
             raise ValueError("it is no file of torch.save, safetensors or pickle") from error
@@ -285,12 +384,12 @@ def read_pickle(path: Path) -> Any:
             raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _tensors(content: Any, levels: int = 2) -> Any:
+def with_tensors(content: Any, levels: int = 2) -> Any:
     """Put tensors in place of arrays, in a dict and in the dicts that it holds, not deeper."""
     if isinstance(content, PickledArray):
         if content.tensor is None:
             raise ValueError("an array without numbers")
         return content.tensor
     if isinstance(content, dict) and levels:
-        return {key: _tensors(value, levels - 1) for key, value in content.items()}
+        return {key: with_tensors(value, levels - 1) for key, value in content.items()}
     return content

@@ -128,7 +128,8 @@ def translate(state_dict: Mapping[str, Tensor], allowed: Allowed = lambda key: F
     for key, tensor in tensors.items():
         reason = None
         if native.layout in ("native", "vitdet"):
-            new: str | None = key
+            # Frameworks that call a ViT "backbone", as DINO does, have its final norm there.
+            new: str | None = re.sub(r"^backbone\.norm\.", "decoder.encoder_norm.", key)
         elif native.layout == "huggingface":
             new = rename_block(key, FORMATS["huggingface"], HUGGINGFACE_BLOCK)
         else:

@@ -1,10 +1,11 @@
 """Reading checkpoints of any format without executing them."""
 
+import logging
 import pickle
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,24 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from crossmae_det.checkpoint.locations import checkpoint_files
-from crossmae_det.checkpoint.pickles import check_tuples, read_pickle
+from crossmae_det.checkpoint.locations import checkpoint_files, split_prefix
+from crossmae_det.checkpoint.pickles import (
+    ADMITTED,
+    check_tuples,
+    not_admitted,
+    read_pickle,
+    with_tensors,
+)
+
+logger = logging.getLogger(__name__)
 
 # How files of torch.save begin: today's, and those from before torch 1.6.
 ARCHIVE = b"PK\x03\x04"
 GIT_LFS = b"version https:/"
 LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-# Where files keep weights, and averages of them: this project, MAE, timm, Lightning.
-MODELS = ("model", "state_dict", "model_state_dict")
+# Where files keep weights, and averages of them, the first that is there: this project, MAE, timm,
+# Lightning; then DINO, whose teacher is what it publishes.
+MODELS = ("model", "state_dict", "model_state_dict", "teacher")
 AVERAGES = ("ema", "model_ema", "state_dict_ema")
 # What is in front of every name: of DistributedDataParallel, and of modules that hold the model.
 WRAPPERS = ("module", "model")
@@ -33,8 +43,17 @@ DTYPES = (
 )
 # Pickles in a legacy file before its numbers: magic number, protocol, machine, content.
 OBJECTS_OF_LEGACY = 4
-# What published training checkpoints hold beside tensors and plain values: their command line.
-ADMITTED_CLASSES: list[Any] = [Namespace]
+# What training checkpoints hold beside tensors and what torch admits itself: command lines, numpy's
+# scalars and arrays, paths, dates, further containers. By their names in Python 3 and any numpy.
+ADMITTED_CLASSES: list[Any] = [
+    Namespace,
+    *((stand_in, name.replace("__builtin__", "builtins")) for name, stand_in in ADMITTED.items()),
+    *(
+        (stand_in, name.replace("numpy.core", "numpy._core"))
+        for name, stand_in in ADMITTED.items()
+        if name.startswith("numpy.core")
+    ),
+]
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
@@ -42,6 +61,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 
     The format is told from the content: files of ``torch.save`` (with tensors, plain values and
     command lines), ``.safetensors``, and plain pickles of numpy arrays as detectron2's zoo has.
+    Paths are read as text, and other containers as the lists and dicts that they are like.
 
     Args:
         path: see :func:`~crossmae_det.checkpoint.locations.checkpoint_files`.
@@ -120,7 +140,7 @@ def _check_archive(path: Path) -> None:
 
 def _torch_load(path: Path, mmap: bool) -> Any:
     with torch.serialization.safe_globals(ADMITTED_CLASSES):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return with_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
 
 
 def _reason(error: Exception) -> str:
@@ -132,20 +152,26 @@ def _reason(error: Exception) -> str:
     if isinstance(error, zipfile.BadZipFile):
         return f"it is cut short or damaged ({text})"
     if unsupported := re.search(r"GLOBAL (\S+)", text):
-        return f"it asks for {unsupported[1]}, and only tensors and plain values are admitted"
+        return not_admitted(unsupported[1])
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def extract_state_dict(
-    checkpoint: Mapping[str, Any], path: str | PathLike[str], weights: str = "model"
+    checkpoint: Mapping[str, Any],
+    path: str | PathLike[str],
+    weights: str = "model",
+    prefix: str = "",
 ) -> dict[str, Tensor]:
     """The weights in what a checkpoint file holds.
 
     Args:
         checkpoint: what the file holds.
-        path: the file, for messages.
-        weights: "model" for what is under one of :data:`MODELS`, or else for the file itself; "ema"
-            for averaged weights, under one of :data:`AVERAGES`.
+        path: the file, for messages, and for a prefix behind it: "a.pth:teacher.".
+        weights: "model" for what is under the first of :data:`MODELS` that is there, or else for
+            the file itself; "ema" for averaged weights, under the first of :data:`AVERAGES`.
+        prefix: an entry of the file to take instead, a beginning of names, or one after the other:
+            "teacher.", "encoder.", "student.backbone."; "" for that of the path. It is taken off
+            the names.
 
     Returns:
         Tensors by name. What DistributedDataParallel, torch.compile and Lightning put in front of
@@ -154,13 +180,15 @@ def extract_state_dict(
     Raises:
         ValueError: there are none, or something else than tensors.
     """
-    keys = AVERAGES if weights == "ema" else MODELS
-    found = [checkpoint[key] for key in keys if isinstance(checkpoint.get(key), Mapping)]
-    if weights == "ema" and not found:
-        raise ValueError(
-            f"{path} holds no averaged weights, neither under {' nor '.join(AVERAGES)}"
-        )
-    state = dict.copy(found[0]) if found else dict(checkpoint)
+    path, given = split_prefix(path)
+    prefix = prefix or given
+    rest = [part for part in prefix.split(".") if part]
+    state: Mapping[Any, Any] = checkpoint
+    while rest and isinstance(state.get(rest[0]), Mapping):
+        state = state[rest.pop(0)]
+    if state is checkpoint:
+        state = _default_entry(checkpoint, path, weights)
+    state = dict.copy(state) if isinstance(state, dict) else dict(state)
     if weights == "ema":
         state.pop("n_averaged", None)
     if not state:
@@ -169,7 +197,65 @@ def extract_state_dict(
         if not isinstance(name, str) or not name.isprintable() or len(name) > LONGEST_NAME:
             raise ValueError(f"{path}: one of its entries has a name that is none of a tensor")
         _check_tensor(name, value, path)
-    return _unwrapped(state)
+    if not rest:
+        return _unwrapped(state)
+    beginning = ".".join(rest) + "."
+    below: dict[str, Tensor] = {}
+    for names in (state, _unwrapped(state)):
+        below = below or {
+            name.removeprefix(beginning): value
+            for name, value in names.items()
+            if name.startswith(beginning)
+        }
+    if not below:
+        raise ValueError(
+            f"{path}: there is nothing below '{prefix}'; names begin with"
+            f" {_listed({name.partition('.')[0] for name in state})}"
+        )
+    return _unwrapped(below)
+
+
+def _default_entry(
+    checkpoint: Mapping[Any, Any], path: str | PathLike[str], weights: str
+) -> Mapping[Any, Any]:
+    """The entry with the weights, where none is named.
+
+    Raises:
+        ValueError: there is none.
+    """
+    keys = AVERAGES if weights == "ema" else MODELS
+    found = [key for key in keys if isinstance(checkpoint.get(key), Mapping)]
+    others = [
+        key
+        for key, value in checkpoint.items()
+        if isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+    ]
+    if found:
+        if others := [key for key in others if key != found[0]]:
+            logger.info(
+                "%s: the weights are those under '%s'; a prefix selects others: %s",
+                *(path, found[0], _listed(others)),
+            )
+        return checkpoint[found[0]]
+    if weights == "ema":
+        raise ValueError(
+            f"{path} holds no averaged weights, neither under {' nor '.join(AVERAGES)}"
+        )
+    tensors = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    if tensors or not others:
+        # What lies beside tensors may be anything, but for further tensors.
+        return tensors | {key: checkpoint[key] for key in others} or checkpoint
+    raise ValueError(
+        f"{path} holds no weights under {', '.join(MODELS)}, but under {_listed(others)}: name one"
+        f" behind the file ({Path(path).name}:{_listed(others[:1])}.) or with --prefix"
+        f" {_listed(others[:1])}."
+    )
+
+
+def _listed(names: Iterable[Any], longest: int = 5) -> str:
+    """Some names of a file, of which it may have any, for a message."""
+    shown = sorted(str(name)[:40] for name in names if str(name).isprintable())
+    return ", ".join(shown[:longest]) + (", ..." if len(shown) > longest else "")
 
 
 def _check_tensor(name: str, value: Any, path: str | PathLike[str]) -> None:

@@ -58,7 +58,8 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     Args:
         cfg: the five keys, overrides applied.
         args: ``eval_only`` and ``resume`` of detectron2's argument parser, and where they are given
-            ``allow_missing`` and ``allow_unexpected``: see :func:`crossmae_det.checkpoint.load`.
+            ``prefix``, ``allow_missing`` and ``allow_unexpected``: see
+            :func:`crossmae_det.checkpoint.load`.
 
     Returns:
         The results of the last evaluation; empty where there was none, and in all processes but the
@@ -79,7 +80,9 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     keep_freed_memory(device)
     model = build_model(cfg).to(device)
     allowed: dict[str, Any] = {
-        name: getattr(args, name, ()) for name in ("allow_missing", "allow_unexpected")
+        name: getattr(args, name)
+        for name in ("prefix", "allow_missing", "allow_unexpected")
+        if hasattr(args, name)
     }
     if not args.eval_only:
         return train(cfg, model, resume=args.resume, allowed=allowed, original=original)

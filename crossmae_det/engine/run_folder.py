@@ -9,6 +9,8 @@ from pathlib import Path
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
+from crossmae_det.checkpoint.locations import split_prefix
+
 # The names that the checkpoints of a run have, and those that a kill during a save leaves behind.
 CHECKPOINT = re.compile(r"\.?model_(\d{7}|final|best|before_nonfinite)(\.\d+)?\.pth")
 POINTER = "last_checkpoint"  # has the name of the checkpoint that --resume continues from
@@ -66,7 +68,7 @@ def check_folder(cfg: DictConfig, args: Namespace) -> None:
             f"{folder} already has a run ({', '.join(found[:3])}{more}): --resume continues it,"
             " --overwrite removes it, or choose another train.output_dir"
         )
-    start = cfg.train.init_checkpoint
+    start, _ = split_prefix(cfg.train.init_checkpoint)
     if start and os.path.exists(start):
         path = Path(start).resolve()
         if any(path.is_relative_to(old.resolve()) for old in _files_of_run(folder)):

@@ -55,7 +55,13 @@ def argument_parser(description: str, epilog: str) -> ArgumentParser:
 
 
 def add_loading_arguments(parser: ArgumentParser) -> None:
-    """What a user knows about weights that would be refused."""
+    """What a user knows about weights that would be refused, or that are not the whole file."""
+    parser.add_argument(
+        "--prefix",
+        default="",
+        help="part of the checkpoint to take: an entry (teacher.), a beginning of names (encoder.)"
+        " or both (student.backbone.)",
+    )
     for name, what in (
         ("missing", "names in the model that the checkpoint may lack"),
         ("unexpected", "names in the checkpoint that may have no place in the model"),
