@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from detectron2.config.instantiate import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -331,7 +331,7 @@ def _takes_none(cfg: DictConfig, key: str) -> bool:
     for candidate in filter(inspect.isfunction, functions):
         parameter = inspect.signature(candidate).parameters.get(last)
         if parameter is not None:
-            return parameter.default is None
+            return parameter.default is None or type(None) in get_args(parameter.annotation)
     return True
 
 
