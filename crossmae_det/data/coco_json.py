@@ -1,54 +1,103 @@
-"""Read one COCO json and check it before anything trains on it.
+"""Read one COCO json into one clean form, which training, evaluation and drawing all read.
 
-detectron2's ``load_coco_json`` trusts its input: an annotation of an absent image is dropped
-silently, an absent image file is met hours later inside a worker, a mask without area turns into
-an infinite box. `inspect` finds all of that in one pass over the file, and says it in one line.
+What a value means is decided here, once: `load` repairs what has one meaning only (an integer that
+is written as text, ``"iscrowd": null``, a polygon of two vertices beside good ones) and counts it;
+what contradicts itself is one line that names the file, the id and what to do. So nothing that is
+met hours later, inside a worker or inside COCO's evaluation, comes from the json.
 """
 
-import functools
 import gc
 import json
-import math
+import logging
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pycocotools.mask as mask_util
+from crossmae_det.data import coco_values
+from crossmae_det.data.coco_masks import NO_AREA, MaskError, clean_mask, covers_anything
+from crossmae_det.data.coco_values import Repairs, identifier, number, short, whole
 
-# Twice the area (square pixels) below which three vertices count as lying on one line: above the
-# rounding error of coordinates up to 10^4, far below anything that covers a pixel.
-_MIN_CROSS = 1e-6
+logger = logging.getLogger(__name__)
+
+# The content of files up to this size stays in memory, for the next evaluation; together they take
+# about ten times as much of it. Of COCO train2017 (450 MB) only the description is kept.
+_KEPT_BYTES = 64 * 2**20
+_KEPT_DESCRIPTIONS = 32
+
+Version = tuple[int, int]  # time stamp and size
 
 
 @dataclass(frozen=True)
-class CocoFile:
-    """What one COCO json holds.
+class CocoInfo:
+    """What is known of one COCO json without its content.
 
     Attributes:
         path: the file.
+        version: changes when the file does.
         num_images: number of entries in ``images``.
-        categories: dataset id -> name, in the order of detectron2's contiguous ids (by dataset id).
+        num_annotations: number of entries in ``annotations``; None where there is no such key.
+        num_crowds: number of crowd regions among them.
+        categories: dataset id -> name, by ascending id, as detectron2 numbers the classes.
         has_masks: whether any annotation that is not a crowd region has a mask.
-        file_names: ``file_name`` of every image, as written in the file.
-        num_faulty: number of annotations `area_fault` objects to.
+        crowds_have_masks: whether any crowd region has one.
+        num_faulty: number of annotations, crowd regions apart, that cannot be trained on.
         first_fault: one line on the first of them; empty without any.
-        faulty_images: ids of the images that have such annotations.
+        num_with_objects: images that have an annotation to train on, crowd regions apart.
+        num_with_crowds: images that have one, crowd regions included.
+        repairs: what was repaired, one line for each kind.
     """
 
     path: str
+    version: Version
     num_images: int
+    num_annotations: int | None
+    num_crowds: int
     categories: dict[int, str]
     has_masks: bool
-    file_names: tuple[str, ...]
+    crowds_have_masks: bool
     num_faulty: int
     first_fault: str
-    faulty_images: frozenset
+    num_with_objects: int
+    num_with_crowds: int
+    repairs: tuple[str, ...]
 
 
-def inspect(json_file: str, *, needs_annotations: bool = True) -> CocoFile:
-    """Read and check a COCO json, once: the answer is kept until its size or time stamp changes.
+@dataclass(frozen=True, eq=False)
+class CocoFile:
+    """A COCO json in its clean form. It is shared: nobody writes into it.
+
+    Attributes:
+        info: see `CocoInfo`.
+        images: one dict for each image: ``id``, an integer wherever it is written as one, else
+            text; ``file_name`` as in the file; ``height`` and ``width`` in pixels, integers.
+        annotations: one dict for each: ``id``, ``image_id`` and ``category_id``, which are those of
+            ``images`` and of ``info.categories``; ``bbox``, four finite numbers x, y, width,
+            height; ``iscrowd``, 0 or 1; ``area`` in pixels, None where it has to be computed; and
+            ``segmentation`` where there is a mask, see `coco_masks.clean_mask`. Other keys are as
+            in the file.
+        faults: index into ``annotations`` -> what keeps it from being a training target.
+    """
+
+    info: CocoInfo
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+    faults: dict[int, str]
+
+    @property
+    def path(self) -> str:
+        return self.info.path
+
+
+_descriptions: OrderedDict[tuple[str, Version], CocoInfo] = OrderedDict()
+_contents: OrderedDict[tuple[str, Version], CocoFile] = OrderedDict()
+_reported: set[tuple[str, Version]] = set()
+
+
+def inspect(json_file: str, *, needs_annotations: bool = True) -> CocoInfo:
+    """Describe a COCO json. It is read and checked whole, and again only when it changes.
 
     Args:
         json_file: path of the json.
@@ -59,11 +108,29 @@ def inspect(json_file: str, *, needs_annotations: bool = True) -> CocoFile:
         ValueError: the file is not a COCO json, or its parts contradict each other; one line that
             names the file, the id and what to do.
     """
-    if not os.path.isfile(json_file):
-        raise FileNotFoundError(f"{json_file}: no such annotation file; check the path")
-    stat = os.stat(json_file)
-    with collector_paused():
-        return _inspect(json_file, needs_annotations, (stat.st_mtime_ns, stat.st_size))
+    key = _key(json_file)
+    info = _descriptions.get(key) or _read_and_keep(json_file, key).info
+    if needs_annotations and info.num_annotations is None:
+        raise ValueError(
+            f"{json_file}: not a COCO annotation file, there is no 'annotations'; "
+            "it must hold images, annotations and categories"
+        )
+    return info
+
+
+def load(json_file: str, *, needs_annotations: bool = True) -> CocoFile:
+    """Read a COCO json in its clean form; what was repaired is logged once for each file.
+
+    Args, Raises: as `inspect`.
+    """
+    inspect(json_file, needs_annotations=needs_annotations)
+    key = _key(json_file)
+    file = _contents.get(key) or _read_and_keep(json_file, key)
+    if key not in _reported:
+        _reported.add(key)
+        for line in file.info.repairs:
+            logger.warning("%s: %s", json_file, line)
+    return file
 
 
 @contextmanager
@@ -81,124 +148,47 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def check_images(coco_file: CocoFile, image_root: str) -> None:
-    """Check that every image of a json is in its folder, with one directory listing per folder.
+def area_fault(annotation: Mapping[str, Any]) -> str | None:
+    """Say what keeps an annotation of a record from being a training target, or None.
 
-    Raises:
-        FileNotFoundError: the folder or some of the images are absent.
-    """
-    if not os.path.isdir(image_root):
-        raise FileNotFoundError(
-            f"{image_root}: no such image folder (for {coco_file.path}); check the path"
-        )
-    listings: dict[str, set[str]] = {}
-    absent = []
-    for file_name in coco_file.file_names:
-        folder, name = os.path.split(os.path.join(image_root, file_name))
-        if folder not in listings:
-            listings[folder] = _list_folder(folder)
-        if name in listings[folder]:
-            continue
-        # A listing does not know of file systems that ignore case: they have the last word.
-        if not (listings[folder] and os.path.exists(os.path.join(folder, name))):
-            absent.append(file_name)
-    if absent:
-        raise FileNotFoundError(
-            f"{image_root}: {len(absent)} of the {coco_file.num_images} images of {coco_file.path} "
-            f"are not in this folder, the first is {absent[0]}; check the folder or complete it"
-        )
-
-
-def area_fault(annotation: Mapping[str, Any], needs_mask: bool) -> str | None:
-    """Say what keeps an annotation from being a training target, or None.
-
-    It takes annotations as they are in the json and as ``load_coco_json`` converts them. Crowd
-    regions are never targets, so nothing is asked of them. A mask has no area when each of its
-    polygons has fewer than three vertices or all of them on one line, or when its run lengths
-    cover no pixel.
+    For records that a data set's own function made; those made from here are checked already.
 
     Args:
-        annotation: with ``bbox`` as x, y, width, height in pixels.
-        needs_mask: whether a mask must be there, because other annotations of the set have one.
+        annotation: in detectron2's format, with ``bbox`` as x, y, width, height in pixels.
     """
     if annotation.get("iscrowd", 0):
         return None
-    width, height = annotation["bbox"][2:]
-    if not (width > 0 and height > 0):
-        return f"its box has no area (width {width:g}, height {height:g})"
     segmentation = annotation.get("segmentation")
-    if not segmentation:
-        return "it has no mask, though others have one" if needs_mask else None
-    if isinstance(segmentation, Mapping):
-        counts = segmentation["counts"]
-        area = sum(counts[1::2]) if isinstance(counts, list) else mask_util.area(segmentation)
-        return None if area > 0 else "its mask has no area"
-    return None if any(map(_has_area, segmentation)) else "its mask has no area"
+    if segmentation and not covers_anything(segmentation):
+        return NO_AREA
+    return _box_fault(annotation["bbox"])
 
 
-@functools.lru_cache(maxsize=16)
-def _inspect(path: str, needs_annotations: bool, version: tuple[int, int]) -> CocoFile:
-    data = _read(path, needs_annotations)
-    categories = _check_categories(path, data["categories"])
-    sizes, file_names = _check_images(path, data["images"])
-
-    # The annotation ids of minival2014 are not unique; detectron2 lets that file pass by its name.
-    unique_ids = "minival" not in path
-    seen = set()
-    num_masks = 0
-    faults, without_mask = [], []
-    for index, annotation in enumerate(data.get("annotations", [])):
-        try:
-            problem = _contradiction(annotation, sizes, categories)
-        except (KeyError, TypeError) as error:
-            name = annotation.get("id", f"number {index} of the list")
-            detail = f"no {error}" if isinstance(error, KeyError) else "a value of the wrong type"
-            raise ValueError(
-                f"{path}: annotation {name} has {detail}; write it as COCO does, or remove it"
-            ) from error
-        annotation_id = annotation["id"]
-        if problem is None and unique_ids and annotation_id in seen:
-            problem = "has an id that another annotation has too; give each its own"
-        if problem is not None:
-            raise ValueError(f"{path}: annotation {annotation_id} {problem}")
-        seen.add(annotation_id)
-
-        fault = area_fault(annotation, needs_mask=False)
-        if fault is not None:
-            faults.append((index, annotation_id, fault, annotation["image_id"]))
-        if not annotation.get("iscrowd", 0):
-            if annotation.get("segmentation"):
-                num_masks += 1
-            elif fault is None:
-                without_mask.append(index)
-
-    if num_masks:  # only now is it known that a missing mask is a fault rather than a set of boxes
-        for index in without_mask:
-            annotation = data["annotations"][index]
-            fault = area_fault(annotation, needs_mask=True)
-            faults.append((index, annotation["id"], str(fault), annotation["image_id"]))
-        faults.sort()
-    first_fault = (
-        f"annotation {faults[0][1]} cannot be trained on: {faults[0][2]}" if faults else ""
-    )
-    faulty_images = frozenset(fault[3] for fault in faults)
-    return CocoFile(
-        path=path,
-        num_images=len(file_names),
-        categories=categories,
-        has_masks=num_masks > 0,
-        file_names=file_names,
-        num_faulty=len(faults),
-        first_fault=first_fault,
-        faulty_images=faulty_images,
-    )
+def _key(json_file: str) -> tuple[str, Version]:
+    if not os.path.isfile(json_file):
+        raise FileNotFoundError(f"{json_file}: no such annotation file; check the path")
+    stat = os.stat(json_file)
+    return os.path.abspath(json_file), (stat.st_mtime_ns, stat.st_size)
 
 
-def _read(path: str, needs_annotations: bool) -> dict[str, Any]:
+def _read_and_keep(path: str, key: tuple[str, Version]) -> CocoFile:
+    with collector_paused():
+        file = _clean(path, key[1], _read(path))
+    _descriptions[key] = file.info
+    if len(_descriptions) > _KEPT_DESCRIPTIONS:
+        _descriptions.popitem(last=False)
+    if key[1][1] <= _KEPT_BYTES:
+        _contents[key] = file
+        while sum(size for _, (_, size) in _contents) > _KEPT_BYTES:
+            _contents.popitem(last=False)
+    return file
+
+
+def _read(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:  # as bytes: json finds out the encoding by itself
             data = json.load(file)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(
             f"{path}: not a complete json file ({error}); write or fetch it again"
         ) from error
@@ -208,10 +198,7 @@ def _read(path: str, needs_annotations: bool) -> dict[str, Any]:
             f"{path}: holds {found}; a COCO annotation file holds an object with images, "
             "annotations and categories"
         )
-    required = ["images", "categories"] + ["annotations"] * (
-        needs_annotations or "annotations" in data
-    )
-    for key in required:
+    for key in ["images", "categories"] + ["annotations"] * ("annotations" in data):
         value = data.get(key)
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
             found = f"{key!r} is not a list of objects" if key in data else f"there is no {key!r}"
@@ -222,115 +209,236 @@ def _read(path: str, needs_annotations: bool) -> dict[str, Any]:
     return data
 
 
-def _check_categories(path: str, entries: list[dict]) -> dict[int, str]:
+def _clean(path: str, version: Version, data: dict[str, Any]) -> CocoFile:
+    """Clean the content of a json, in place where it is large."""
+    repairs = Repairs()
+    categories = _clean_categories(path, data["categories"], repairs)
+    images = _clean_images(path, data["images"], repairs)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    annotations = data.get("annotations", [])
+    # The annotation ids of minival2014 are not unique; detectron2 lets that file pass by its name.
+    unique_ids = "minival" not in path
+    seen: set[Any] = set()
+    faults: dict[int, str] = {}
+    num_crowds = 0
+    masks = [False, False]  # of objects, of crowds
+    with_objects, with_crowds = set(), set()
+    for index, annotation in enumerate(annotations):
+        try:
+            fault = _clean_annotation(annotation, index, sizes, categories, repairs)
+        except (_ContradictionError, MaskError) as error:
+            name = annotation.get("id")
+            name = f"number {index} of the list" if name is None else short(name)
+            raise ValueError(f"{path}: annotation {name} {error}") from error
+        if unique_ids and annotation["id"] in seen:
+            raise ValueError(
+                f"{path}: annotation {annotation['id']} has an id that another annotation has too; "
+                "give each its own"
+            )
+        seen.add(annotation["id"])
+        crowd = annotation["iscrowd"]
+        num_crowds += crowd
+        masks[crowd] = masks[crowd] or "segmentation" in annotation
+        if fault is not None:
+            faults[index] = fault
+        else:
+            with_crowds.add(annotation["image_id"])
+            if not crowd:
+                with_objects.add(annotation["image_id"])
+
+    faulty = [index for index in faults if not annotations[index]["iscrowd"]]
+    info = CocoInfo(
+        path=path,
+        version=version,
+        num_images=len(images),
+        num_annotations=len(annotations) if "annotations" in data else None,
+        num_crowds=num_crowds,
+        categories=categories,
+        has_masks=masks[0],
+        crowds_have_masks=masks[1],
+        num_faulty=len(faulty),
+        first_fault=fault_line(annotations[faulty[0]], faults[faulty[0]]) if faulty else "",
+        num_with_objects=len(with_objects),
+        num_with_crowds=len(with_crowds),
+        repairs=repairs.lines(),
+    )
+    return CocoFile(info, images, annotations, faults)
+
+
+def fault_line(annotation: Mapping[str, Any], fault: str) -> str:
+    return f"annotation {annotation['id']} cannot be trained on: {fault}"
+
+
+def _clean_categories(path: str, entries: list[dict], repairs: Repairs) -> dict[int, str]:
     categories: dict[int, str] = {}
     for entry in entries:
-        category_id: Any = entry.get("id")
+        place = ("category", entry.get("id"))
+        category_id = whole(entry.get("id"), repairs, place)
         name = entry.get("name")
-        if not _is_whole(category_id) or not isinstance(name, str):
+        if name.__class__ is int:
+            name = str(name)
+            repairs.add(coco_values.CATEGORY_NAME, place)
+        if category_id is None or not name or not isinstance(name, str):
             raise ValueError(
-                f"{path}: a category needs an integer id and a name, but one is {_short(entry)}"
+                f"{path}: a category needs an integer id and a name, but one is {short(entry)}"
             )
         if category_id in categories:
-            raise ValueError(f"{path}: two categories have the id {category_id}; give each its own")
+            if categories[category_id] != name:
+                raise ValueError(
+                    f"{path}: two categories have the id {category_id}; give each its own"
+                )
+            repairs.add(coco_values.CATEGORY, place)
         categories[category_id] = name
     if not categories:
         raise ValueError(f"{path}: there are no categories; list at least one")
-    return dict(sorted(categories.items()))  # load_coco_json numbers the classes by ascending id
+    categories = dict(sorted(categories.items()))  # detectron2 numbers classes by ascending id
+    first: dict[str, int] = {}
+    for category_id, name in categories.items():
+        if first.setdefault(name, category_id) != category_id:
+            raise ValueError(
+                f"{path}: categories {first[name]} and {category_id} have the same name {name!r}; "
+                "rename one of them, or give their annotations one id"
+            )
+    return categories
 
 
-def _check_images(path: str, entries: list[dict]) -> tuple[dict[int, list[int]], tuple[str, ...]]:
-    """Return image id -> [height, width], and the file names."""
-    sizes: dict[int, list[int]] = {}
+def _clean_images(path: str, entries: list[dict], repairs: Repairs) -> list[dict[str, Any]]:
+    images = []
+    seen: set[int | str] = set()
     for entry in entries:
-        image_id: Any = entry.get("id")
+        place = ("image", entry.get("id"))
+        image_id = identifier(entry.get("id"), repairs, place)
         file_name = entry.get("file_name")
-        size: list[Any] = [entry.get("height"), entry.get("width")]
-        if not _is_whole(image_id) or not file_name or not isinstance(file_name, str):
+        if image_id is None or not file_name or not isinstance(file_name, str):
             raise ValueError(
-                f"{path}: an image needs an integer id and a file_name, but one is {_short(entry)}"
+                f"{path}: an image needs an integer id and a file_name, but one is {short(entry)}"
             )
-        if not all(_is_whole(side) and side > 0 for side in size):
+        height, width = (whole(entry.get(side), repairs, place) for side in ("height", "width"))
+        if height is None or width is None or min(height, width) < 1:
             raise ValueError(
-                f"{path}: image {image_id} needs a height and a width in pixels, not {_short(size)}"
+                f"{path}: image {image_id} needs a height and a width in pixels, not "
+                f"{short([entry.get('height'), entry.get('width')])}"
             )
-        if image_id in sizes:
+        if image_id in seen:
             raise ValueError(f"{path}: two images have the id {image_id}; give each its own")
-        sizes[image_id] = size
-    if not sizes:
+        seen.add(image_id)
+        images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+    if not images:
         raise ValueError(f"{path}: there are no images; list at least one")
-    return sizes, tuple(entry["file_name"] for entry in entries)
+    return images
 
 
-def _contradiction(
-    annotation: dict, sizes: dict[int, list[int]], categories: dict[int, str]
+class _ContradictionError(ValueError):
+    """What makes an annotation impossible to read, as the end of a sentence about it."""
+
+
+def _clean_annotation(
+    annotation: dict,
+    index: int,
+    sizes: Mapping[int | str, tuple[int, int]],
+    categories: Mapping[int, str],
+    repairs: Repairs,
 ) -> str | None:
-    """Say what makes an annotation impossible to load, as the end of a sentence, or None.
+    """Clean one annotation in place, and return what keeps it from being a target, or None.
 
     Raises:
-        KeyError, TypeError: a part is absent or of the wrong type.
+        _ContradictionError, MaskError: it cannot be read.
     """
-    hash(annotation["id"])
-    image_id, category_id, box = (annotation[key] for key in ("image_id", "category_id", "bbox"))
-    if image_id not in sizes:
-        return f"points to image {image_id!r}, which is absent; remove it or add the image"
+    annotation_id = annotation.get("id")
+    place = ("annotation", annotation_id)
+    if annotation_id.__class__ is not int:
+        if annotation_id is None:
+            annotation["id"] = f"number {index}"  # nothing refers to it
+            place = ("annotation", annotation["id"])
+            repairs.add(coco_values.ANNOTATION_ID, place)
+        else:
+            cleaned = identifier(annotation_id, repairs, place)
+            if cleaned is None:
+                raise _ContradictionError("has an id that is neither a number nor text; number it")
+            annotation["id"] = cleaned
+    for key in ("image_id", "category_id", "bbox"):
+        if annotation.get(key) is None:
+            raise _ContradictionError(f"has no {key!r}; write it as COCO does, or remove it")
+
+    image_id = annotation["image_id"]
+    if image_id.__class__ is not int:
+        image_id = identifier(image_id, repairs, place)
+    size = None if image_id is None else sizes.get(image_id)
+    if size is None:
+        raise _ContradictionError(
+            f"points to image {short(annotation['image_id'])}, which is absent (there are "
+            f"{_examples(sizes)}); remove it or add the image"
+        )
+    category_id = annotation["category_id"]
+    if category_id.__class__ is not int:
+        category_id = whole(category_id, repairs, place)
     if category_id not in categories:
-        return f"points to category {category_id!r}, which is absent; remove it or add the category"
-    if len(box) != 4 or not all(map(math.isfinite, box)):
-        return f"has the box {_short(box)}; give four finite numbers: x, y, width, height"
-    if annotation.get("ignore", 0):
-        return 'has "ignore", which detectron2 does not support; remove it or set "iscrowd" instead'
-    segmentation = annotation.get("segmentation")
-    if not segmentation:
+        raise _ContradictionError(
+            f"points to category {short(annotation['category_id'])}, which is absent (there are "
+            f"{_examples(categories)}); remove it or add the category"
+        )
+    annotation["image_id"], annotation["category_id"] = image_id, category_id
+    box = annotation["bbox"] = _clean_box(annotation["bbox"], repairs, place)
+    annotation["iscrowd"] = _clean_crowd(annotation, repairs, place)
+    annotation["area"] = _clean_area(annotation, repairs, place)
+
+    mask, has_area = clean_mask(annotation.get("segmentation"), *size, repairs, place)
+    if mask:
+        annotation["segmentation"] = mask
+    else:
+        annotation.pop("segmentation", None)
+    if mask is not None and not has_area:
+        return NO_AREA
+    return _box_fault(box)
+
+
+def _clean_box(box: Any, repairs: Repairs, place: coco_values.Place) -> list[int | float]:
+    values = [number(v, repairs, place) for v in box] if isinstance(box, list) else []
+    if len(values) != 4 or None in values:
+        raise _ContradictionError(
+            f"has the box {short(box)}; give four finite numbers: x, y, width, height"
+        )
+    return values  # type: ignore[return-value]
+
+
+def _box_fault(box: Any) -> str | None:
+    width, height = box[2:]
+    if width > 0 and height > 0:
         return None
-    if isinstance(segmentation, dict):
-        counts, size = segmentation["counts"], segmentation["size"]
-        if list(size) != sizes[image_id]:
-            return f"has a mask of {_short(size)} pixels, but its image has {sizes[image_id]}"
-        if isinstance(counts, list):
-            if min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
-                return "has run lengths that do not add up to its image; encode the mask again"
-        elif not isinstance(counts, str):
-            return 'has "counts" that are neither a list nor a string; encode the mask again'
+    return f"its box has no area (width {width:g}, height {height:g})"
+
+
+def _clean_crowd(annotation: dict, repairs: Repairs, place: coco_values.Place) -> int:
+    if annotation.get("ignore") not in (None, 0, "", "0", "false"):
+        raise _ContradictionError(
+            'has "ignore", which detectron2 does not support; remove it or set "iscrowd" instead'
+        )
+    value = annotation.get("iscrowd")
+    if value.__class__ is int and value in (0, 1):
+        return value  # type: ignore[return-value]
+    if value is None:
+        repairs.add(coco_values.CROWD, place)
+        return 0
+    if isinstance(value, str):
+        value = {"false": 0, "true": 1}.get(value.strip().lower(), value)
+    crowd = int(value) if isinstance(value, bool) else whole(value, repairs, place)
+    if crowd not in (0, 1):
+        raise _ContradictionError(f'has "iscrowd" {short(value)}; write 0 or 1')
+    return crowd
+
+
+def _clean_area(annotation: dict, repairs: Repairs, place: coco_values.Place) -> float | None:
+    """The area as it is given; None where it is not: nothing that is seen covers 0 pixels."""
+    value = annotation.get("area")
+    if value.__class__ is float and 0 < value < float("inf"):  # as in COCO's files
+        return value
+    area = None if value is None else number(value, repairs, place)
+    if area is None or area <= 0:
+        repairs.add(coco_values.AREA, place)
         return None
-    for polygon in segmentation:
-        if not isinstance(polygon, list):
-            return "has a mask that is not a list of polygons; write [[x, y, x, y, ...], ...]"
-        if not math.isfinite(sum(polygon)):
-            return "has a polygon with a coordinate that is not finite; remove or correct it"
-    return None
+    return area
 
 
-def _has_area(polygon: Any) -> bool:
-    """Whether a polygon x, y, x, y, ... has three vertices that are not on one line.
-
-    Unlike the signed area this is done after three or four vertices, and does not take a figure of
-    eight for nothing.
-    """
-    if len(polygon) < 6 or len(polygon) % 2:
-        return False
-    x0, y0 = polygon[0], polygon[1]
-    dx = dy = 0.0
-    for k in range(2, len(polygon), 2):
-        x, y = polygon[k] - x0, polygon[k + 1] - y0
-        if abs(dx * y - dy * x) > _MIN_CROSS:
-            return True
-        if abs(x) + abs(y) > abs(dx) + abs(dy):  # a direction from two near points says nothing
-            dx, dy = x, y
-    return False
-
-
-def _list_folder(folder: str) -> set[str]:
-    if not os.path.isdir(folder):
-        return set()
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries}
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | float) and value == value // 1 and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _examples(ids: Mapping[Any, Any]) -> str:
+    first = [short(id_) for id_ in list(ids)[:3]]
+    return ", ".join(first) + (", ..." if len(ids) > 3 else "")
