@@ -2,6 +2,7 @@
 
 from crossmae_det.data import shapes
 from crossmae_det.data.augmentations import ResizeToFit
+from crossmae_det.data.categories import category_indices
 from crossmae_det.data.coco import DatasetInfo, describe, get_dataset_dicts, resolve_name
 from crossmae_det.data.loader import TrainLoader
 from crossmae_det.data.mapper import DetectionMapper
@@ -14,6 +15,7 @@ __all__ = [
     "ResizeToFit",
     "TrainLoader",
     "UndecodableImageError",
+    "category_indices",
     "describe",
     "get_dataset_dicts",
     "resolve_name",

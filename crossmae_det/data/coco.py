@@ -8,23 +8,23 @@ import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog, print_instances_class_histogram
-from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 from torch.utils.data import Dataset, IterableDataset
 
-from crossmae_det.data.coco_json import (
-    CocoFile,
-    area_fault,
-    check_images,
-    collector_paused,
-    inspect,
-)
+from crossmae_det.data import shapes
+from crossmae_det.data.categories import category_indices, dataset_categories
+from crossmae_det.data.coco_json import CocoInfo, inspect, load
+from crossmae_det.data.coco_records import adapt_records, check_crowd, load_records
+from crossmae_det.data.coco_values import id_order
+from crossmae_det.data.image_sizes import check_headers
+from crossmae_det.data.summary import Summary
+from crossmae_det.utils.image_paths import locate
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ _NUM_IMAGES = {
     "coco_2017_val_100": 100,
 }
 
-_registered: dict[str, CocoFile] = {}  # the JSON:IMAGE_FOLDER strings that resolve_name registered
+# The JSON:IMAGE_FOLDER strings that resolve_name registered.
+_registered: dict[str, CocoInfo] = {}
 
 
 @dataclass(frozen=True)
@@ -78,78 +79,106 @@ def resolve_name(spec: str) -> str:
     if spec in DatasetCatalog and spec not in _registered:
         return spec
     json_file, image_root = _split(spec)
-    coco_file = inspect(json_file)
+    info = inspect(json_file)
     if not os.path.isdir(image_root):
         raise FileNotFoundError(f"{image_root}: no such image folder; check the data set {spec!r}")
-    if _registered.get(spec) == coco_file:
+    if _registered.get(spec) == info:
         return spec
     if spec in _registered:  # the file was rewritten; metadata cannot be changed, only replaced
         DatasetCatalog.remove(spec)
         MetadataCatalog.remove(spec)
-    _registered[spec] = coco_file
-    DatasetCatalog.register(spec, lambda: load_coco_json(json_file, image_root, spec))
+    _registered[spec] = info
+    indices = {id_: index for index, id_ in enumerate(info.categories)}
+    DatasetCatalog.register(spec, lambda: load_records(json_file, image_root, indices))
     MetadataCatalog.get(spec).set(
         json_file=json_file,
         image_root=image_root,
         evaluator_type="coco",
-        thing_classes=list(coco_file.categories.values()),
-        thing_dataset_id_to_contiguous_id={id_: i for i, id_ in enumerate(coco_file.categories)},
+        thing_classes=list(info.categories.values()),
+        thing_dataset_id_to_contiguous_id=indices,
     )
     return spec
 
 
-def describe(spec: str) -> DatasetInfo:
+def describe(
+    spec: str,
+    *,
+    filter_empty: bool = False,
+    max_images: int | None = None,
+    crowd: str = "ignore",
+) -> DatasetInfo:
     """Describe a data set without loading its images.
 
     A COCO json is read once and again only when it changes. Where the json of a registered name is
     absent, the metadata describe it if its size is known (COCO's own names, or ``num_images`` in
     the metadata): a config can be looked at where the data is not, or not yet.
 
+    Args:
+        spec: what `resolve_name` accepts.
+        filter_empty, max_images, crowd: as in `get_dataset_dicts`; the images are counted that
+            remain, which for COCO train2017 are 118,000 by convention.
+
     Raises:
         ValueError, FileNotFoundError: as `resolve_name`; or an absent json of unknown size.
     """
     name = resolve_name(spec)
     metadata = MetadataCatalog.get(name)
+    most = max_images if max_images is not None else float("inf")
     if not _is_coco(name):
-        records = _records(name)
+        records = _call_loader(name)
+        if filter_empty and "annotations" in records[0]:
+            records = Summary().filter_empty(records)
         annotations = (a for record in records for a in record.get("annotations", []))
         has_masks = any(a.get("segmentation") for a in annotations if not a.get("iscrowd", 0))
-        return DatasetInfo(len(records), _categories(name, None), has_masks)
+        return DatasetInfo(int(min(len(records), most)), dataset_categories(name, None), has_masks)
     known = metadata.get("num_images", _NUM_IMAGES.get(name))
     if known is not None and not os.path.isfile(_local(metadata.json_file)):
-        return DatasetInfo(known, _categories(name, None), has_masks=True)
-    coco_file = _inspect(name)
-    num_images = coco_file.num_images
-    if num_images == _TRAIN2017_IMAGES and coco_file.categories == _categories(
+        return DatasetInfo(int(min(known, most)), dataset_categories(name, None), has_masks=True)
+    info = _inspect(name)
+    num_images = info.num_images
+    if num_images == _TRAIN2017_IMAGES and info.categories == dataset_categories(
         "coco_2017_train", None
     ):
         num_images = _TRAIN2017_SCHEDULED_IMAGES
-    return DatasetInfo(num_images, _categories(name, coco_file), coco_file.has_masks)
+    elif filter_empty:
+        num_images = info.num_with_crowds if crowd == "keep" else info.num_with_objects
+    has_masks = info.has_masks or (crowd == "keep" and info.crowds_have_masks)
+    return DatasetInfo(int(min(num_images, most)), dataset_categories(name, info), has_masks)
 
 
 def get_dataset_dicts(
     names: str | Sequence[str],
     *,
+    categories: Mapping[int, str] | None = None,
     filter_empty: bool = True,
     max_images: int | None = None,
     invalid_annotations: str | None = None,
+    crowd: str = "ignore",
+    skip_undecodable: bool = False,
 ) -> list[dict]:
     """Load the records of one or more data sets in detectron2's format, after checking them.
 
-    Every COCO json is checked whole: see `crossmae_det.data.coco_json.inspect`.
+    Every COCO json is checked whole and read in its clean form: see
+    `crossmae_det.data.coco_json.load`. What is used, left out and repaired is logged.
 
     Args:
         names: what `resolve_name` accepts, or a sequence of it.
+        categories: id -> name in the order of the model's classes; the categories of every data set
+            are mapped to them by name, whatever their ids. None: those of the first data set.
         filter_empty: leave out images without an annotation that is not a crowd region.
         max_images: keep only the first so many images, by ascending image id within each data set,
             the data sets in the order given, counted after `filter_empty`.
-        invalid_annotations: what to do with annotations whose box or mask has no area, and with
-            those that have no mask where others of the same json do: "error", or "skip" to leave
-            them out with a warning. None is "error" for ``JSON:IMAGE_FOLDER`` and "skip" for
-            registered names, because COCO's own files have a few of them.
+        invalid_annotations: what to do with annotations whose box or mask has no area: "error", or
+            "skip" to leave them out with a warning. None is "error" for ``JSON:IMAGE_FOLDER`` and
+            "skip" for registered names, because COCO's own files have a few of them.
+        crowd: "ignore" trains nothing on crowd regions (``iscrowd: 1``), as COCO means them;
+            "keep" makes them objects like any other, for exports that set it on every mask.
+        skip_undecodable: whether training skips images that cannot be used; they are then warned
+            of here rather than raised.
 
     Returns:
-        One dict per image: ``file_name``, ``height``, ``width``, ``image_id``, ``annotations``.
+        One dict per image: ``file_name``, ``height``, ``width``, ``image_id``, ``annotations``. An
+        annotation without a mask among others that have one has no ``segmentation``.
 
     Raises:
         ValueError: a data set is not as it must be, or nothing of it is left; one line.
@@ -162,35 +191,44 @@ def get_dataset_dicts(
         raise ValueError(
             f"invalid_annotations={invalid_annotations!r}: choose error, skip or null (None)"
         )
+    check_crowd(crowd)
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images={max_images}: give a positive number, or null (None) for all")
 
-    resolved = [resolve_name(spec) for spec in specs]
-    records = []
-    for name in resolved:
-        loaded = _load(name, invalid_annotations)
+    classes = dict(categories) if categories else None
+    reference = "the model"
+    summary = Summary()
+    records: list[dict] = []
+    versions: list[Any] = []
+    for spec in specs:
+        name = resolve_name(spec)
+        loaded, own, version = _load(name, classes, reference, invalid_annotations, crowd, summary)
+        if classes is None:
+            classes, reference = own, spec
         if max_images is not None and all("image_id" in record for record in loaded):
-            loaded = sorted(loaded, key=lambda record: record["image_id"])
+            loaded = sorted(loaded, key=lambda record: id_order(record["image_id"]))
         records += loaded
+        versions.append(version)
     has_instances = "annotations" in records[0]
+    summary.found = len(records)
     if filter_empty and has_instances:
-        records = filter_images_with_only_crowd_annotations(records)
+        records = summary.filter_empty(records)
+    source = ", ".join(specs)
     if not records:
-        raise ValueError(
-            f"{', '.join(specs)}: no image has an annotation to train on; annotate some"
-        )
+        raise ValueError(f"{source}: no image has an annotation to train on; annotate some")
     if max_images is not None and max_images < len(records):
-        logger.info("Using the first %d of %d images, by image id", max_images, len(records))
+        summary.skipped[f"beyond the first {max_images} by image id (max_images)"] = (
+            len(records) - max_images
+        )
         records = records[:max_images]
-
-    classes = [MetadataCatalog.get(name).get("thing_classes") for name in resolved]
-    for spec, others in zip(specs, classes, strict=True):
-        if others != classes[0]:
-            raise ValueError(
-                f"{specs[0]} and {spec} have different classes; use sets with the same"
-            )
-    if has_instances and classes[0] is not None:
-        print_instances_class_histogram(records, classes[0])
+    if all(versions):
+        check_headers(
+            records,
+            source,
+            skip_undecodable=skip_undecodable,
+            key=(*versions, filter_empty, max_images, crowd),
+        )
+    summary.log(source, records, None if classes is None else list(classes.values()))
     return records
 
 
@@ -228,12 +266,19 @@ def _is_coco(name: str) -> bool:
     )
 
 
+def _is_plain(name: str) -> bool:
+    """Whether the records of a COCO json are those that the json has, and no function's choice."""
+    loader = DatasetCatalog[name]
+    module = getattr(loader, "func", loader).__module__
+    return name in _registered or module in (load_coco_json.__module__, shapes.__name__)
+
+
 def _local(path: Any) -> str:
     path = os.fspath(path)
     return PathManager.get_local_path(path) if "://" in path else path
 
 
-def _inspect(name: str) -> CocoFile:
+def _inspect(name: str) -> CocoInfo:
     path = _local(MetadataCatalog.get(name).json_file)
     if name in _registered:
         return inspect(path)
@@ -248,27 +293,7 @@ def _inspect(name: str) -> CocoFile:
     return inspect(path, needs_annotations=False)
 
 
-def _categories(name: str, coco_file: CocoFile | None) -> dict[int, str]:
-    """Dataset id -> name in class order; the metadata decide, as they do in detectron2."""
-    metadata = MetadataCatalog.get(name)
-    classes = metadata.get("thing_classes")
-    if classes is None and coco_file is None:
-        raise ValueError(
-            f"data set {name!r} has no class names; set MetadataCatalog.get(name).thing_classes"
-        )
-    if coco_file is not None and (
-        classes is None or list(classes) == list(coco_file.categories.values())
-    ):
-        return dict(coco_file.categories)
-    ids = metadata.get("thing_dataset_id_to_contiguous_id")
-    if ids is None:
-        return dict(enumerate(classes))
-    # Several dataset ids may share a class: the first of them stands for it.
-    first = {contiguous: id_ for id_, contiguous in sorted(ids.items(), reverse=True)}
-    return {first[contiguous]: classes[contiguous] for contiguous in sorted(first)}
-
-
-def _records(name: str) -> list[dict]:
+def _call_loader(name: str) -> list[dict]:
     records = DatasetCatalog.get(name)
     if isinstance(records, IterableDataset):
         raise ValueError(f"data set {name!r} is an IterableDataset; a resumable run needs a list")
@@ -279,53 +304,56 @@ def _records(name: str) -> list[dict]:
     return records
 
 
-def _load(name: str, invalid_annotations: str | None) -> list[dict]:
-    """Load the records of one registered data set, checked where it is a COCO json."""
-    coco_file = None
-    if _is_coco(name):
-        coco_file = _inspect(name)
-        image_root = os.fspath(MetadataCatalog.get(name).image_root)
-        if "://" not in image_root:
-            check_images(coco_file, image_root)
-        policy = invalid_annotations or ("error" if name in _registered else "skip")
-        if coco_file.num_faulty and policy == "error":
-            more = f" (and {coco_file.num_faulty - 1} more)" if coco_file.num_faulty > 1 else ""
-            raise ValueError(
-                f"{coco_file.path}: {coco_file.first_fault}{more}; correct it, or "
-                "set dataloader.train.dataset.invalid_annotations=skip to leave such annotations "
-                "out (dataloader.test for a test set)"
-            )
-    try:
-        with collector_paused():
-            records = _records(name)
-    except AssertionError as error:  # load_coco_json's only words for metadata that do not fit
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if coco_file is None or classes == list(coco_file.categories.values()):
-            raise
+def _load(
+    name: str,
+    classes: Mapping[int, str] | None,
+    reference: str,
+    invalid_annotations: str | None,
+    crowd: str,
+    summary: Summary,
+) -> tuple[list[dict], dict[int, str] | None, Any]:
+    """Load the records of one data set, checked where it is a COCO json.
+
+    Returns:
+        The records, with the indices of ``classes``; its own categories; and what changes when its
+        files do, None where there is nothing to check the images by.
+    """
+    info = _inspect(name) if _is_coco(name) else None
+    metadata = MetadataCatalog.get(name)
+    own: dict[int, str] | None = None
+    if info is not None or metadata.get("thing_classes") is not None or classes is not None:
+        own = dataset_categories(name, info)
+    policy = invalid_annotations or ("error" if name in _registered else "skip")
+    options: dict[str, Any] = {
+        "invalid_annotations": policy,
+        "crowd": crowd,
+        "summary": summary,
+    }
+    image_root = os.fspath(metadata.get("image_root", ""))
+    if info is None or own is None or not _is_plain(name):
+        file = None
+        if info is not None:
+            file = load(info.path, needs_annotations=False)
+            if "://" not in image_root:
+                locate([image["file_name"] for image in file.images], image_root, info.path)
+        remap = None
+        if own is not None and classes is not None:
+            indices = category_indices(own, classes, name, reference)
+            remap = {index: indices[id_] for index, id_ in enumerate(own)}
+        return adapt_records(_call_loader(name), file, remap, **options), own, None
+
+    if own.keys() != info.categories.keys():
         raise ValueError(
-            f"{coco_file.path}: its categories are not those that {name} is registered with; "
+            f"{info.path}: its categories are not those that {name} is registered with; "
             "give the data set as JSON:IMAGE_FOLDER instead"
-        ) from error
-    if coco_file is not None and coco_file.num_faulty:
-        records = [
-            _without_faults(record, coco_file)
-            if record.get("image_id") in coco_file.faulty_images
-            else record
-            for record in records
-        ]
-        logger.warning(
-            "%s: left out %d annotations; the first: %s",
-            coco_file.path,
-            coco_file.num_faulty,
-            coco_file.first_fault,
         )
-    return records
-
-
-def _without_faults(record: dict, coco_file: CocoFile) -> dict:
-    annotations = [
-        annotation
-        for annotation in record.get("annotations", [])
-        if area_fault(annotation, needs_mask=coco_file.has_masks) is None
-    ]
-    return {**record, "annotations": annotations}
+    indices = category_indices(own, classes or own, name, reference)
+    records = load_records(
+        info.path, image_root, indices, needs_annotations=name in _registered, **options
+    )
+    if metadata.get("thing_classes") is None:  # as detectron2's loader does
+        metadata.thing_classes = list(own.values())
+    if metadata.get("thing_dataset_id_to_contiguous_id") is None:
+        metadata.thing_dataset_id_to_contiguous_id = {id_: i for i, id_ in enumerate(own)}
+    version = None if "://" in image_root else (info.path, info.version, image_root)
+    return records, own, version

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from crossmae_det.data import coco_values
-from crossmae_det.data.coco_masks import NO_AREA, MaskError, clean_mask, covers_anything
-from crossmae_det.data.coco_values import Repairs, identifier, number, short, whole
+from crossmae_det.data.coco_annotations import ContradictionError, clean_annotation
+from crossmae_det.data.coco_masks import MaskError
+from crossmae_det.data.coco_values import Repairs, identifier, short, whole
 
 logger = logging.getLogger(__name__)
 
@@ -148,22 +149,6 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def area_fault(annotation: Mapping[str, Any]) -> str | None:
-    """Say what keeps an annotation of a record from being a training target, or None.
-
-    For records that a data set's own function made; those made from here are checked already.
-
-    Args:
-        annotation: in detectron2's format, with ``bbox`` as x, y, width, height in pixels.
-    """
-    if annotation.get("iscrowd", 0):
-        return None
-    segmentation = annotation.get("segmentation")
-    if segmentation and not covers_anything(segmentation):
-        return NO_AREA
-    return _box_fault(annotation["bbox"])
-
-
 def _key(json_file: str) -> tuple[str, Version]:
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{json_file}: no such annotation file; check the path")
@@ -225,8 +210,8 @@ def _clean(path: str, version: Version, data: dict[str, Any]) -> CocoFile:
     with_objects, with_crowds = set(), set()
     for index, annotation in enumerate(annotations):
         try:
-            fault = _clean_annotation(annotation, index, sizes, categories, repairs)
-        except (_ContradictionError, MaskError) as error:
+            fault = clean_annotation(annotation, sizes, categories, repairs)
+        except (ContradictionError, MaskError) as error:
             name = annotation.get("id")
             name = f"number {index} of the list" if name is None else short(name)
             raise ValueError(f"{path}: annotation {name} {error}") from error
@@ -326,119 +311,3 @@ def _clean_images(path: str, entries: list[dict], repairs: Repairs) -> list[dict
     if not images:
         raise ValueError(f"{path}: there are no images; list at least one")
     return images
-
-
-class _ContradictionError(ValueError):
-    """What makes an annotation impossible to read, as the end of a sentence about it."""
-
-
-def _clean_annotation(
-    annotation: dict,
-    index: int,
-    sizes: Mapping[int | str, tuple[int, int]],
-    categories: Mapping[int, str],
-    repairs: Repairs,
-) -> str | None:
-    """Clean one annotation in place, and return what keeps it from being a target, or None.
-
-    Raises:
-        _ContradictionError, MaskError: it cannot be read.
-    """
-    annotation_id = annotation.get("id")
-    place = ("annotation", annotation_id)
-    if annotation_id.__class__ is not int:
-        if annotation_id is None:
-            annotation["id"] = f"number {index}"  # nothing refers to it
-            place = ("annotation", annotation["id"])
-            repairs.add(coco_values.ANNOTATION_ID, place)
-        else:
-            cleaned = identifier(annotation_id, repairs, place)
-            if cleaned is None:
-                raise _ContradictionError("has an id that is neither a number nor text; number it")
-            annotation["id"] = cleaned
-    for key in ("image_id", "category_id", "bbox"):
-        if annotation.get(key) is None:
-            raise _ContradictionError(f"has no {key!r}; write it as COCO does, or remove it")
-
-    image_id = annotation["image_id"]
-    if image_id.__class__ is not int:
-        image_id = identifier(image_id, repairs, place)
-    size = None if image_id is None else sizes.get(image_id)
-    if size is None:
-        raise _ContradictionError(
-            f"points to image {short(annotation['image_id'])}, which is absent (there are "
-            f"{_examples(sizes)}); remove it or add the image"
-        )
-    category_id = annotation["category_id"]
-    if category_id.__class__ is not int:
-        category_id = whole(category_id, repairs, place)
-    if category_id not in categories:
-        raise _ContradictionError(
-            f"points to category {short(annotation['category_id'])}, which is absent (there are "
-            f"{_examples(categories)}); remove it or add the category"
-        )
-    annotation["image_id"], annotation["category_id"] = image_id, category_id
-    box = annotation["bbox"] = _clean_box(annotation["bbox"], repairs, place)
-    annotation["iscrowd"] = _clean_crowd(annotation, repairs, place)
-    annotation["area"] = _clean_area(annotation, repairs, place)
-
-    mask, has_area = clean_mask(annotation.get("segmentation"), *size, repairs, place)
-    if mask:
-        annotation["segmentation"] = mask
-    else:
-        annotation.pop("segmentation", None)
-    if mask is not None and not has_area:
-        return NO_AREA
-    return _box_fault(box)
-
-
-def _clean_box(box: Any, repairs: Repairs, place: coco_values.Place) -> list[int | float]:
-    values = [number(v, repairs, place) for v in box] if isinstance(box, list) else []
-    if len(values) != 4 or None in values:
-        raise _ContradictionError(
-            f"has the box {short(box)}; give four finite numbers: x, y, width, height"
-        )
-    return values  # type: ignore[return-value]
-
-
-def _box_fault(box: Any) -> str | None:
-    width, height = box[2:]
-    if width > 0 and height > 0:
-        return None
-    return f"its box has no area (width {width:g}, height {height:g})"
-
-
-def _clean_crowd(annotation: dict, repairs: Repairs, place: coco_values.Place) -> int:
-    if annotation.get("ignore") not in (None, 0, "", "0", "false"):
-        raise _ContradictionError(
-            'has "ignore", which detectron2 does not support; remove it or set "iscrowd" instead'
-        )
-    value = annotation.get("iscrowd")
-    if value.__class__ is int and value in (0, 1):
-        return value  # type: ignore[return-value]
-    if value is None:
-        repairs.add(coco_values.CROWD, place)
-        return 0
-    if isinstance(value, str):
-        value = {"false": 0, "true": 1}.get(value.strip().lower(), value)
-    crowd = int(value) if isinstance(value, bool) else whole(value, repairs, place)
-    if crowd not in (0, 1):
-        raise _ContradictionError(f'has "iscrowd" {short(value)}; write 0 or 1')
-    return crowd
-
-
-def _clean_area(annotation: dict, repairs: Repairs, place: coco_values.Place) -> float | None:
-    """The area as it is given; None where it is not: nothing that is seen covers 0 pixels."""
-    value = annotation.get("area")
-    if value.__class__ is float and 0 < value < float("inf"):  # as in COCO's files
-        return value
-    area = None if value is None else number(value, repairs, place)
-    if area is None or area <= 0:
-        repairs.add(coco_values.AREA, place)
-        return None
-    return area
-
-
-def _examples(ids: Mapping[Any, Any]) -> str:
-    first = [short(id_) for id_ in list(ids)[:3]]
-    return ", ".join(first) + (", ..." if len(ids) > 3 else "")

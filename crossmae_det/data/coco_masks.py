@@ -41,8 +41,8 @@ def clean_mask(
     Returns:
         The mask and whether it covers anything. The mask is None where there is none; a list of
         polygons, each at least three vertices as x, y, x, y, ... in pixels; or compressed run
-        lengths, ``{"size": [height, width], "counts": str or bytes}``. Polygons that cover nothing are
-        dropped beside others that do, and those that are none are always dropped.
+        lengths, ``{"size": [height, width], "counts": str or bytes}``. Polygons that cover nothing
+        are dropped beside others that do, and those that are none are always dropped.
 
     Raises:
         MaskError: it is neither of them, or does not fit its image.
@@ -124,10 +124,9 @@ def _run_lengths(
             )
     counts = value.get("counts")
     if isinstance(counts, list):
-        runs = [
-            count if count.__class__ is int else whole(count, repairs, place) for count in counts
-        ]
-        if None in runs or min(runs, default=0) < 0 or sum(runs) != height * width:
+        found = (c if c.__class__ is int else whole(c, repairs, place) for c in counts)
+        runs = [run for run in found if run is not None]
+        if len(runs) < len(counts) or min(runs, default=0) < 0 or sum(runs) != height * width:
             raise MaskError(
                 "has run lengths that do not add up to its image; encode the mask again"
             )

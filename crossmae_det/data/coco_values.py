@@ -15,7 +15,6 @@ CROWD = "annotations have no iscrowd: taken as 0"
 AREA = "annotations have no area: computed from the mask, or the box where there is none"
 POLYGON = "polygons have fewer than three vertices or no area: dropped"
 MASK_SIZE = "run-length masks have no size: taken from the image"
-ANNOTATION_ID = "annotations have no id: numbered"
 CATEGORY = "categories are listed twice: read once"
 CATEGORY_NAME = "category names are numbers: read as text"
 EMPTY_POLYGON = "masks are lists of empty polygons: taken as no mask"
@@ -37,7 +36,7 @@ class Repairs:
         self._kinds[kind] = count + 1, first
 
     def lines(self) -> tuple[str, ...]:
-        """One line for each kind, such as "3 numbers are text: read as numbers (first: image 7)"."""
+        """One line for each kind, as "3 numbers are text: read as numbers (first: image 7)"."""
         return tuple(
             f"{count} {kind} (first: {place[0]} {place[1]!r})"
             for kind, (count, place) in self._kinds.items()

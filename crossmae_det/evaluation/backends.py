@@ -10,7 +10,7 @@ import contextlib
 import functools
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ def accumulate(
     ground_truth: dict[str, Any],
     detections: list[dict[str, Any]],
     max_dets: int,
-) -> tuple[np.ndarray, np.ndarray, list[int]]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Runs COCO's evaluation. Both arguments that hold annotations are written into.
 
     Args:
@@ -71,7 +71,7 @@ def accumulate(
 
     Returns:
         The precision (T, R, K, A) and the recall (T, K, A) in [0, 1], -1 where there is no ground
-        truth, and the K category ids.
+        truth; the categories by ascending id.
     """
     coco_class, evaluation_class = _classes(backend)
     # pycocotools prints its progress.
@@ -94,7 +94,7 @@ def accumulate(
     # The last dimension is the limit on detections, of which there is one.
     precision = np.asarray(evaluation.eval["precision"])[..., 0]
     recall = np.asarray(evaluation.eval["recall"])[..., 0]
-    return precision, recall, [int(category_id) for category_id in evaluation.params.catIds]
+    return precision, recall
 
 
 def metrics(
@@ -123,25 +123,6 @@ def metrics(
     for index, name in enumerate(class_names):
         results[PER_CLASS_PREFIX + name] = _percent(precision[:, :, index, 0])
     return results
-
-
-def class_names(dataset: Mapping[str, Any], metadata: Any) -> dict[int, str]:
-    """A distinct name for every category id of the annotation file.
-
-    Args:
-        dataset: the content of a COCO annotation file.
-        metadata: detectron2's metadata of the data set; its ``thing_classes`` go first.
-    """
-    mapping = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-    classes = metadata.get("thing_classes") or ()
-    names: dict[int, str] = {}
-    for category in dataset["categories"]:
-        index = mapping.get(category["id"], len(classes))
-        name = classes[index] if index < len(classes) else category["name"]
-        if name in names.values():
-            name = f"{name} ({category['id']})"
-        names[category["id"]] = name
-    return names
 
 
 @functools.cache

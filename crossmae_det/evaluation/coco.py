@@ -8,13 +8,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import pycocotools.mask as mask_util
-from detectron2.data import DatasetCatalog, MetadataCatalog
+import torch
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 
-from crossmae_det.evaluation.backends import accumulate, class_names, metrics, resolve_backend
+from crossmae_det.data.coco_records import check_crowd
+from crossmae_det.data.coco_values import Repairs, id_order, identifier
+from crossmae_det.evaluation.backends import accumulate, metrics, resolve_backend
+from crossmae_det.evaluation.ground_truth import GroundTruth
 from crossmae_det.evaluation.results import format_per_class, format_table, write_results
 from crossmae_det.visualization.files import write_json
 
@@ -34,8 +36,10 @@ class COCOEvaluator(Detectron2COCOEvaluator):
     - only the images that were processed count: the AP of a subset is the AP of that subset;
     - a model without detections scores 0, as in COCO's own evaluation, and not NaN. NaN remains for
       what has no ground truth (a class, a size);
-    - annotation ids may start at 0 (COCO's evaluation takes a match with id 0 for none), and
-      ``area`` or ``iscrowd`` may be missing;
+    - the ground truth is the clean form of the json that training reads too, see
+      `crossmae_det.data.coco_json.load`; annotation ids may start at 0 (COCO's evaluation takes a
+      match with id 0 for none);
+    - classes are matched by name, whatever their ids;
     - what is written of instances is ``coco_instances_results.json`` and ``results.json``,
       atomically.
     """
@@ -50,10 +54,13 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         backend: str = "auto",
         max_dets_per_image: int = 100,
         context: Mapping[str, Any] | None = None,
+        categories: Mapping[int, str] | None = None,
+        crowd: str = "ignore",
     ):
         """
         Args:
-            dataset_name: a name registered in ``DatasetCatalog``, or a list of one.
+            dataset_name: a name registered in ``DatasetCatalog`` or ``JSON:IMAGE_FOLDER``, or a
+                list of one.
             tasks: some of "bbox" and "segm". None: boxes, and masks where there are any.
             distributed: gather the detections of all processes in the first one, which alone
                 evaluates.
@@ -63,10 +70,16 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             max_dets_per_image: so many detections of an image and class count, those of the highest
                 scores.
             context: goes into the results file beside the numbers: the iteration, the checkpoint.
+            categories: id -> name in the order of the model's classes; the categories of the data
+                set are mapped to them by name. None: those of the data set.
+            crowd: "ignore" is COCO's rule, that a detection in a crowd region (``iscrowd: 1``)
+                counts as nothing; "keep" makes crowd regions objects like any other, as in
+                `crossmae_det.data.get_dataset_dicts`.
 
         Raises:
             ValueError: an argument is out of range, the backend is not installed, the data set is
-                not registered, or its annotation file is not in COCO format.
+                not registered, its annotation file is not in COCO format, or its categories are not
+                those of the model.
             FileNotFoundError: the data set's annotation file does not exist.
         """
         if not isinstance(dataset_name, str):
@@ -79,28 +92,23 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             )
         if unknown := set(tasks or ()) - set(TASKS):
             raise ValueError(f"tasks may be bbox and segm, not {', '.join(sorted(unknown))}")
+        check_crowd(crowd)
         self._backend = resolve_backend(backend)
         self._max_dets = max_dets_per_image
         self._dataset_name = dataset_name
         self._context = dict(context or {})
-        _materialize(dataset_name)
-        try:
-            super().__init__(
-                dataset_name,
-                tasks=tuple(tasks) if tasks else None,
-                distributed=distributed,
-                output_dir=None if output_dir is None else str(output_dir),
-                # detectron2's own fast backend, which needs its compiled extension.
-                use_fast_impl=False,
-                # A file left by an earlier run may describe other data under the same name.
-                allow_cached_coco=False,
-            )
-            _check_format(self._coco_api.dataset)
-        except (KeyError, AssertionError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"data set '{dataset_name}': {_json_file(dataset_name)} cannot be used for COCO "
-                f"evaluation: {type(error).__name__}: {error}"
-            ) from error
+        self._output_dir = None if output_dir is None else str(output_dir)
+        converted = None
+        if self._output_dir is not None:
+            converted = os.path.join(self._output_dir, f"{dataset_name}_coco_format.json")
+        self._truth = GroundTruth(
+            dataset_name, categories=categories, crowd=crowd, converted=converted
+        )
+        # What detectron2's evaluator of proposals reads; its constructor reads the json anew.
+        self._tasks = tuple(tasks) if tasks else None
+        self._distributed = distributed
+        self._cpu_device = torch.device("cpu")
+        self._do_evaluation = self._truth.has_annotations
         self._logger = logger
         self._predictions: list[dict[str, Any]] = []
 
@@ -116,10 +124,11 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                 ``pred_masks`` (D, H, W) bool.
         """
         for image, output in zip(inputs, outputs, strict=True):
-            prediction: dict[str, Any] = {"image_id": image["image_id"]}
+            image_id = identifier(image["image_id"], Repairs(), ("image", None))
+            prediction: dict[str, Any] = {"image_id": image_id}
             if "instances" in output:
                 instances = output["instances"].to(self._cpu_device)
-                prediction["instances"] = instances_to_coco_json(instances, image["image_id"])
+                prediction["instances"] = instances_to_coco_json(instances, image_id)
                 prediction["has_masks"] = instances.has("pred_masks")
             if "proposals" in output:
                 prediction["proposals"] = output["proposals"].to(self._cpu_device)
@@ -162,6 +171,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         if any("proposals" in prediction for prediction in by_image.values()):
             if self._output_dir:  # detectron2 writes the proposals there
                 os.makedirs(self._output_dir, exist_ok=True)
+            self._coco_api = self._truth.coco_api()
             self._eval_box_proposals(list(by_image.values()))
         if any("instances" in prediction for prediction in by_image.values()):
             self._evaluate_instances(by_image, by_image if img_ids is None else img_ids)
@@ -170,11 +180,11 @@ class COCOEvaluator(Detectron2COCOEvaluator):
     def _evaluate_instances(
         self, by_image: Mapping[Any, Mapping[str, Any]], img_ids: Iterable[Any]
     ) -> None:
-        image_ids = sorted(set(img_ids))
-        known = {image["id"] for image in self._coco_api.dataset["images"]}
+        image_ids = sorted(set(img_ids), key=id_order)
+        known = self._truth.image_ids
         if missing := [image_id for image_id in {*image_ids, *by_image} if image_id not in known]:
             raise ValueError(
-                f"image id {missing[0]!r} is not in {self._metadata.json_file}; evaluate on the "
+                f"image id {missing[0]!r} is not in {self._truth.file.path}; evaluate on the "
                 f"data set that the loader reads"
             )
         detections = self._detections(by_image)
@@ -214,11 +224,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
 
     def _detections(self, by_image: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """All detections in COCO's result format, with the category ids of the data set."""
-        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if mapping is None:
-            category_ids = sorted(c["id"] for c in self._coco_api.dataset["categories"])
-        else:
-            category_ids = sorted(mapping, key=mapping.__getitem__)
+        category_ids = self._truth.category_ids
         detections = []
         for prediction in by_image.values():
             for detection in prediction.get("instances", ()):
@@ -232,7 +238,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         return detections
 
     def _tasks_to_evaluate(self, has_masks: bool) -> tuple[str, ...]:
-        annotated = any(a.get("segmentation") for a in self._coco_api.dataset["annotations"])
+        annotated = self._truth.has_masks
         if self._tasks is None:
             return TASKS if has_masks and annotated else ("bbox",)
         if "segm" in self._tasks and not (has_masks and annotated):
@@ -243,96 +249,19 @@ class COCOEvaluator(Detectron2COCOEvaluator):
     def _evaluate_task(
         self, task: str, detections: Sequence[Mapping[str, Any]], image_ids: Sequence[Any]
     ) -> dict[str, float]:
-        dataset = self._coco_api.dataset
-        # Both backends write into what they are given, take a match with annotation id 0 for none,
-        # and one of them needs integer image ids: each evaluation gets its own renumbered copy.
-        numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
-        images = [im for im in dataset["images"] if im["id"] in numbers]
-        ground_truth = {
-            "images": [{**image, "id": numbers[image["id"]]} for image in images],
-            "annotations": _annotations(dataset, numbers, task),
-            "categories": dataset["categories"],
-        }
+        ground_truth, numbers = self._truth.dataset(image_ids, task)
+        classes = {id_: index for index, id_ in enumerate(self._truth.category_ids)}
         # The size of a mask is its own area: with a box beside it, COCO would take the box's.
         key = "bbox" if task == "bbox" else "segmentation"
         found = [
             {
                 "image_id": numbers[detection["image_id"]],
-                "category_id": detection["category_id"],
+                "category_id": classes[detection["category_id"]] + 1,
                 "score": detection["score"],
                 key: detection[key],
             }
             for detection in detections
             if detection["image_id"] in numbers
         ]
-        precision, recall, category_ids = accumulate(
-            self._backend, task, ground_truth, found, self._max_dets
-        )
-        names = class_names(dataset, self._metadata)
-        return metrics(precision, recall, [names[i] for i in category_ids], self._max_dets)
-
-
-def _annotations(
-    dataset: Mapping[str, Any], numbers: Mapping[Any, int], task: str
-) -> list[dict[str, Any]]:
-    """The annotations of the images in ``numbers``, complete enough for COCO's evaluation."""
-    sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
-    annotations: list[dict[str, Any]] = []
-    without_mask = 0
-    for annotation in dataset["annotations"]:
-        image_id = annotation["image_id"]
-        if image_id not in numbers:
-            continue
-        if task == "segm" and not annotation.get("segmentation"):
-            without_mask += 1
-            continue
-        copied = {"iscrowd": 0, **annotation}
-        copied.update(id=len(annotations) + 1, image_id=numbers[image_id])
-        if "area" not in copied:
-            copied["area"] = _area(copied, *sizes[image_id])
-        annotations.append(copied)
-    if without_mask:
-        logger.warning("Mask AP leaves out %d annotations that have no mask", without_mask)
-    return annotations
-
-
-def _area(annotation: Mapping[str, Any], height: int, width: int) -> float:
-    """Of the mask, in pixels, as COCO's own areas are; of the box where there is no mask."""
-    segmentation = annotation.get("segmentation")
-    if not segmentation:
-        return float(annotation["bbox"][2] * annotation["bbox"][3])
-    if isinstance(segmentation, list):
-        segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = mask_util.frPyObjects(segmentation, height, width)
-    return float(mask_util.area(segmentation))
-
-
-def _materialize(dataset_name: str) -> None:
-    """Makes the annotation file and the class names of a lazily registered data set exist."""
-    json_file = _json_file(dataset_name)
-    known_classes = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id")
-    if json_file is not None and os.path.isfile(json_file) and known_classes is not None:
-        return
-    if dataset_name not in DatasetCatalog:
-        raise ValueError(f"data set '{dataset_name}' is not registered in the DatasetCatalog")
-    try:
-        DatasetCatalog.get(dataset_name)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"data set '{dataset_name}': {error.filename or error} does not exist; correct the "
-            f"path, or set DETECTRON2_DATASETS to the folder that holds the data sets"
-        ) from error
-    json_file = _json_file(dataset_name)
-    if json_file is not None and not os.path.isfile(json_file):
-        raise FileNotFoundError(f"data set '{dataset_name}': {json_file} does not exist")
-
-
-def _check_format(dataset: Mapping[str, Any]) -> None:
-    for key in ("images", "categories"):
-        if not isinstance(dataset.get(key), list):
-            raise ValueError(f"it has no list '{key}'")
-
-
-def _json_file(dataset_name: str) -> str | None:
-    return MetadataCatalog.get(dataset_name).get("json_file")
+        precision, recall = accumulate(self._backend, task, ground_truth, found, self._max_dets)
+        return metrics(precision, recall, self._truth.names, self._max_dets)

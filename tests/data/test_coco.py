@@ -8,6 +8,7 @@ from shorthand import one_line
 from torch.utils.data import Dataset, IterableDataset
 
 from crossmae_det.data import coco, coco_json, describe, get_dataset_dicts, resolve_name
+from crossmae_det.data.categories import dataset_categories
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco"
 
@@ -276,7 +277,7 @@ def test_real_coco(split):
     spec = f"{SHARED}/annotations/instances_{split}.json:{SHARED}/{split}"
     info = describe(spec)
     assert (info.num_images, len(info.categories), info.has_masks) == (80, 80, True)
-    assert info.categories == coco._categories("coco_2017_train", None)
+    assert info.categories == dataset_categories("coco_2017_train", None)
     records = get_dataset_dicts(spec, filter_empty=False)
     assert len(records) == 80
     assert records == get_detection_dataset_dicts(spec, filter_empty=False)

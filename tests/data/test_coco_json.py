@@ -113,7 +113,6 @@ NO_AREA = {
     "one point": ({"segmentation": [[4, 4] * 5, [1, 1, 2, 2, 3, 3]]}, "no area"),
     "compressed": ({"segmentation": encode(EMPTY)}, "its mask has no area"),
     "run lengths": ({"segmentation": {"size": [16, 24], "counts": [384]}}, "no area"),
-    "no mask": ({"segmentation": None}, "it has no mask, though others have one"),
 }
 
 
@@ -150,7 +149,7 @@ def test_annotations_without_area(tmp_path, register, caplog, name):
 def test_the_first_fault_and_their_number_are_told(tmp_path):
     content = example()
     content["annotations"][0]["bbox"] = [0, 0, 0, 4]
-    del content["annotations"][1]["segmentation"]
+    content["annotations"][1]["segmentation"] = [[1, 1, 5, 5]]
     spec = write(tmp_path, content)
     with pytest.raises(ValueError, match=r"annotation 11 cannot .* no area .* \(and 1 more\); "):
         get_dataset_dicts(spec)

@@ -1,0 +1,146 @@
+"""Where images are that an annotation file names by the paths of another storage."""
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from urllib.parse import unquote
+
+logger = logging.getLogger(__name__)
+
+_reported: set[str] = set()
+
+
+def locate(names: Sequence[str], image_root: str, source: str) -> list[str]:
+    """Find image files by the paths that an annotation file or a list has for them.
+
+    There is one directory listing per folder.
+
+    Exporters write the paths of their own storage: ``..\\upload\\1\\abc.jpg``,
+    ``/data/local-files/?d=images/abc.jpg``. Where a path does not exist below ``image_root``, the
+    one file there that has its base name is taken; of several, the one that shares most of the
+    path.
+
+    Args:
+        names: paths as they are written, relative to ``image_root`` or absolute.
+        image_root: the folder that has the images.
+        source: the file that has the names, for messages.
+
+    Returns:
+        The path of each image, in the order of ``names``.
+
+    Raises:
+        FileNotFoundError: the folder or some of the images are absent, or more than one file could
+            be meant.
+    """
+    if not os.path.isdir(image_root):
+        raise FileNotFoundError(
+            f"{image_root}: no such image folder (for {source}); check the path"
+        )
+    listings: dict[str, set[str]] = {}
+    paths = [os.path.join(image_root, name) for name in names]
+    lost = [index for index, path in enumerate(paths) if not _exists(path, listings)]
+    if not lost:
+        return paths
+    taken = {os.path.realpath(path): name for path, name in zip(paths, names, strict=True)}
+    for index in lost:
+        taken.pop(os.path.realpath(paths[index]), None)
+    by_base = _files_by_base_name(image_root)
+    for index in lost:
+        found = _best_matches(_parts(names[index]), by_base)
+        if len(found) == 1:
+            path = os.path.join(image_root, *found[0])
+            other = taken.setdefault(os.path.realpath(path), names[index])
+            if other == names[index]:
+                paths[index] = path
+                continue
+            reason = f"{os.path.join(*found[0])} would be the file of {other} too"
+        else:
+            reason = f"{len(found)} files there have its base name"
+        raise FileNotFoundError(
+            f"{image_root}: {_count_absent(lost, names, by_base)} of the {len(names)} images of "
+            f"{source} are not in this folder, the first is {names[index]} ({reason}); check "
+            "the folder or complete it"
+        )
+    message = (
+        f"{source}: {len(lost)} image paths do not exist in {image_root}: found by their base "
+        f"names (first: {names[lost[0]]} is {paths[lost[0]]})"
+    )
+    if message not in _reported:
+        _reported.add(message)
+        logger.warning(message)
+    return paths
+
+
+def _exists(path: str, listings: dict[str, set[str]]) -> bool:
+    folder, name = os.path.split(path)
+    if folder not in listings:
+        listings[folder] = set(_list_folder(folder))
+    if name in listings[folder]:
+        return True
+    # A listing does not know of file systems that ignore case: they have the last word.
+    return bool(name and listings[folder]) and os.path.exists(path)
+
+
+def _list_folder(folder: str) -> list[str]:
+    if not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
+def _parts(file_name: str) -> list[tuple[str, ...]]:
+    """What a path or an address in any storage may be called here: its parts, in each reading."""
+    readings = []
+    for name in dict.fromkeys((file_name, unquote(file_name))):
+        name = name.rpartition("?d=")[2]  # Label Studio's address of a local file
+        if "://" in name:
+            name = name.partition("?")[0]
+        parts = name.replace("\\", "/").split("/")
+        readings.append(tuple(part for part in parts if part not in ("", ".", "..")))
+    return readings
+
+
+def _files_by_base_name(image_root: str) -> dict[str, list[tuple[str, ...]]]:
+    """Base name -> the files that have it, as the parts of their paths below the folder."""
+    found = defaultdict(list)
+    for parts in _walk(image_root, (), set()):
+        found[parts[-1]].append(parts)
+    return found
+
+
+def _walk(folder: str, parts: tuple[str, ...], seen: set[str]) -> Iterator[tuple[str, ...]]:
+    real = os.path.realpath(folder)
+    if real in seen:  # a link back
+        return
+    seen.add(real)
+    for name in sorted(_list_folder(folder)):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            yield from _walk(path, (*parts, name), seen)
+        else:
+            yield (*parts, name)
+
+
+def _best_matches(
+    readings: list[tuple[str, ...]], by_base: dict[str, list[tuple[str, ...]]]
+) -> list[tuple[str, ...]]:
+    """The files that share the most last parts of their paths with a name, in any reading."""
+    best: dict[tuple[str, ...], None] = {}
+    length = 0
+    for reading in readings:
+        for parts in by_base.get(reading[-1], ()) if reading else ():
+            common = 0
+            for ours, other in zip(reversed(parts), reversed(reading), strict=False):
+                if ours != other:
+                    break
+                common += 1
+            if common > length:
+                best, length = {}, common
+            if common == length:
+                best[parts] = None
+    return list(best)
+
+
+def _count_absent(lost: list[int], names: Sequence[str], by_base: dict) -> int:
+    return sum(len(_best_matches(_parts(names[index]), by_base)) != 1 for index in lost) or 1
