@@ -27,7 +27,13 @@ dataloader.recorded = {}
 dataloader.categories = "${dataset.categories:${.train.dataset.names},${.test.dataset.names}}"
 
 dataloader.train = L(TrainLoader)(
-    dataset=L(get_dataset_dicts)(names="coco_2017_train", filter_empty=True),
+    dataset=L(get_dataset_dicts)(
+        names="coco_2017_train",
+        categories="${dataloader.categories}",
+        filter_empty=True,
+        crowd="ignore",  # or keep: train on annotations with iscrowd: 1 like on any other
+        skip_undecodable="${..skip_undecodable}",
+    ),
     mapper=L(DetectionMapper)(
         is_train=True,
         augmentations=[
@@ -68,7 +74,9 @@ dataloader.test = L(build_detection_test_loader)(
     # none (null), which trains without evaluation.
     dataset=L(get_dataset_dicts)(
         names="${dataset.default_val:${dataloader.train.dataset.names},coco_2017_val}",
+        categories="${dataloader.categories}",  # matched by name: ids may differ
         filter_empty=False,
+        crowd="ignore",  # or keep: as in training, in place of COCO's rule for crowd regions
     ),
     mapper=L(DetectionMapper)(
         is_train=False,
@@ -84,8 +92,10 @@ dataloader.test = L(build_detection_test_loader)(
 dataloader.validation = L(build_detection_test_loader)(
     dataset=L(get_dataset_dicts)(
         names="${dataloader.test.dataset.names}",
+        categories="${dataloader.categories}",
         filter_empty=True,
         max_images="${oc.select:dataloader.test.dataset.max_images,null}",
+        crowd="${dataloader.test.dataset.crowd}",
     ),
     mapper=L(DetectionMapper)(
         is_train=True,
@@ -97,4 +107,9 @@ dataloader.validation = L(build_detection_test_loader)(
     num_workers="${dataloader.train.num_workers}",
 )
 
-dataloader.evaluator = L(COCOEvaluator)(dataset_name="${..test.dataset.names}", context={})
+dataloader.evaluator = L(COCOEvaluator)(
+    dataset_name="${..test.dataset.names}",
+    categories="${dataloader.categories}",
+    crowd="${..test.dataset.crowd}",
+    context={},
+)

@@ -9,7 +9,7 @@ import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.structures import PolygonMasks
+from detectron2.structures import Boxes, PolygonMasks
 from detectron2.utils.file_io import PathManager
 
 from crossmae_det.utils.errors import ImageError, UndecodableImageError
@@ -44,8 +44,12 @@ class _KeepsPixels:
         self._input.transform(transform)
 
 
+# Boxes with a shorter side, in pixels, are no targets: detectron2's threshold.
+_MIN_SIDE = 1e-5
+
+
 class DetectionMapper(DatasetMapper):
-    """detectron2's ``DatasetMapper`` for boxes and masks, with four differences.
+    """detectron2's ``DatasetMapper`` for boxes and masks, with these differences.
 
     - Images are read by :func:`crossmae_det.utils.image_reading.read_image`, and keep at least one
       pixel of each side when they are resized.
@@ -55,6 +59,9 @@ class DetectionMapper(DatasetMapper):
       and any other ``PolygonMasks``. Pixels that an augmentation pads are outside of every mask
       (detectron2 marks them with 255, which its ``BitMasks`` take for inside).
     - An image without a target gets empty ``gt_boxes`` and ``gt_masks`` like any other.
+    - An object may have a box only among others that have masks. Its image then has a field
+      ``gt_has_mask``, (number of objects) bool, and it has its box for a mask. An image where no
+      object has one has no ``gt_masks``.
 
     Args:
         is_train: False leaves out the annotations.
@@ -152,11 +159,25 @@ class DetectionMapper(DatasetMapper):
                 annotation["segmentation"] = annotation["segmentation"] == 1  # 255 is padding
             annotations.append(annotation)
 
+        has_mask = torch.tensor(["segmentation" in a for a in annotations], dtype=torch.bool)
         run_lengths = any(isinstance(a.get("segmentation"), np.ndarray) for a in annotations)
+        if has_mask.any():
+            for annotation in annotations:
+                if "segmentation" not in annotation:
+                    x0, y0, x1, y1 = map(float, annotation["bbox"])
+                    annotation["segmentation"] = [[x0, y0, x1, y0, x1, y1, x0, y1]]
         mask_format = "bitmask" if run_lengths else "polygon"
         instances = utils.annotations_to_instances(annotations, image_shape, mask_format)
         if self.use_instance_mask and not annotations:
             instances.gt_masks = PolygonMasks([])
-        if self.recompute_boxes and instances.has("gt_masks"):
-            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-        dataset_dict["instances"] = utils.filter_empty_instances(instances)
+        keep = instances.gt_boxes.nonempty(threshold=_MIN_SIDE)
+        if instances.has("gt_masks"):
+            if self.recompute_boxes:
+                boxes = instances.gt_masks.get_bounding_boxes().tensor
+                boxes = torch.where(has_mask[:, None], boxes, instances.gt_boxes.tensor)
+                instances.gt_boxes = Boxes(boxes)
+                keep = instances.gt_boxes.nonempty(threshold=_MIN_SIDE)
+            keep &= instances.gt_masks.nonempty() | ~has_mask
+            if not has_mask.all():
+                instances.gt_has_mask = has_mask
+        dataset_dict["instances"] = instances[keep]

@@ -3,8 +3,10 @@
 from crossmae_det.detection.backbone import SimpleFeaturePyramid, ViTBackbone, vit_backbone
 from crossmae_det.detection.config import add_crossmae_config
 from crossmae_det.detection.lr_decay import layer_decay_param_groups
+from crossmae_det.detection.mask_head import PartiallySupervisedMaskHead
 
 __all__ = [
+    "PartiallySupervisedMaskHead",
     "SimpleFeaturePyramid",
     "ViTBackbone",
     "add_crossmae_config",

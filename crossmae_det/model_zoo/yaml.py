@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode, LazyCall, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from crossmae_det.detection import add_crossmae_config
+from crossmae_det.detection import PartiallySupervisedMaskHead, add_crossmae_config
 
 # What the yaml keys are called in the lazy config.
 KEYS = {
@@ -182,6 +183,9 @@ def build_yaml_model(config: str, num_classes: int, mask_on: bool) -> nn.Module:
     cfg.merge_from_other_cfg(CfgNode.load_cfg(config))
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
     cfg.MODEL.MASK_ON = mask_on
+    if MaskRCNNConvUpsampleHead.__name__ == cfg.MODEL.ROI_MASK_HEAD.NAME:
+        # The same head, for data in which some objects have no mask.
+        cfg.MODEL.ROI_MASK_HEAD.NAME = PartiallySupervisedMaskHead.__name__
     # Not build_model: it moves the model to MODEL.DEVICE, which is the engine's task.
     return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
 

@@ -5,7 +5,11 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-from crossmae_det.detection import SimpleFeaturePyramid, vit_backbone
+from crossmae_det.detection import (
+    PartiallySupervisedMaskHead,
+    SimpleFeaturePyramid,
+    vit_backbone,
+)
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 _constants = model_zoo.get_config("common/data/constants.py").constants
@@ -52,6 +56,7 @@ _heads.box_head.conv_norm = _heads.mask_head.conv_norm = "LN"
 _heads.box_head.input_shape = L(ShapeSpec)(
     channels="${model.backbone.out_channels}", height=7, width=7
 )
+_heads.mask_head._target_ = PartiallySupervisedMaskHead  # objects may have a box only
 _heads.mask_head.input_shape = L(ShapeSpec)(
     channels="${model.backbone.out_channels}", height=14, width=14
 )
