@@ -15,4 +15,5 @@ train.pictures = L(PredictionPictures)(
     dataset_name="${dataloader.test.dataset.names}",
     count=8,
     score_threshold=0.5,
+    categories="${dataloader.categories}",
 )

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # The content of files up to this size stays in memory, for the next evaluation; together they take
 # about ten times as much of it. Of COCO train2017 (450 MB) only the description is kept.
-_KEPT_BYTES = 64 * 2**20
+_KEPT_BYTES = 32 * 2**20
 _KEPT_DESCRIPTIONS = 32
 
 Version = tuple[int, int]  # time stamp and size

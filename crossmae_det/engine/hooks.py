@@ -5,11 +5,11 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, LRScheduler
 from detectron2.evaluation import inference_context
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 
 from crossmae_det.checkpoint import read_checkpoint
+from crossmae_det.data import get_dataset_dicts
 from crossmae_det.engine.checkpointing import Checkpointer
 from crossmae_det.engine.early_stopping import sign_of
 from crossmae_det.engine.precision import inference_autocast
@@ -228,9 +229,10 @@ class PredictionPictures(HookBase):
     Args:
         output_dir: the run's folder.
         data_loader: detectron2's test loader.
-        dataset_name: the registered name of its data set.
+        dataset_name: the registered name of its data set, or ``JSON:IMAGE_FOLDER``.
         count: number of images: the first ones with annotations.
         score_threshold: predictions below it are not drawn; in [0, 1].
+        categories: id -> name in the order of the model's classes; None: those of the data set.
     """
 
     def __init__(
@@ -240,8 +242,10 @@ class PredictionPictures(HookBase):
         dataset_name: str,
         count: int,
         score_threshold: float,
+        categories: Mapping[int, str] | None = None,
     ):
         self.path = os.path.join(output_dir, "predictions.png")
+        self.categories = categories
         self.data_loader = data_loader
         self.dataset_name = dataset_name
         self.count = count
@@ -250,7 +254,13 @@ class PredictionPictures(HookBase):
     def after_train(self) -> None:
         if not comm.is_main_process() or self.trainer.iter < self.trainer.max_iter:
             return
-        records = {record["image_id"]: record for record in DatasetCatalog.get(self.dataset_name)}
+        loaded = get_dataset_dicts(
+            self.dataset_name,
+            categories=self.categories,
+            filter_empty=False,
+            invalid_annotations="skip",
+        )
+        records = {record["image_id"]: record for record in loaded}
         samples = itertools.chain.from_iterable(self.data_loader)
         annotated = (sample for sample in samples if records[sample["image_id"]]["annotations"])
         model = unwrap(self.trainer.model)
@@ -264,12 +274,10 @@ class PredictionPictures(HookBase):
         if not rows:
             logger.warning("No image of '%s' has annotations to draw", self.dataset_name)
             return
-        comparison_sheet(
-            rows,
-            MetadataCatalog.get(self.dataset_name),
-            self.path,
-            score_threshold=self.score_threshold,
-        )
+        metadata = MetadataCatalog.get(self.dataset_name)
+        if self.categories and list(self.categories.values()) != metadata.get("thing_classes"):
+            metadata = Metadata(thing_classes=list(self.categories.values()))
+        comparison_sheet(rows, metadata, self.path, score_threshold=self.score_threshold)
         logger.info("Predictions beside the ground truth are in %s", self.path)
 
 
