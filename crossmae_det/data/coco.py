@@ -154,7 +154,7 @@ def get_dataset_dicts(
     max_images: int | None = None,
     invalid_annotations: str | None = None,
     crowd: str = "ignore",
-    skip_undecodable: bool = False,
+    skip_undecodable: bool | None = None,
 ) -> list[dict]:
     """Load the records of one or more data sets in detectron2's format, after checking them.
 
@@ -174,7 +174,7 @@ def get_dataset_dicts(
         crowd: "ignore" trains nothing on crowd regions (``iscrowd: 1``), as COCO means them;
             "keep" makes them objects like any other, for exports that set it on every mask.
         skip_undecodable: whether training skips images that cannot be used; they are then warned
-            of here rather than raised.
+            of here rather than raised. None: it cannot be chosen, as in a test set.
 
     Returns:
         One dict per image: ``file_name``, ``height``, ``width``, ``image_id``, ``annotations``. An
@@ -184,7 +184,7 @@ def get_dataset_dicts(
         ValueError: a data set is not as it must be, or nothing of it is left; one line.
         FileNotFoundError: a json, an image folder or images in it are absent; one line.
     """
-    specs = [names] if isinstance(names, str) else list(names)
+    specs = [names] if isinstance(names, str) else list(names or ())
     if not specs:
         raise ValueError("no data set is named; give a registered name or JSON:IMAGE_FOLDER")
     if invalid_annotations not in (None, "error", "skip"):

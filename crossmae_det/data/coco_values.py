@@ -9,15 +9,15 @@ import math
 import re
 from typing import Any
 
-TEXT = "numbers are text: read as numbers"
-WHOLE = "integers are floats: read as integers"
-CROWD = "annotations have no iscrowd: taken as 0"
-AREA = "annotations have no area: computed from the mask, or the box where there is none"
-POLYGON = "polygons have fewer than three vertices or no area: dropped"
-MASK_SIZE = "run-length masks have no size: taken from the image"
-CATEGORY = "categories are listed twice: read once"
-CATEGORY_NAME = "category names are numbers: read as text"
-EMPTY_POLYGON = "masks are lists of empty polygons: taken as no mask"
+TEXT = "numbers that are text, read as numbers"
+WHOLE = "integers that are floats, read as integers"
+CROWD = "annotations without iscrowd, taken as 0"
+AREA = "annotations without area, computed from the mask, or the box where there is none"
+POLYGON = "polygons of fewer than three vertices or without area, dropped"
+MASK_SIZE = "run-length masks without size, taken from the image"
+CATEGORY = "categories that are listed twice, read once"
+CATEGORY_NAME = "category names that are numbers, read as text"
+EMPTY_POLYGON = "masks of empty polygons, taken as no mask"
 
 Place = tuple[str, Any]  # "annotation" and its id, or the like
 
@@ -36,9 +36,9 @@ class Repairs:
         self._kinds[kind] = count + 1, first
 
     def lines(self) -> tuple[str, ...]:
-        """One line for each kind, as "3 numbers are text: read as numbers (first: image 7)"."""
+        """A line for each kind: "numbers that are text, read as numbers: 3 (first: image 7)"."""
         return tuple(
-            f"{count} {kind} (first: {place[0]} {place[1]!r})"
+            f"{kind}: {count} (first: {place[0]} {place[1]!r})"
             for kind, (count, place) in self._kinds.items()
         )
 

@@ -21,7 +21,7 @@ def check_headers(
     records: Sequence[dict[str, Any]],
     source: str,
     *,
-    skip_undecodable: bool = False,
+    skip_undecodable: bool | None = None,
     key: tuple[Any, ...] = (),
     seconds: float | None = None,
 ) -> None:
@@ -33,7 +33,8 @@ def check_headers(
     Args:
         records: in detectron2's format, with ``file_name``, ``height`` and ``width``.
         source: the annotations, for messages.
-        skip_undecodable: warn of images that training will skip, rather than raise.
+        skip_undecodable: warn of images that training will skip, rather than raise. None: it cannot
+            skip them.
         key: identifies the records, for as long as their files stay as they are.
         seconds: None for `HEADER_SECONDS`.
 
@@ -57,11 +58,10 @@ def check_headers(
             continue
         problems.append(problem)
         if not skip_undecodable:
-            raise UndecodableImageError(
-                f"{problem}; correct it, replace the file or take it out of the data set, or set "
-                "dataloader.train.skip_undecodable=True to skip such images in training",
-                records[index]["file_name"],
-            )
+            advice = "correct it, replace the file or take it out of the data set"
+            if skip_undecodable is not None:
+                advice += ", or pass dataloader.train.skip_undecodable=True to skip such images"
+            raise UndecodableImageError(f"{problem}; {advice}", records[index]["file_name"])
     if problems:
         logger.warning(
             "%s: %d of %d checked images will be skipped in training (first: %s)",
