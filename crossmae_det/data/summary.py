@@ -53,7 +53,7 @@ class Summary:
             records: those that are used.
             classes: names of the classes; None where the data have none.
         """
-        lines = [f"Images: {self.found} found, {len(records)} used"]
+        lines = [f"{self.found} images found, {len(records)} images left to use"]
         lines += [f"Images left out: {count} {reason}" for reason, count in self.skipped.items()]
         sides = [(r["width"], r["height"]) for r in records if "width" in r and "height" in r]
         if sides:
