@@ -56,7 +56,7 @@ dataloader.train = L(TrainLoader)(
         image_format="${oc.select:model.input_format,RGB}",
         use_instance_mask=(
             "${dataset.has_masks:${dataloader.train.dataset.names},"
-            "${oc.select:model.roi_heads.mask_head,''}}"
+            "${oc.select:model.roi_heads.mask_head,''},${dataloader.train.dataset.crowd}}"
         ),
         recompute_boxes="${.use_instance_mask}",  # a crop cuts masks, and so their boxes
         min_size="${oc.select:model.backbone.net.patch_size,1}",  # refuse smaller images

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 from timm.layers import to_2tuple
 
-from crossmae_det.data import DatasetInfo, describe
+from crossmae_det.data import DatasetInfo, category_indices, describe
 from crossmae_det.pretraining import find_images
 
 Names = str | Sequence[str]
@@ -46,7 +46,7 @@ def _is_present(name: str) -> bool:
 def _info(name: str, root: DictConfig, **options: Any) -> DatasetInfo:
     recorded = _recorded(name, root)
     if recorded is None:
-        return describe(name)
+        return describe(name, **options)
     used = recorded["num_annotated" if options.get("filter_empty") else "num_images"]
     return DatasetInfo(used, dict(recorded["categories"]), recorded["has_masks"])
 
@@ -96,7 +96,10 @@ def iterations(epochs: float, dataset: DictConfig, batch_size: int, *, _root_: D
         ValueError: an argument out of range.
     """
     _check_schedule(epochs, batch_size)
-    options = {"filter_empty": dataset.get("filter_empty", True)}
+    options = {
+        "filter_empty": dataset.get("filter_empty", True),
+        "crowd": dataset.get("crowd", "ignore"),
+    }
     images = sum(_info(name, _root_, **options).num_images for name in _list(dataset.names))
     if dataset.get("max_images") is not None:
         images = min(images, dataset.max_images)
@@ -160,13 +163,8 @@ def categories(
     first, *others = _list(train_names) + _list(test_names)
     result = _info(first, _root_).categories
     for name in others:
-        check_same_classes(first, result, name, _info(name, _root_).categories)
+        category_indices(_info(name, _root_).categories, result, name, first)
     return result
-
-
-def check_same_classes(first, wanted, other, found):
-    if sorted(wanted.values()) != sorted(found.values()):
-        raise ValueError(f"{first} and {other} do not have the same classes")
 
 
 def default_val(train_names: Names, val_name: str, *, _root_: DictConfig) -> str | None:
@@ -190,9 +188,12 @@ def default_val(train_names: Names, val_name: str, *, _root_: DictConfig) -> str
     return val_name if same else None
 
 
-def has_masks(names: Names, mask_head: Any = "", *, _root_: DictConfig) -> bool:
+def has_masks(
+    names: Names, mask_head: Any = "", crowd: str = "ignore", *, _root_: DictConfig
+) -> bool:
     """Whether masks are trained: boxes alone, or a model without mask head, make a Faster R-CNN."""
-    return mask_head is not None and all(_info(name, _root_).has_masks for name in _list(names))
+    infos = (_info(name, _root_, crowd=crowd) for name in _list(names))
+    return mask_head is not None and any(info.has_masks for info in infos)
 
 
 def linear_lr(base_lr: float, batch_size: int, base_batch_size: int) -> float:
