@@ -136,7 +136,8 @@ def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
     world_size = comm.get_world_size()
     processes = f" x {world_size} processes" if world_size > 1 else ""
     logger.info("%s, device %s%s", versions(), device, processes)
-    logger.info("Output: %s (config.yaml, log.txt)", options.output_dir)
+    files = "log.txt" if args.eval_only else "config.yaml, log.txt"
+    logger.info("Output: %s (%s)", options.output_dir, files)
     if removed:
         logger.warning("--overwrite removed the run that was there: %s", ", ".join(removed))
     logger.debug("Command line arguments: %s", args)

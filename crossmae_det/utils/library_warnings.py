@@ -16,6 +16,18 @@ WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     ("Deprecated call to `pkg_resources", DeprecationWarning, r"detectron2|pkg_resources"),
     # detectron2's anchors.
     ("torch.meshgrid: in an upcoming release", UserWarning, r"torch\.functional"),
+    # detectron2's ViT imports from there.
+    ("Importing from timm.models.layers is deprecated", FutureWarning, r"timm\.models\.layers"),
+    # detectron2 makes DistributedDataParallel.
+    ("`broadcast_buffers` is deprecated", FutureWarning, r"detectron2\.engine\.defaults"),
+    # Strides of dimensions of size 1, as of class tokens, mean nothing.
+    ("Grad strides do not match bucket view strides", UserWarning, r"torch\.autograd\.graph"),
+    # fp16 skips the first step when its scale is too large, by design.
+    (
+        r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`",
+        UserWarning,
+        r"torch\.optim\.lr_scheduler",
+    ),
 )
 
 # (logger, start of the message)
@@ -24,6 +36,8 @@ LOG_RECORDS = (
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
     # detectron2's layers ask it in every forward.
     ("torch.fx._symbolic_trace", "is_fx_tracing will return true"),
+    # When a process ends in an error, which it has said, the others are ended.
+    ("torch.multiprocessing.spawn", "Terminating process"),
 )
 
 

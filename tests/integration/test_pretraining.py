@@ -267,6 +267,16 @@ def test_a_model_in_parts_trains_as_a_whole_one_and_either_resumes_the_other(
     assert (earlier[name] - got["model"][name]).abs().max() > 1e-3
 
 
+def test_an_error_of_all_processes_is_told_once(repo, options):
+    process = call(
+        *(repo, "lazyconfig_train_net.py", "--num-gpus", "2", "--dist-url", "auto"),
+        *("--config-file", "pretraining/crossmae_vit_b_800ep.py", *options),
+        "dataloader.train.total_batch_size=3",
+    )
+    assert "total_batch_size=3" in refusal(process)
+    assert len(process.stderr.strip().splitlines()) == 1
+
+
 def test_what_a_model_in_parts_cannot_do_is_refused(options, tiny_overrides):
     for config, overrides, message in [
         ("pretraining/crossmae_vit_b_800ep.py", [*options, "train.ema.enabled=True"], "train.ema"),

@@ -69,6 +69,14 @@ def weights(folder):
     return read_checkpoint(folder / "model_final.pth")["model"]
 
 
+def assert_quiet(log, folder):
+    """A start says two lines about itself, and nothing that a user can do nothing about."""
+    assert "Warning" not in log and "not built correctly" not in log
+    starts = [line for line in log.splitlines() if "crossmae_det.engine.setup" in line]
+    assert len(starts) == 2 and "torch" in starts[0] and str(folder) in starts[1]
+    assert "sys.platform" in (folder / "log.txt").read_text()  # the environment
+
+
 def assert_same_bits(first, second):
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
@@ -85,7 +93,8 @@ def test_a_killed_run_resumes_to_the_same_bits(repo, tiny_overrides, tmp_path):
         "dataloader.train.num_workers=1",
     ]
     arguments = ["--config-file", f"{CONFIG}.py"]
-    finish(start(repo, "lazyconfig_train_net.py", *arguments, *options))
+    log = finish(start(repo, "lazyconfig_train_net.py", *arguments, *options))
+    assert_quiet(log, tmp_path / "output")
 
     killed = [*options, f"train.output_dir={tmp_path}/killed"]
     process = start(repo, "lazyconfig_train_net.py", *arguments, *killed, start_new_session=True)
@@ -124,6 +133,7 @@ def test_two_processes_train_as_one(repo, tiny_overrides, tmp_path, launcher):
         process = start(repo, "lazyconfig_train_net.py", *arguments, *options)
     log = finish(process)
     assert "device cpu x 2 processes" in log
+    assert_quiet(log, tmp_path / "output")
     expected, got = weights(tmp_path / "one"), weights(tmp_path / "output")
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-5)
