@@ -72,7 +72,7 @@ def test_a_folder_that_is_not_there_is_made(folder, tmp_path):
 
 def test_overwrite_removes_the_run_and_nothing_else(folder, tmp_path):
     make, content = folder
-    results = ["inference/results.json", "reconstructions/0000002.png", "init_checkpoint.json"]
+    results = ["inference/results.json", "reconstructions/0000002.png", "early_stopping.json"]
     cfg = make(*OWN, *RUN, *results, "events.out.tfevents.1.host", ".model_0000199.77.pth")
     removed = claim_folder(cfg, arguments(overwrite=True))
     assert content() == set(OWN)
