@@ -21,7 +21,6 @@ FILES = (
     POINTER,
     METRICS,
     "init_checkpoint.json",
-    "early_stopping.json",
     "curves.png",
     "predictions.png",
     "early_stopping.json",
