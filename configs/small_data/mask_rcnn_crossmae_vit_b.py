@@ -22,8 +22,10 @@ lr_multiplier = L(cosine_schedule)(max_iter="${train.max_iter}", warmup_iters=10
 
 train.epochs = 100
 train.clip_grad.enabled = True
-# Twenty evaluations, AP and validation loss; five in a row without a better AP end the run.
+# Twenty evaluations, AP and validation loss; five in a row without a better AP end the run. Where no
+# validation set is named, all epochs are run.
 train.eval_period = "${crossmae.fraction:${train.max_iter},20,1}"
 train.checkpointer.period = "${train.eval_period}"
-train.validation_loss.enabled = True
-train.early_stopping.update(enabled=True, patience=5)
+_has_test_set = "${crossmae.is_set:${oc.select:dataloader.test.dataset.names,null}}"
+train.validation_loss.enabled = _has_test_set
+train.early_stopping.update(enabled=_has_test_set, patience=5)

@@ -60,6 +60,13 @@ def test_a_detector_trains_and_is_judged(name, tiny_overrides, tmp_path):
         assert [line["iteration"] for line in lines if metric in line][:3] == [0, 1, 2]
 
 
+def test_without_a_validation_set_all_epochs_are_run(tiny_overrides, tmp_path):
+    overrides = [*tiny_overrides, "dataloader.test.dataset.names=null", "train.epochs=1"]
+    run(get_config(DETECTION[0], overrides), TRAIN)
+    assert (tmp_path / "output/model_final.pth").exists()
+    assert not (tmp_path / "output/early_stopping.json").exists()
+
+
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_one_key_decides_in_pretraining(name, tiny_sets):
     overrides = [f"dataloader.train.dataset.name='{tiny_sets[0]}'", "train.epochs=40"]
