@@ -61,14 +61,14 @@ def resolve(cfg: DictConfig) -> DictConfig:
             f"{', '.join(KEYS)}"
         )
     resolved = cfg.copy()
-    if _is_without_test_set(cfg):
+    _check_ranges(resolved)
+    OmegaConf.resolve(resolved)
+    if _is_without_test_set(resolved):  # left out only now: other keys refer to it
         if OmegaConf.select(resolved, "train.validation_loss.enabled"):
             raise ValueError(f"train.validation_loss needs a validation set: set {TEST_NAMES}")
         for key in ("test", "validation", "evaluator"):
             resolved.dataloader.pop(key, None)
         resolved.train.pictures = None
-    _check_ranges(resolved)
-    OmegaConf.resolve(resolved)
     if "recorded" in resolved.dataloader:
         resolved.dataloader.recorded = {}
     return resolved

@@ -231,7 +231,8 @@ def _mismatch(key: str, value: Any, raw: str, current: Any) -> str | tuple[Any] 
         names = [str(name) for name in current if name != "_target_"]
         if not names:
             return None
-        return f"set by its keys, such as {key}.{names[0]} ({', '.join(names)}); or null"
+        null = "; or null" if "_target_" in current else ""
+        return f"set by its keys, such as {key}.{names[0]} ({', '.join(names)}){null}"
     return None
 
 
@@ -315,7 +316,13 @@ def _parameters(node: DictConfig) -> tuple[list[str], bool]:
 
 
 def _takes_none(cfg: DictConfig, key: str) -> bool:
-    """Whether the function that gets a key takes None for it, as far as its signature tells."""
+    """Whether the function that gets a key takes None for it, as far as its signature tells.
+
+    A group of keys, such as ``train.ema``, is needed as it is; an object may be left out.
+    """
+    current = _current(cfg, key)
+    if isinstance(current, DictConfig) and "_target_" not in current:
+        return False
     parent, _, last = key.rpartition(".")
     node = _select(cfg, parent) if parent else cfg
     target = node.get("_target_") if isinstance(node, DictConfig) else None

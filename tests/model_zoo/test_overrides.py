@@ -111,6 +111,8 @@ def test_text_needs_no_quotes(text):
         ("model.roi_heads.box_pooler=null", "must not be null"),
         ("model.roi_heads.proposal_matcher=null", "must not be null"),
         ("dataloader.train.dataset.names=null", "must not be null"),
+        ("train.early_stopping=null", "must not be null"),
+        ("train.early_stopping=3", "train.early_stopping.enabled"),
         ("train.epochs 3", "key=value"),
         ("=3", "path.key=value"),
         ("~train.epochs", "set it to null"),
