@@ -58,7 +58,7 @@ class PickledArray:
         ):
             raise ValueError("an array without a shape and a type")
         if dtype.dtype.kind not in NUMBERS:
-            raise ValueError(f"an array of {dtype.dtype}")
+            raise ValueError(not_admitted(f"an array of {dtype.dtype}"))
         if isinstance(data, str):  # as Python 2 pickled bytes
             data = data.encode("latin1")
         # Before anything is made of that shape: it may be any number.
@@ -79,7 +79,7 @@ class PickledType:
         dtype = np.dtype(name) if isinstance(name, str) else None
         usual = dtype is not None and dtype.kind in NUMBERS and dtype.itemsize <= 8
         if dtype is None or not (usual or dtype.kind in OF_SCALARS):
-            raise ValueError(f"an array of {name!r}")
+            raise ValueError(not_admitted(f"an array of {name!r}"))
         self.dtype = dtype
 
     def __setstate__(self, state: Any) -> None:

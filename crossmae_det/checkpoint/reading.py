@@ -149,6 +149,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and isinstance(error.__context__, Exception):
         error = error.__context__
     text = str(error).strip()
+    if "Unsupported operand" in text:
+        return f"{text}: it is damaged, or needs torch.save with its default pickle_protocol"
     if isinstance(error, zipfile.BadZipFile):
         return f"it is cut short or damaged ({text})"
     if unsupported := re.search(r"GLOBAL (\S+)", text):
