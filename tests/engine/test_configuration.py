@@ -138,6 +138,26 @@ def test_a_saved_pretraining_config_follows_overrides_and_remembers(tmp_path, ti
     assert resolve(get_config(str(path))).train.max_iter == 8
 
 
+def test_iterations_count_the_images_that_are_used(own_sets, tiny_overrides):
+    specs, change = own_sets
+
+    def empty_half(content):
+        kept = {image["id"] for image in content["images"][:4]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+
+    change("train", empty_half)
+    options = [
+        *tiny_overrides,
+        f"dataloader.train.dataset.names={specs['train']}",
+        "train.epochs=3",
+    ]
+    assert resolve(get_config(B_100, options)).train.max_iter == 6  # 3 x 4 images / 2
+    every = "dataloader.train.dataset.filter_empty=False"
+    assert resolve(get_config(B_100, [*options, every])).train.max_iter == 12
+    two = "dataloader.train.dataset.max_images=2"
+    assert resolve(get_config(B_100, [*options, two])).train.max_iter == 3
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
