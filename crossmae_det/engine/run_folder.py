@@ -50,8 +50,8 @@ def check_folder(cfg: DictConfig, args: Namespace) -> None:
 
     Raises:
         ValueError: the folder has a run, and neither ``--resume`` nor ``--overwrite`` says what is
-            to become of it; both are given; or ``--overwrite`` would remove what the run starts
-            from.
+            to become of it; both are given; ``--resume`` finds checkpoints and not which of them is
+            the last; or ``--overwrite`` would remove what the run starts from.
     """
     if args.eval_only:
         return
@@ -60,6 +60,12 @@ def check_folder(cfg: DictConfig, args: Namespace) -> None:
     if overwrite and args.resume:
         raise ValueError("--resume continues a run and --overwrite discards it: take one of them")
     found = find_run(folder)
+    to_resume = [name for name in found if re.match(r"model_(\d{7}|final)\.pth", name)]
+    if args.resume and to_resume and POINTER not in found:
+        raise ValueError(
+            f"{folder} has checkpoints ({', '.join(to_resume[:3])}) and no {POINTER}, so none is"
+            f" resumed: write the name of one into {folder}/{POINTER}, or take --overwrite"
+        )
     if not found or args.resume:
         return
     if not overwrite:
@@ -121,5 +127,5 @@ def _remove_run(output_dir: str) -> list[str]:
     """Remove what a run has left in a folder; nothing where there was no run."""
     old = _files_of_run(output_dir) if find_run(output_dir) else []
     for path in old:  # the pointer first: a kill in between leaves nothing to resume
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return [path.name for path in old]

@@ -51,9 +51,18 @@ def test_a_folder_with_a_run_is_rejected_in_one_line(folder, name):
     message = one_line(error)
     assert name in message and "--resume" in message and "--overwrite" in message
     assert content() == {name, "photo.jpg"}
+    make("last_checkpoint")
     for accepted in ({"eval_only": True}, {"resume": True}):
         assert claim_folder(cfg, arguments(**accepted)) == []
-    assert content() == {name, "photo.jpg"}
+    assert content() == {name, "photo.jpg", "last_checkpoint"}
+
+
+def test_resuming_does_not_guess_the_checkpoint(folder):
+    make, content = folder
+    cfg = make("model_final.pth", "model_best.pth")
+    with pytest.raises(ValueError) as error:
+        claim_folder(cfg, arguments(resume=True))
+    assert "model_final.pth" in one_line(error) and "last_checkpoint" in one_line(error)
 
 
 def test_a_folder_with_files_of_the_user_only_is_not_used(folder):
