@@ -47,6 +47,19 @@ RANGES: Sequence[tuple[str, float, bool]] = (
 )
 
 
+def check_keys(cfg: DictConfig) -> None:
+    """Reject a config that is not one of a job.
+
+    Raises:
+        ValueError: one of its five keys is absent.
+    """
+    if absent := [key for key in KEYS if key not in cfg]:
+        raise ValueError(
+            f"the config has no {', '.join(absent)}: a config that can be run has the keys "
+            f"{', '.join(KEYS)}"
+        )
+
+
 def resolve(cfg: DictConfig) -> DictConfig:
     """The config with values in place of its references, checked; ``cfg`` is unchanged.
 
@@ -55,11 +68,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
     Raises:
         ValueError, OSError: a key is absent, a value out of range, or a reference leads nowhere.
     """
-    if absent := [key for key in KEYS if key not in cfg]:
-        raise ValueError(
-            f"the config has no {', '.join(absent)}: a config that can be run has the keys "
-            f"{', '.join(KEYS)}"
-        )
+    check_keys(cfg)
     resolved = cfg.copy()
     _check_ranges(resolved)
     OmegaConf.resolve(resolved)

@@ -293,9 +293,10 @@ def resume_run(
     resumed = checkpointer.resume(optional=["ema"])
     done = trainer.iter + 1
     if done > max_iter:
+        batch = f" of {trainer.batch_size} images" if trainer.batch_size else ""
         raise ValueError(
-            f"cannot resume {resumed.path}: it has {done} iterations, and the config ends after"
-            f" {max_iter}: raise train.epochs (or train.max_iter), or evaluate with --eval-only"
+            f"cannot resume {resumed.path}: it has {done} iterations{batch}, and the config ends"
+            f" after {max_iter}: raise train.epochs or train.max_iter, or evaluate by --eval-only"
         )
     if ema is not None and "ema" in resumed.missing:
         ema.restart()

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import distributed
 from torch.multiprocessing import start_processes
 
+from crossmae_det.engine.configuration import check_keys
 from crossmae_det.engine.run_folder import check_folder
 from crossmae_det.engine.setup import resolve_device, run_tool
 
@@ -32,9 +33,10 @@ def run_distributed(main: Callable[[Namespace], Any], args: Namespace, cfg: Dict
         cfg: the config of the job, for its device and its folder; ``main`` reads its own.
 
     Raises:
-        ValueError: fewer GPUs than processes, a device of one process for several, or a folder that
-            has another run.
+        ValueError: a config that is not one of a job, fewer GPUs than processes, a device of one
+            process for several, or a folder that has another run.
     """
+    check_keys(cfg)
     device = resolve_device(cfg.train.device)
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     # As in detectron2, 0 GPUs are one process.

@@ -20,7 +20,8 @@ def arguments(**given):
 
 def config(tmp_path, device):
     options = {"output_dir": str(tmp_path), "init_checkpoint": "", "device": device}
-    return OmegaConf.create({"train": options})
+    others = ("model", "dataloader", "optimizer", "lr_multiplier")
+    return OmegaConf.create({"train": options} | {key: {} for key in others})
 
 
 @pytest.fixture
@@ -93,3 +94,11 @@ def test_a_used_folder_is_rejected_before_anything_is_started(tmp_path, started)
         launching.run_distributed(print, arguments(num_gpus=2), config(tmp_path, "cpu"))
     assert "--overwrite" in one_line(error)
     assert not started
+
+
+def test_a_config_of_no_job_is_rejected(tmp_path, started):
+    cfg = config(tmp_path, "cpu")
+    del cfg.train
+    with pytest.raises(ValueError) as error:
+        launching.run_distributed(print, arguments(), cfg)
+    assert "no train" in one_line(error)
