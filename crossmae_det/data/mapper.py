@@ -123,26 +123,27 @@ class DetectionMapper(DatasetMapper):
 
     def _read(self, dataset_dict: dict[str, Any]) -> np.ndarray:
         file_name = dataset_dict["file_name"]
-        advice = "replace the file or take it out of the dataset"
+        # In training, the loader says what to do: it may skip the image.
+        advice = "" if self.is_train else ": replace the file or take it out of the dataset"
         try:
             with naming_errors(file_name), PathManager.open(file_name, "rb") as file:
                 data = file.read()
             image = read_image(data, self.image_format, name=file_name)
         except UndecodableImageError as error:
-            raise UndecodableImageError(f"{error}; {advice}", file_name) from error
+            raise UndecodableImageError(f"{error}{advice}", file_name) from error
         height, width = image.shape[:2]
         try:
             utils.check_image_size(dataset_dict, image)
         except utils.SizeMismatchError as error:
             raise UndecodableImageError(
                 f"{file_name}: the image is {width}x{height} pixels, but its annotations are for "
-                f"{dataset_dict['width']}x{dataset_dict['height']}; correct them, {advice}",
+                f"{dataset_dict['width']}x{dataset_dict['height']}{advice}",
                 file_name,
             ) from error
         if min(height, width) < self.min_size:
             raise ImageError(
                 f"{file_name}: the image is {width}x{height} pixels, smaller than the least usable "
-                f"size {self.min_size} (a patch); take it out of the dataset"
+                f"size {self.min_size} (a patch): take it out of the dataset"
             )
         return image
 

@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 # How many images are tried for one place in a batch before the data set itself is to blame.
 _MAX_ATTEMPTS = 10
 
-_SKIP_ADVICE = ", or pass dataloader.train.skip_undecodable=True to skip such images"
+_ADVICE = (
+    ": replace the file, take it out of the dataset, or pass"
+    " dataloader.train.skip_undecodable=True to skip such images"
+)
 
 
 class ResumableLoader:
@@ -229,7 +232,7 @@ class _Samples(Dataset):
                     if self.skip_undecodable:
                         skipped.append(error.file_name)
                         continue
-                    error.args = (f"{error}{_SKIP_ADVICE}", *error.args[1:])
+                    error.args = (f"{error}{_ADVICE}", *error.args[1:])
                 return _failure(error)
             if content is not None:
                 return _Loaded(content, skipped)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from image_files import encode, photo
+from image_kinds import encode_kind
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from crossmae_det.pretraining.data import RandomCrops, random_crop, resize
+from crossmae_det.pretraining import data
+from crossmae_det.pretraining.data import RandomCrops, load_image, random_crop, resize
 from crossmae_det.pretraining.images import StoredImage
 from crossmae_det.utils.image_reading import EncodedImage
 
@@ -95,3 +97,28 @@ def test_an_image_smaller_than_the_crop_is_enlarged(tmp_path):
     path = tmp_path / "small.png"
     path.write_bytes(encode(photo(5, 3)))
     assert RandomCrops((48, 32))(StoredImage(str(path)), [0]).shape == (3, 48, 32)
+
+
+@pytest.mark.parametrize("size", [(16, 33000), (33000, 16), (1, 2000)])
+def test_a_long_thin_image_gives_a_crop(tmp_path, size):
+    path = tmp_path / "thin.png"
+    path.write_bytes(encode(np.full(size, 66, np.uint8)))
+    for make in (lambda image: RandomCrops(32)(image, [0]), lambda image: load_image(image, 32)):
+        crop = make(StoredImage(str(path)))
+        assert crop.shape == (3, 32, 32) and (crop == 66).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+def test_a_reduced_jpeg_is_cropped_upright(tmp_path, monkeypatch, orientation):
+    """The box is drawn on the upright image, and means the same place at any reduction."""
+    picture = photo(160, 240, seed=3, finest=4)
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(encode_kind("RGB jpg", picture, orientation)[0])
+    box = (48, 120, 64, 96)  # top, left, height, width
+    asked = []
+    monkeypatch.setattr(data, "random_crop", lambda *args: asked.append(args[:2]) or box)
+    crop = RandomCrops((16, 24), flip=False)(StoredImage(str(path)), [0])
+    assert asked == [(160, 240)]
+    part = Image.fromarray(picture[48:112, 120:216]).resize((24, 16), Image.Resampling.BOX)
+    difference = np.abs(crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(part))
+    assert difference.mean() < 4

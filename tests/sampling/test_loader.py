@@ -49,7 +49,7 @@ def test_shuffle_off_wins():
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_one_failure_is_raised_for_its_batch(num_workers):
     loader = ResumableLoader(Reversed(), load, 4, num_workers=num_workers)
-    with pytest.raises(UndecodableImageError, match="^seven, .*skip_undecodable=True") as error:
+    with pytest.raises(UndecodableImageError, match="^seven: .*skip_undecodable=True") as error:
         take(loader, 1)
     assert error.value.file_name == "7.jpg"
 

@@ -1,6 +1,7 @@
 """One reader for every kind of image, and what it says of the ones that it cannot read."""
 
 import io
+import struct
 import warnings
 
 import cv2
@@ -43,6 +44,39 @@ def test_every_kind_of_image_is_read_upright(tmp_path, kind):
         np.testing.assert_array_equal(read_image(str(path), "BGR"), pixels[:, :, ::-1])
         gray = np.asarray(Image.fromarray(pixels).convert("L"))
         np.testing.assert_array_equal(read_image(path, "L"), gray[:, :, None])
+
+
+def gray_tiff(values, bits, white_is_zero=False):
+    """A gray TIFF of one strip, big-endian packed, whatever Pillow can write."""
+    height, width = values.shape
+    binary = "".join(f"{value:0{bits}b}" for value in values.ravel())
+    strip = int(binary, 2).to_bytes(len(binary) // 8, "big")
+    if bits == 16:
+        strip = values.astype("<u2").tobytes()
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1)]
+    tags += [(262, 3, 0 if white_is_zero else 1), (273, 4, 8), (277, 3, 1), (278, 4, height)]
+    tags += [(279, 4, len(strip))]
+    directory = struct.pack("<H", len(tags))
+    directory += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + directory + bytes(4)
+
+
+def test_gray_of_12_bits_and_gray_whose_white_is_zero():
+    gray = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
+    twelve = gray_tiff(gray.astype(int) * 16 + 7, 12)
+    np.testing.assert_array_equal(read_image(twelve, "L")[:, :, 0], gray)
+    inverted = gray_tiff((255 - gray.astype(int)) * 257, 16, white_is_zero=True)
+    np.testing.assert_array_equal(read_image(inverted, "L")[:, :, 0], gray)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_of_several_frames_is_read(file_format):
+    frames = [Image.fromarray(np.full((8, 9, 3), level, np.uint8)) for level in (50, 150, 250)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, file_format, save_all=True, append_images=frames[1:])
+    pixels = read_image(buffer.getvalue())
+    assert pixels.shape == (8, 9, 3) and np.abs(pixels.astype(int) - 50).max() <= 3
+    assert image_size(buffer.getvalue()) == (8, 9)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "jpg" in kind or "png" in kind])
