@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from tqdm import tqdm
 
-from crossmae_det.utils.errors import ImageError, UndecodableImageError
+from crossmae_det.utils.errors import UndecodableImageError
 from crossmae_det.utils.image_files import file_sizes, is_image_file, suffix_counts
 from crossmae_det.utils.image_reading import read_image
 
@@ -71,15 +71,18 @@ def labelled_features(
     skipped = 0
     with torch.no_grad():
         for samples in tqdm(loader, desc=folder):
-            for error in (sample for sample in samples if isinstance(sample, ImageError)):
-                if not skip_undecodable:
+            good = []
+            for sample in samples:
+                if not isinstance(sample, UndecodableImageError):
+                    good.append(sample)
+                elif skip_undecodable:
+                    logger.warning("Skipped: %s", sample)
+                    skipped += 1
+                else:
                     advice = "replace the file or remove it, or pass --skip-undecodable"
-                    raise UndecodableImageError(f"{error}: {advice}", error.file_name)
-                logger.warning("Skipped: %s", error)
-                skipped += 1
-            samples = [sample for sample in samples if not isinstance(sample, ImageError)]
-            if samples:
-                images, classes = default_collate(samples)
+                    raise UndecodableImageError(f"{sample}: {advice}", sample.file_name)
+            if good:
+                images, classes = default_collate(good)
                 features.append(encode(images).float().cpu())
                 labels.append(classes)
     if skipped:
