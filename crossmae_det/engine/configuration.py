@@ -183,14 +183,15 @@ def _check_ranges(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, int(value))
 
 
-def log_data(cfg: DictConfig, resolved: DictConfig) -> None:
+def log_data(cfg: DictConfig, resolved: DictConfig, *, training: bool) -> None:
     """Log what of the datasets has changed since a run saved its config, and a missing test set.
 
     Args:
         cfg: with references.
         resolved: from :func:`resolve`.
+        training: whether the job trains.
     """
-    if _is_without_test_set(cfg):
+    if training and _is_without_test_set(cfg):
         logger.info("No validation set is named (%s): training without evaluation", TEST_NAMES)
     recorded = OmegaConf.select(cfg, RECORDED) or {}
     now = OmegaConf.select(resolved, DATASET_INFO) or {}

@@ -25,7 +25,13 @@ from torch import nn
 
 from crossmae_det.checkpoint import load, read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
-from crossmae_det.engine.configuration import FILE, build_model, save, use_trained_classes
+from crossmae_det.engine.configuration import (
+    FILE,
+    TEST_NAMES,
+    build_model,
+    save,
+    use_trained_classes,
+)
 from crossmae_det.engine.early_stopping import EarlyStopping
 from crossmae_det.engine.hooks import (
     BestCheckpointer,
@@ -74,8 +80,11 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
         if not cfg.train.init_checkpoint:
             raise ValueError("--eval-only needs weights: add train.init_checkpoint=PATH")
         content = read_checkpoint(cfg.train.init_checkpoint)
+        cfg = cfg.copy()
         use_trained_classes(cfg, content)
     original, cfg = cfg, setup(cfg, args)
+    if args.eval_only and "evaluator" not in cfg.dataloader:
+        raise ValueError(f"--eval-only: no dataset to evaluate on: set {TEST_NAMES}")
     device = resolve_device(cfg.train.device)
     keep_freed_memory(device)
     model = build_model(cfg).to(device)
@@ -86,11 +95,6 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     }
     if not args.eval_only:
         return train(cfg, model, resume=args.resume, allowed=allowed, original=original)
-    if "evaluator" not in cfg.dataloader:
-        raise ValueError(
-            "--eval-only: the config has nothing to evaluate with (no dataloader.evaluator), or"
-            " dataloader.test.dataset.names is null"
-        )
     checkpoint = cfg.train.init_checkpoint
     logger.info("Evaluating the weights of %s", checkpoint)
     logger.info(load(model, checkpoint, content=content, whole=True, **allowed))

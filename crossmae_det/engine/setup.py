@@ -143,7 +143,7 @@ def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
     logger.debug("Command line arguments: %s", args)
     if comm.is_main_process():
         logger.debug("Environment\n%s", environment())
-    log_data(cfg, resolved)
+    log_data(cfg, resolved, training=not args.eval_only)
     seed_all_rng(options.seed + comm.get_rank())
     torch.backends.cudnn.benchmark = options.cudnn_benchmark and not args.eval_only
     return resolved

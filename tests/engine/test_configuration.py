@@ -77,7 +77,7 @@ def test_a_saved_config_follows_the_data(saved, caplog):
     resolved = resolve(cfg)
     assert resolved.model.roi_heads.num_classes == 7
     with caplog.at_level("WARNING", "crossmae_det"):
-        log_data(cfg, resolved)
+        log_data(cfg, resolved, training=True)
     assert "categories was 6" in caplog.text and "is 7" in caplog.text and "spiral" in caplog.text
 
 
