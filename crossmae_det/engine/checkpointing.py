@@ -2,10 +2,12 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detectron2.engine.hooks import PeriodicCheckpointer as PeriodicHook
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import nn
 
@@ -124,3 +126,24 @@ class Checkpointer(FvcoreCheckpointer):
             leftover.unlink()
         logger.info("Resumed from %s", path)
         return Resumed(path, found, missing, "settings" in checkpoint)
+
+
+class PeriodicCheckpointer(PeriodicHook):
+    """detectron2's hook, for runs that are resumed.
+
+    Iterations are counted anew where a run is resumed with another batch size, so that a number may
+    come again: the file is then the newest one, and not deleted as the old one of that name.
+    """
+
+    def resume(self) -> None:
+        """Count the checkpoints in the folder among the last ones to keep, the newest last."""
+        files = self.checkpointer.get_all_checkpoint_files()
+        numbered = [path for path in files if re.search(r"_\d+\.pth$", path)]
+        self.recent_checkpoints = sorted(numbered, key=os.path.getmtime)
+
+    def step(self, iteration: int, **kwargs: Any) -> None:
+        name = f"{self.file_prefix}_{iteration:07d}.pth"
+        self.recent_checkpoints = [
+            path for path in self.recent_checkpoints if os.path.basename(path) != name
+        ]
+        super().step(iteration, **kwargs)

@@ -7,7 +7,6 @@ documented in ``configs/common``.
 
 import logging
 import os
-import re
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from crossmae_det.checkpoint import load, read_checkpoint
-from crossmae_det.engine.checkpointing import Checkpointer
+from crossmae_det.engine.checkpointing import Checkpointer, PeriodicCheckpointer
 from crossmae_det.engine.configuration import (
     FILE,
     TEST_NAMES,
@@ -209,7 +208,7 @@ def train(
 
     main = comm.is_main_process()
     # In every process, since the parts of a model may be spread over them; one writes and deletes.
-    periodic = hooks.PeriodicCheckpointer(
+    periodic = PeriodicCheckpointer(
         checkpointer,
         options.checkpointer.period,
         max_to_keep=options.checkpointer.max_to_keep if main else None,
@@ -246,11 +245,7 @@ def train(
     )
     if resume and checkpointer.has_checkpoint():
         resume_run(checkpointer, trainer, ema, options.max_iter)
-        # They count among the last ones to keep.
-        periodic.recent_checkpoints = sorted(
-            (p for p in checkpointer.get_all_checkpoint_files() if re.search(r"_\d+\.pth$", p)),
-            key=os.path.getmtime,  # iterations are counted anew after a change of the batch size
-        )
+        periodic.resume()
         start_iter = trainer.iter + 1
     else:
         if resume:

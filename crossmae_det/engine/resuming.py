@@ -211,19 +211,22 @@ def _by_order(
     state_dict: Mapping[str, Any], order: list[int], names: list[str], parameters: list[Tensor]
 ) -> list[str]:
     """The names of a file without names, where its parameters are the same."""
+    advice = (
+        "the checkpoint, of an earlier version, has no names for them: resume with the parameters"
+        " and groups of that run, or start a new run from its weights by train.init_checkpoint"
+    )
     if len(order) != len(names):
         raise ValueError(
-            f"the checkpoint trained {len(order)} parameters and has no names for them, and the"
-            f" config trains {len(names)}: resume it with the parameters that it trained"
+            f"the optimizer's state is for {len(order)} parameters, and the config trains"
+            f" {len(names)}; {advice}"
         )
     for index, name, parameter in zip(order, names, parameters, strict=True):
         tensors = [v for v in state_dict["state"].get(index, {}).values() if isinstance(v, Tensor)]
         for shape in (tensor.shape for tensor in tensors if tensor.ndim == parameter.ndim > 0):
             if shape != parameter.shape:
                 raise ValueError(
-                    f"the checkpoint has no names for the parameters that it trained, and the state"
-                    f" in the place of '{name}' {tuple(parameter.shape)} is {tuple(shape)}: resume"
-                    " it with the parameters that it trained"
+                    f"the optimizer's state in the place of '{name}' {tuple(parameter.shape)} is"
+                    f" {tuple(shape)}; {advice}"
                 )
     return names
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from crossmae_det.engine.checkpointing import Checkpointer
+from crossmae_det.engine.checkpointing import Checkpointer, PeriodicCheckpointer
 
 
 class Counter:
@@ -37,3 +37,22 @@ def test_what_was_not_on_when_the_run_started_cannot_be_resumed(tmp_path):
 def test_a_process_that_does_not_save_writes_nothing(tmp_path):
     Checkpointer(nn.Linear(2, 2), str(tmp_path), save_to_disk=False).save("model_0000004")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_number_that_comes_again_is_the_newest(tmp_path):
+    checkpointer = Checkpointer(nn.Linear(2, 2), str(tmp_path))
+
+    def steps(hook, iterations):
+        hook.max_iter = 100
+        for iteration in iterations:
+            hook.step(iteration)
+        return {path.stem for path in tmp_path.glob("model_*.pth")}
+
+    hook = PeriodicCheckpointer(checkpointer, 2, max_to_keep=2)
+    assert steps(hook, range(6)) == {"model_0000003", "model_0000005"}
+    # As after a change of the batch size: 6 iterations are now 2.
+    hook = PeriodicCheckpointer(checkpointer, 2, max_to_keep=2)
+    hook.resume()
+    assert steps(hook, [2, 3]) == {"model_0000003", "model_0000005"}
+    assert steps(hook, [4, 5, 6, 7]) == {"model_0000005", "model_0000007"}
+    assert checkpointer.get_checkpoint_file().endswith("model_0000007.pth")
