@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detectron2.engine.hooks import PeriodicCheckpointer as PeriodicHook
+from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import nn
 
@@ -94,6 +95,20 @@ class Checkpointer(FvcoreCheckpointer):
         with atomic_path(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
             temporary.write_text(last_filename_basename)
 
+    def has_run(self) -> bool:
+        """Whether there is a run to resume; the same answer in every process.
+
+        Raises:
+            ValueError: some processes see its checkpoint and others, on other machines, do not.
+        """
+        seen = comm.all_gather(self.has_checkpoint())
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"cannot resume {self.save_dir}: processes {[i for i, s in enumerate(seen) if s]}"
+                f" of {len(seen)} see a checkpoint there: take a folder that all machines share"
+            )
+        return seen[0]
+
     def resume(self, optional: Sequence[str] = ()) -> Resumed:
         """Load the tagged checkpoint of the run's folder: the model and everything beside it.
 
@@ -109,6 +124,11 @@ class Checkpointer(FvcoreCheckpointer):
         """
         path = self.get_checkpoint_file()
         checkpoint = read_checkpoint(path)
+        if not isinstance(checkpoint.get("model"), Mapping):
+            raise ValueError(
+                f"cannot resume {path}: it is not a checkpoint of a run; to start from its weights,"
+                f" take train.init_checkpoint={path} and another train.output_dir"
+            )
         found = changes(checkpoint.get("settings", self.run_settings), self.run_settings)
         check_changes(path, found)
         check_model(path, checkpoint["model"], self.model.state_dict(), found)

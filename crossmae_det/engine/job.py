@@ -243,7 +243,7 @@ def train(
             MetricCurves(options.output_dir),
         ]
     )
-    if resume and checkpointer.has_checkpoint():
+    if resume and checkpointer.has_run():
         resume_run(checkpointer, trainer, ema, options.max_iter)
         periodic.resume()
         start_iter = trainer.iter + 1

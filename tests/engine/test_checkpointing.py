@@ -1,7 +1,9 @@
 import pytest
 import torch
+from shorthand import one_line
 from torch import nn
 
+from crossmae_det.engine import checkpointing
 from crossmae_det.engine.checkpointing import Checkpointer, PeriodicCheckpointer
 
 
@@ -56,3 +58,22 @@ def test_a_number_that_comes_again_is_the_newest(tmp_path):
     assert steps(hook, [2, 3]) == {"model_0000003", "model_0000005"}
     assert steps(hook, [4, 5, 6, 7]) == {"model_0000005", "model_0000007"}
     assert checkpointer.get_checkpoint_file().endswith("model_0000007.pth")
+
+
+def test_only_a_checkpoint_of_a_run_is_resumed(tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "last_checkpoint").write_text("weights.pth")
+    with pytest.raises(ValueError) as error:
+        Checkpointer(nn.Linear(2, 2), str(tmp_path)).resume()
+    assert "weights.pth" in one_line(error) and "train.init_checkpoint" in one_line(error)
+
+
+def test_all_processes_see_the_checkpoint_or_none(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(nn.Linear(2, 2), str(tmp_path))
+    assert not checkpointer.has_run()
+    monkeypatch.setattr(checkpointing.comm, "all_gather", lambda seen: [True, seen])
+    with pytest.raises(ValueError) as error:
+        checkpointer.has_run()
+    assert str(tmp_path) in one_line(error)
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    assert checkpointer.has_run()
