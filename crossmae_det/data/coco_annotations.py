@@ -7,6 +7,9 @@ from crossmae_det.data import coco_values
 from crossmae_det.data.coco_masks import NO_AREA, clean_mask, covers_anything
 from crossmae_det.data.coco_values import Place, Repairs, identifier, number, short, whole
 
+_NUMBERS = {int, float}
+_FAR = 1e15  # where the sum is below it, no number is infinite or NaN
+
 
 class ContradictionError(ValueError):
     """What makes an annotation impossible to read, as the end of a sentence about it."""
@@ -23,19 +26,9 @@ def clean_annotation(
     Raises:
         ContradictionError, MaskError: it cannot be read.
     """
-    for key in ("id", "image_id", "category_id", "bbox"):
-        if annotation.get(key) is None:
-            raise ContradictionError(f"has no {key!r}; write it as COCO does, or remove it")
-    place = ("annotation", annotation["id"])
-    for key in ("id", "image_id"):
-        if annotation[key].__class__ is not int:
-            cleaned = identifier(annotation[key], repairs, place)
-            if cleaned is None:
-                raise ContradictionError(
-                    f"has a value of the wrong type, {key} {short(annotation[key])}; write an "
-                    "integer"
-                )
-            annotation[key] = cleaned
+    place = ("annotation", annotation.get("id"))
+    if annotation.get("id").__class__ is not int or annotation.get("image_id").__class__ is not int:
+        _clean_ids(annotation, repairs, place)
     image_id = annotation["image_id"]
     size = sizes.get(image_id)
     if size is None:
@@ -43,16 +36,17 @@ def clean_annotation(
             f"points to image {image_id!r}, which is absent (there are "
             f"{_examples(sizes)}); remove it or add the image"
         )
-    category_id = annotation["category_id"]
+    category_id = annotation.get("category_id")
     if category_id.__class__ is not int:
-        category_id = whole(category_id, repairs, place)
+        category_id = annotation["category_id"] = whole(
+            _get(annotation, "category_id"), repairs, place
+        )
     if category_id not in categories:
         raise ContradictionError(
-            f"points to category {short(annotation['category_id'])}, which is absent (there are "
+            f"points to category {category_id!r}, which is absent (there are "
             f"{_examples(categories)}); remove it or add the category"
         )
-    annotation["category_id"] = category_id
-    box = annotation["bbox"] = _clean_box(annotation["bbox"], repairs, place)
+    box = annotation["bbox"] = _clean_box(_get(annotation, "bbox"), repairs, place)
     annotation["iscrowd"] = _clean_crowd(annotation, repairs, place)
     annotation["area"] = _clean_area(annotation, repairs, place)
 
@@ -64,6 +58,23 @@ def clean_annotation(
     if mask is not None and not has_area:
         return NO_AREA
     return _box_fault(box)
+
+
+def _get(annotation: Mapping[str, Any], key: str) -> Any:
+    value = annotation.get(key)
+    if value is None:
+        raise ContradictionError(f"has no {key!r}; write it as COCO does, or remove it")
+    return value
+
+
+def _clean_ids(annotation: dict, repairs: Repairs, place: Place) -> None:
+    for key in ("id", "image_id"):
+        value = _get(annotation, key)
+        annotation[key] = identifier(value, repairs, place)
+        if annotation[key] is None:
+            raise ContradictionError(
+                f"has a value of the wrong type, {key} {short(value)}; write an integer"
+            )
 
 
 def area_fault(annotation: Mapping[str, Any]) -> str | None:
@@ -83,6 +94,13 @@ def area_fault(annotation: Mapping[str, Any]) -> str | None:
 
 
 def _clean_box(box: Any, repairs: Repairs, place: Place) -> list[int | float]:
+    if (
+        box.__class__ is list
+        and len(box) == 4
+        and _NUMBERS.issuperset(map(type, box))
+        and abs(sum(box)) < _FAR
+    ):
+        return box
     values = [number(v, repairs, place) for v in box] if isinstance(box, list) else []
     if len(values) == 4 and not all(isinstance(v, float | int) for v in box) and None in values:
         raise ContradictionError(

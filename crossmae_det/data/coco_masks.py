@@ -51,7 +51,7 @@ def clean_mask(
         return None, False
     if isinstance(value, Mapping):
         return _run_lengths(value, height, width, repairs, place)
-    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
+    if not isinstance(value, list) or set(map(type, value)) != {list}:
         raise MaskError("has a mask that is not a list of polygons; write [[x, y, x, y, ...], ...]")
     polygons = [polygon for polygon in value if polygon]
     if not polygons:

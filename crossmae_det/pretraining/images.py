@@ -32,6 +32,7 @@ from crossmae_det.utils.image_files import (
     suffix_counts,
     walk_images,
 )
+from crossmae_det.utils.image_paths import locate
 from crossmae_det.utils.image_reading import EncodedImage, image_size, naming_errors
 
 logger = logging.getLogger(__name__)
@@ -243,11 +244,13 @@ def _coco_images(json_file: str, folder: str) -> ImageFiles:
             f"{folder}: no such image folder; check dataloader.train.dataset.name"
         )
     try:
-        with open(json_file, encoding="utf-8-sig") as file:
-            names = [image["file_name"] for image in json.load(file)["images"]]
-    except (ValueError, KeyError, TypeError) as error:
+        with open(json_file, "rb") as file:  # as bytes: json finds out the encoding by itself
+            names = [os.fspath(image["file_name"]) for image in json.load(file)["images"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{json_file}: not a COCO json, which lists images by name") from error
-    return _existing(ImageFiles(folder, names), json_file)
+    paths = locate(names, folder, json_file, complete=False)  # absent ones as undecodable ones
+    images = ImageFiles(folder, [os.path.relpath(path, folder) for path in paths])
+    return _existing(images, json_file)
 
 
 def _existing(images: ImageFiles, source: str) -> ImageFiles:

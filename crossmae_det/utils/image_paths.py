@@ -11,7 +11,9 @@ logger = logging.getLogger(__name__)
 _reported: set[str] = set()
 
 
-def locate(names: Sequence[str], image_root: str, source: str) -> list[str]:
+def locate(
+    names: Sequence[str], image_root: str, source: str, *, complete: bool = True
+) -> list[str]:
     """Find image files by the paths that an annotation file or a list has for them.
 
     There is one directory listing per folder.
@@ -25,13 +27,14 @@ def locate(names: Sequence[str], image_root: str, source: str) -> list[str]:
         names: paths as they are written, relative to ``image_root`` or absolute.
         image_root: the folder that has the images.
         source: the file that has the names, for messages.
+        complete: whether every image must be there.
 
     Returns:
-        The path of each image, in the order of ``names``.
+        The path of each image, in the order of ``names``; as it is written where it is absent.
 
     Raises:
-        FileNotFoundError: the folder or some of the images are absent, or more than one file could
-            be meant.
+        FileNotFoundError: the folder is absent, or some of the images that must be there are, or
+            more than one file could be meant.
     """
     if not os.path.isdir(image_root):
         raise FileNotFoundError(
@@ -42,33 +45,41 @@ def locate(names: Sequence[str], image_root: str, source: str) -> list[str]:
     lost = [index for index, path in enumerate(paths) if not _exists(path, listings)]
     if not lost:
         return paths
-    taken = {os.path.realpath(path): name for path, name in zip(paths, names, strict=True)}
-    for index in lost:
-        taken.pop(os.path.realpath(paths[index]), None)
+    absent = set(lost)
+    taken = {
+        os.path.realpath(path): names[index]
+        for index, path in enumerate(paths)
+        if index not in absent
+    }
     by_base = _files_by_base_name(image_root)
+    reasons = []  # of those that stay absent
     for index in lost:
         found = _best_matches(_parts(names[index]), by_base)
-        if len(found) == 1:
-            path = os.path.join(image_root, *found[0])
-            other = taken.setdefault(os.path.realpath(path), names[index])
-            if other == names[index]:
-                paths[index] = path
-                continue
-            reason = f"{os.path.join(*found[0])} would be the file of {other} too"
-        else:
-            reason = f"{len(found)} files there have its base name"
+        if len(found) != 1:
+            reasons.append((names[index], f"{len(found)} files there have its base name"))
+            continue
+        path = os.path.join(image_root, *found[0])
+        other = taken.setdefault(os.path.realpath(path), names[index])
+        if other != names[index]:
+            reasons.append((names[index], f"{os.path.join(*found[0])} is the file of {other}"))
+            continue
+        paths[index] = path
+        absent.discard(index)
+    if reasons and complete:
         raise FileNotFoundError(
-            f"{image_root}: {_count_absent(lost, names, by_base)} of the {len(names)} images of "
-            f"{source} are not in this folder, the first is {names[index]} ({reason}); check "
-            "the folder or complete it"
+            f"{image_root}: {len(reasons)} of the {len(names)} images of {source} are not in this "
+            f"folder, the first is {reasons[0][0]}: no such file, and {reasons[0][1]}; check the "
+            "folder or complete it"
         )
-    message = (
-        f"{source}: {len(lost)} image paths do not exist in {image_root}: found by their base "
-        f"names (first: {names[lost[0]]} is {paths[lost[0]]})"
-    )
-    if message not in _reported:
-        _reported.add(message)
-        logger.warning(message)
+    repaired = [index for index in lost if index not in absent]
+    if repaired:
+        message = (
+            f"{source}: {len(repaired)} image paths do not exist in {image_root}: found by their "
+            f"base names (first: {names[repaired[0]]} is {paths[repaired[0]]})"
+        )
+        if message not in _reported:
+            _reported.add(message)
+            logger.warning(message)
     return paths
 
 
@@ -140,7 +151,3 @@ def _best_matches(
             if common == length:
                 best[parts] = None
     return list(best)
-
-
-def _count_absent(lost: list[int], names: Sequence[str], by_base: dict) -> int:
-    return sum(len(_best_matches(_parts(names[index]), by_base)) != 1 for index in lost) or 1

@@ -39,10 +39,7 @@ def run_lengths(mask):
 def uncompressed(mask):
     pixels = np.concatenate([[0], mask.flatten(order="F"), [2]])
     ends = np.flatnonzero(np.diff(pixels.astype(int)))
-    counts = np.diff([0, *ends]).tolist()
-    if mask[0, 0]:
-        counts = [0, *counts]
-    return {"size": list(mask.shape), "counts": counts}
+    return {"size": list(mask.shape), "counts": np.diff([0, *ends]).tolist()}
 
 
 def as_polygon(mask):
