@@ -1,5 +1,6 @@
 """From images to a detector as a user goes: pretrain, kill, resume, look, fine-tune."""
 
+import json
 import os
 import re
 import shutil
@@ -233,13 +234,16 @@ def test_reconstruction_needs_a_decoder(repo, options, tmp_path):
 
 
 def test_a_model_in_parts_trains_as_a_whole_one_and_either_resumes_the_other(
-    repo, options, tmp_path
+    repo, options, tiny_sets, tmp_path
 ):
     arguments = [
         *("--num-gpus", "2", "--dist-url", "auto"),
         *("--config-file", "pretraining/crossmae_vit_b_800ep.py", "--resume", *options),
         # The large epsilon keeps Adam from making steps of rounding errors.
         *("optimizer.eps=0.001", "train.accumulation=2", "train.clip_grad.enabled=True"),
+        # Three batches that are held out, for two processes.
+        *(f"dataloader.validation.dataset.name='{tiny_sets[1]}'", "train.log_period=1"),
+        "dataloader.validation.batch_size=1",
     ]
     process = call(repo, "lazyconfig_train_net.py", *arguments)
     assert process.returncode == 0, process.stderr
@@ -261,6 +265,18 @@ def test_a_model_in_parts_trains_as_a_whole_one_and_either_resumes_the_other(
     states = [checkpoint["trainer"]["optimizer"]["state"] for checkpoint in (got, expected)]
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
     assert (tmp_path / "parts" / "reconstructions" / "0000006.png").exists()
+    lines = [(tmp_path / n / "metrics.json").read_text().splitlines() for n in ("output", "parts")]
+    losses = [
+        {
+            m["iteration"]: m["val/total_loss"]
+            for m in map(json.loads, part)
+            if "val/total_loss" in m
+        }
+        for part in lines
+    ]
+    assert losses[0].keys() == losses[1].keys() == {1, 3, 5}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert (tmp_path / "parts" / "model_best.pth").exists()
     # The two iterations moved the weights by far more than that.
     earlier = read_checkpoint(tmp_path / "output" / "model_0000003.pth")["model"]
     name = "encoder.blocks.0.mlp.fc1.weight"
