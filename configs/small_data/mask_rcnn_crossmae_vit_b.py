@@ -15,9 +15,11 @@ dataloader.train.total_batch_size = 4
 # Half to twice the size: a tenth leaves little to see in a photograph of which there are few.
 dataloader.train.mapper.augmentations[1].update(min_scale=0.5, max_scale=2.0)
 
-# The first half of the blocks stays as it is: a smaller ViT lost nothing by that, and a step takes
-# less time and memory. 0 trains all.
-model.backbone.net.freeze_blocks = 6
+# The first half of the blocks stays as pretrained: a smaller ViT lost nothing by that, and a step
+# takes less time and memory. From random weights all are trained.
+model.backbone.net.freeze_blocks = (
+    "${crossmae.either:${crossmae.is_set:${train.init_checkpoint}},6,0}"
+)
 
 # The published rate, not scaled down from 64 images, and the same for every batch: the linear rule
 # would give 6.25e-6 here. Larger rates were better still for a smaller ViT.

@@ -242,6 +242,11 @@ def when(condition: bool, value: Any) -> Any:
     return value if condition else None
 
 
+def either(condition: bool, value: Any, other: Any) -> Any:
+    """``value`` where the condition holds, else ``other``."""
+    return value if condition else other
+
+
 def is_set(value: Any) -> bool:
     """Whether a key that is empty by default has a value."""
     return bool(value)
@@ -260,6 +265,7 @@ _RULES: dict[str, Callable] = {
     "crossmae.fraction": fraction,
     "crossmae.height": height,
     "crossmae.width": width,
+    "crossmae.either": either,
     "crossmae.is_set": is_set,
     "crossmae.when": when,
     "crossmae.count": len,

@@ -45,6 +45,9 @@ def test_one_key_decides_in_detection(name, tiny_sets):
     # Twenty times what the rule for batches of 64 gives, at the least, and not by the batch.
     assert cfg.optimizer.lr == get_config(name).optimizer.lr >= 20 * 1e-4 * 2 / 64
     assert cfg.train.early_stopping.enabled and cfg.train.validation_loss.enabled
+    # Random weights are no reason to freeze any.
+    assert cfg.model.backbone.net.freeze_blocks == 0
+    cfg = get_config(name, [*sets, "train.init_checkpoint=vit.pth"])
     assert 2 * cfg.model.backbone.net.freeze_blocks == size_of(name).depth
     assert list(cfg.train.early_stopping.metrics) == ["segm/AP", "bbox/AP"]
     assert cfg.dataloader.validation.dataset.names == tiny_sets[1]
@@ -64,7 +67,6 @@ def test_a_detector_trains_and_is_judged(name, tiny_overrides, tmp_path):
 
 def test_without_a_validation_set_all_epochs_are_run(tiny_overrides, tmp_path):
     overrides = [*tiny_overrides, "dataloader.test.dataset.names=null", "train.epochs=1"]
-    overrides += ["model.backbone.net.freeze_blocks=0"]
     run(get_config(DETECTION[0], overrides), TRAIN)
     assert (tmp_path / "output/model_final.pth").exists()
     assert not (tmp_path / "output/early_stopping.json").exists()
