@@ -23,7 +23,7 @@ from crossmae_det.data.coco_json import CocoInfo, inspect, load
 from crossmae_det.data.coco_records import adapt_records, check_crowd, load_records
 from crossmae_det.data.coco_values import id_order
 from crossmae_det.data.image_sizes import check_headers
-from crossmae_det.data.summary import Summary
+from crossmae_det.data.summary import CROWDS_ONLY, KEEP_CROWDS, Summary
 from crossmae_det.utils.image_paths import locate
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,10 @@ def get_dataset_dicts(
         records = summary.filter_empty(records)
     source = ", ".join(specs)
     if not records:
-        raise ValueError(f"{source}: no image has an annotation to train on; annotate some")
+        advice = "annotate some"
+        if summary.skipped[CROWDS_ONLY]:
+            advice = f"those that there are have iscrowd: 1; {KEEP_CROWDS}"
+        raise ValueError(f"{source}: no image has an annotation to train on; {advice}")
     if max_images is not None and max_images < len(records):
         summary.skipped[f"beyond the first {max_images} by image id (max_images)"] = (
             len(records) - max_images

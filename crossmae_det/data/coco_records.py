@@ -42,7 +42,7 @@ def load_records(
         invalid_annotations: "error" raises where an annotation cannot be trained on, "skip" leaves
             it out with a warning.
         crowd: "keep" makes crowd regions objects like any other.
-        summary: counts what is repaired and left out.
+        summary: counts what is left out.
         needs_annotations: False accepts a json without annotations.
 
     Returns:
@@ -63,7 +63,6 @@ def load_records(
             paths = locate(names, image_root, file.path)
         left_out = _faults(file, invalid_annotations, crowd)
         summary.faulty += len(left_out)
-        summary.repairs += file.info.repairs
         objects = defaultdict(list)
         for index, annotation in enumerate(file.annotations):
             if index in left_out:

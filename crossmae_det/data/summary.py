@@ -11,6 +11,11 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
+CROWDS_ONLY = "with nothing but crowd regions"
+KEEP_CROWDS = (
+    "dataloader.train.dataset.crowd=keep makes them objects (dataloader.test for a test set)"
+)
+
 _logged: set[str] = set()
 
 
@@ -21,14 +26,12 @@ class Summary:
         found: images in the annotations.
         skipped: reason -> number of images left out.
         faulty: annotations left out because nothing can be trained on them.
-        repairs: what was repaired in the annotations, one line for each kind.
     """
 
     def __init__(self) -> None:
         self.found = 0
         self.skipped: Counter[str] = Counter()
         self.faulty = 0
-        self.repairs: list[str] = []
         self._skipped_crowds = 0
 
     def filter_empty(self, records: Sequence[Record]) -> list[Record]:
@@ -39,7 +42,7 @@ class Summary:
             if any(not annotation.get("iscrowd", 0) for annotation in annotations):
                 kept.append(record)
             elif annotations:
-                self.skipped["with nothing but crowd regions"] += 1
+                self.skipped[CROWDS_ONLY] += 1
                 self._skipped_crowds += len(annotations)
             else:
                 self.skipped["without objects"] += 1
@@ -65,7 +68,6 @@ class Summary:
         annotated = any(record.get("annotations") for record in records)
         if annotated:
             lines += self._objects(records, classes or ())
-        lines += [f"Repaired: {line}" for line in self.repairs]
         text = "\n  ".join([f"Data of {source}", *lines])
         if text not in _logged:
             _logged.add(text)
@@ -77,7 +79,7 @@ class Summary:
         annotations = [a for record in records for a in record["annotations"]]
         objects = [a for a in annotations if not a.get("iscrowd", 0)]
         found = len({annotation["category_id"] for annotation in objects})
-        lines = [f"Objects: {len(objects)} of {found} classes out of {len(classes)}"]
+        lines = [f"Objects: {len(objects)} in {found} of {len(classes)} classes"]
         without_mask = sum(not annotation.get("segmentation") for annotation in objects)
         if 0 < without_mask < len(objects):
             lines.append(
@@ -86,9 +88,7 @@ class Summary:
             )
         if crowds := len(annotations) - len(objects) + self._skipped_crowds:
             lines.append(
-                f"Crowd regions: {crowds} annotations with iscrowd: 1 are no objects; "
-                "dataloader.train.dataset.crowd=keep makes them objects (dataloader.test for a "
-                "test set)"
+                f"Crowd regions: {crowds} annotations with iscrowd: 1 are no objects; {KEEP_CROWDS}"
             )
         if self.faulty:
             lines.append(f"Annotations left out: {self.faulty} that cannot be trained on")

@@ -247,7 +247,7 @@ def test_nothing_left_is_an_error(tmp_path):
     assert len(get_dataset_dicts(spec, filter_empty=False)) == 3
     with pytest.raises(ValueError) as error:
         get_dataset_dicts(spec)
-    assert spec in one_line(error)
+    assert spec in one_line(error) and "dataset.crowd=keep" in one_line(error)
 
 
 def test_registered_test_set_needs_no_annotations(tmp_path, register):
