@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from detectron2.config.instantiate import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -36,7 +37,13 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         note = "" if self.key not in WITHOUT_EFFECT else "  (no effect: the weights are the run's)"
-        return f"{self.key}: {self.old} -> {self.new}{note}"
+        return f"{self.key}: {_short(self.old)} -> {_short(self.new)}{note}"
+
+
+def _short(value: Any) -> str:
+    """A value in one line that leaves room for another."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
@@ -49,6 +56,8 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def visit(node: Any, key: str) -> None:
+        if isinstance(node, str) and "\n" in node:
+            node = yaml.safe_load(node)  # the config of a model that is built from yaml keys
         if isinstance(node, dict) and all(isinstance(name, str) for name in node):
             for name, value in node.items():
                 if name == "_target_" and isinstance(value, str):
@@ -141,7 +150,7 @@ def check_model(
         shapes = [tuple(state[name].shape) if name in state else None for state in (file, model)]
         if shapes[0] == shapes[1]:
             continue
-        there, here = ("has none" if shape is None else f"is {shape}" for shape in shapes)
+        there, here = ("is missing" if shape is None else f"is {shape}" for shape in shapes)
         causes = [str(change) for change in found if change.key.startswith("model.")]
         because = f" (changed: {', '.join(causes[:3])})" if causes else ""
         raise ValueError(

@@ -190,6 +190,14 @@ def test_settings_are_compared_by_value():
     assert "optimizer.lr: 0.1 -> 0.2" in map(str, found)
 
 
+def test_keys_of_yaml_configs_are_settings_of_their_own():
+    old, new = (
+        settings(OmegaConf.create({"model": {"config": f"MODEL:\n  DEPTH: {depth}\nSEED: 1\n"}}))
+        for depth in (2, 3)
+    )
+    assert [str(change) for change in changes(old, new)] == ["model.config.MODEL.DEPTH: 2 -> 3"]
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -220,8 +228,8 @@ def test_another_model_is_rejected():
     found = changes({"model.dim": 2}, {"model.dim": 4})
     for other, words in [
         (state | {"x": torch.zeros(4)}, ["'x'", "(2,)", "(4,)", "model.dim: 2 -> 4"]),
-        ({"x": state["x"]}, ["'y'", "none"]),
-        (state | {"z": torch.zeros(1)}, ["'z'", "none"]),
+        ({"x": state["x"]}, ["'y'", "missing"]),
+        (state | {"z": torch.zeros(1)}, ["'z'", "missing"]),
     ]:
         with pytest.raises(ValueError) as error:
             check_model("a.pth", state, other, found)
