@@ -31,10 +31,13 @@ class _KeepsPixels:
     """An ``AugInput``, but for resizing to nothing."""
 
     def __init__(self, aug_input: T.AugInput):
-        self._input = aug_input
+        object.__setattr__(self, "_input", aug_input)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._input, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._input, name, value)
 
     def transform(self, transform: T.Transform) -> None:
         steps = transform.transforms if isinstance(transform, T.TransformList) else [transform]

@@ -183,7 +183,7 @@ def named_images(
         try:
             loaded.append((str(images[index]), load_image(images[index], image_size)))
         except UndecodableImageError as error:
-            logger.warning("Left out: %s", error)
+            logger.warning("Skipped: %s", error)
     if not loaded:
         raise ValueError(f"{dataset}: none of the images looked at can be decoded")
     return loaded

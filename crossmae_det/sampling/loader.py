@@ -148,7 +148,7 @@ class ResumableLoader:
             self.skipped[file_name] += 1
             if self.skipped[file_name] == 1:
                 logger.warning(
-                    "Left out %s, which cannot be decoded (%d images so far)",
+                    "Skipped %s, which cannot be decoded (%d images so far)",
                     file_name,
                     len(self.skipped),
                 )

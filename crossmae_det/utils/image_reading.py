@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from crossmae_det.utils.errors import UndecodableImageError
 
@@ -49,6 +49,8 @@ _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _METADATA_MARKER = 0xE1
 # What such a segment has where it may hold an orientation: EXIF's tag in either byte order, XMP's.
 _ORIENTATION_SIGNS = (b"\x01\x12", b"\x12\x01", b"tiff:Orientation")
+# EXIF's tag of the orientation.
+_ORIENTATION_TAG = 0x0112
 # Chunks of a PNG that may hold an orientation: EXIF, and EXIF or XMP as text.
 _PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 
@@ -305,7 +307,7 @@ def _orientation(image: Image.Image, file: IO[bytes]) -> int:
             exif = image.getexif()  # decodes the image first
         else:
             exif = Image.Image.getexif(image)
-        value = exif.get(ExifTags.Base.Orientation, 1)
+        value = exif.get(_ORIENTATION_TAG, 1)
     except Exception:  # Pillow meets damaged EXIF data with almost any exception
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

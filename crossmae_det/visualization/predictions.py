@@ -30,6 +30,8 @@ GAP = 12
 PAPER = 255
 # Lightness of the objects of one class, one after another, beside that of the class's color.
 SHADES = (0.0, -0.18, 0.14, -0.09, 0.07, -0.27)
+# Columns of an image whose masks are not drawn: detectron2 takes them for polygons.
+NO_MASK = 2
 
 
 @dataclass
@@ -201,7 +203,8 @@ def _predicted(instances: Instances, metadata: Any, score_threshold: float) -> l
     scores = instances.scores.tolist() if instances.has("scores") else [None] * len(instances)
     boxes = instances.pred_boxes.tensor.tolist()
     classes = instances.pred_classes.tolist()
-    masks = np.asarray(instances.pred_masks) if instances.has("pred_masks") else None
+    drawn = instances.has("pred_masks") and instances.image_size[1] != NO_MASK
+    masks = np.asarray(instances.pred_masks) if drawn else None
     objects = []
     colors = _Colors(metadata)
     for i, (box, score, index) in enumerate(zip(boxes, scores, classes, strict=True)):
@@ -251,7 +254,7 @@ def _draw(image_bgr: np.ndarray, objects: Sequence[_Object], scale: float, note:
     # From the largest to the smallest, so that no object hides another.
     objects = sorted(objects, key=lambda o: -(o.box[2] - o.box[0]) * (o.box[3] - o.box[1]))
     for item in objects:
-        if item.mask is not None:
+        if item.mask is not None and image_bgr.shape[1] != NO_MASK:
             visualizer.draw_binary_mask(
                 item.mask.mask, item.color, edge_color=item.color, alpha=0.45, area_threshold=0
             )

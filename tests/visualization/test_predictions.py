@@ -177,6 +177,13 @@ def test_crowds_have_a_dashed_box(metadata):
     assert 0.4 < covered(1) < 0.9
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 3), (16, 3300)])
+def test_pictures_of_unusual_sizes(metadata, size):
+    found = instances([[0, 0, size[1], size[0]]], [0], [0.9], size, masks=True)
+    picture = draw_predictions(grey(size), found, metadata, scale=1)
+    assert picture.shape == (*size, 3) and (picture != GREY).any()
+
+
 def test_holes_stay_open(metadata):
     found = instances([[100, 100, 300, 300]], [0], [0.9], masks=True)
     found.pred_masks[0, 150:250, 150:250] = False
