@@ -6,10 +6,8 @@ predictions. The objects of one class in an image are shades of it, so that they
 
 from __future__ import annotations
 
-import colorsys
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from crossmae_det.visualization.colors import Colors
 from crossmae_det.visualization.files import write_image
 
 # A label of 12 pixels covers a small image: such an image is drawn on a larger canvas instead.
@@ -28,8 +27,6 @@ LONG_SIDE = 1600
 CELL_SIDE = 480
 GAP = 12
 PAPER = 255
-# Lightness of the objects of one class, one after another, beside that of the class's color.
-SHADES = (0.0, -0.18, 0.14, -0.09, 0.07, -0.27)
 # Columns of an image whose masks are not drawn: detectron2 takes them for polygons.
 NO_MASK = 2
 
@@ -165,40 +162,6 @@ def comparison_sheet(
     write_image(path, np.concatenate(bands))
 
 
-def class_color(index: int, metadata: Any) -> tuple[float, float, float]:
-    """The color of a class, RGB in [0, 1].
-
-    Args:
-        index: contiguous class index.
-        metadata: its ``thing_colors`` are used where there is one for the class; otherwise hues are
-            spread by the golden ratio, which keeps neighbouring indices apart for any number of
-            classes.
-    """
-    colors = metadata.get("thing_colors") or ()
-    if index < len(colors):
-        red, green, blue = (channel / 255 for channel in colors[index])
-        return red, green, blue
-    hue = (0.56 + index * (math.sqrt(5) - 1) / 2) % 1
-    return colorsys.hsv_to_rgb(hue, 0.75 if index % 2 == 0 else 0.55, 0.95)
-
-
-class _Colors:
-    """The colors of the objects of an image, by their classes and their order."""
-
-    def __init__(self, metadata: Any):
-        self._metadata = metadata
-        self._counts: Counter[int] = Counter()
-
-    def next(self, index: int) -> tuple[float, float, float]:
-        """The color of the next object of a class: the class's own first, then shades of it."""
-        hue, lightness, saturation = colorsys.rgb_to_hls(*class_color(index, self._metadata))
-        shade = SHADES[self._counts[index] % len(SHADES)]
-        self._counts[index] += 1
-        if not shade:
-            return class_color(index, self._metadata)
-        return colorsys.hls_to_rgb(hue, min(max(lightness + shade, 0.15), 0.9), saturation)
-
-
 def _predicted(instances: Instances, metadata: Any, score_threshold: float) -> list[_Object]:
     scores = instances.scores.tolist() if instances.has("scores") else [None] * len(instances)
     boxes = instances.pred_boxes.tensor.tolist()
@@ -206,7 +169,7 @@ def _predicted(instances: Instances, metadata: Any, score_threshold: float) -> l
     drawn = instances.has("pred_masks") and instances.image_size[1] != NO_MASK
     masks = np.asarray(instances.pred_masks) if drawn else None
     objects = []
-    colors = _Colors(metadata)
+    colors = Colors(metadata)
     for i, (box, score, index) in enumerate(zip(boxes, scores, classes, strict=True)):
         if score is not None and score < score_threshold:
             continue
@@ -226,7 +189,7 @@ def _annotated(
     dataset_dict: Mapping[str, Any], size: tuple[int, int], metadata: Any
 ) -> list[_Object]:
     objects = []
-    colors = _Colors(metadata)
+    colors = Colors(metadata)
     for annotation in dataset_dict.get("annotations", ()):
         index = annotation["category_id"]
         crowd = bool(annotation.get("iscrowd", 0))

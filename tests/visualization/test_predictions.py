@@ -8,8 +8,8 @@ import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from crossmae_det.visualization.colors import class_color
 from crossmae_det.visualization.predictions import (
-    class_color,
     comparison_sheet,
     draw_ground_truth,
     draw_predictions,
