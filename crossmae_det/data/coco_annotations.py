@@ -33,7 +33,7 @@ def clean_annotation(
     size = sizes.get(image_id)
     if size is None:
         raise ContradictionError(
-            f"points to image {image_id!r}, which is absent (there are "
+            f"points to image {short(image_id)}, which is absent (there are "
             f"{_examples(sizes)}); remove it or add the image"
         )
     category_id = annotation.get("category_id")
@@ -43,7 +43,7 @@ def clean_annotation(
         )
     if category_id not in categories:
         raise ContradictionError(
-            f"points to category {category_id!r}, which is absent (there are "
+            f"points to category {short(category_id)}, which is absent (there are "
             f"{_examples(categories)}); remove it or add the category"
         )
     box = annotation["bbox"] = _clean_box(_get(annotation, "bbox"), repairs, place)
