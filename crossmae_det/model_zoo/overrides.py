@@ -6,10 +6,10 @@ an error that names the nearest right one.
 """
 
 import ast
-import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from types import UnionType
 from typing import Any, get_args
 
 from detectron2.config.instantiate import locate
@@ -18,46 +18,32 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
+from crossmae_det.model_zoo.config_keys import did_you_mean, parameters
 from crossmae_det.model_zoo.yaml import KEYS as YAML_KEYS
 
-# What other tools call the keys of ours, by the last part of the name.
-SYNONYMS = {
-    "optimizer.lr": "learning_rate base_lr max_lr lr0 blr",
-    "optimizer.weight_decay": "wd decay l2",
-    "optimizer.params.lr_decay": "layer_decay layer_wise_decay llrd layer_decay_rate",
-    "dataloader.train.total_batch_size": "batch_size batch bs ims_per_batch batchsize",
-    "dataloader.train.num_workers": "workers num_workers n_workers",
-    "dataloader.image_size": "img_size imgsz image_size input_size resolution crop_size",
-    "dataloader.train.dataset.names": "train_set train_data train_dataset trainset data dataset",
-    "dataloader.test.dataset.names": "val_set val_data val_dataset test_set test_data valset",
-    "dataloader.train.dataset.name": "train_set train_data train_dataset data_path data dataset",
-    "model.backbone.net.size": "backbone arch architecture model_size model_name vit",
-    "model.backbone.net.drop_path_rate": "drop_path droppath stochastic_depth",
-    "model.encoder.size": "backbone arch architecture model_size model_name vit",
-    "model.roi_heads.num_classes": "classes nc num_class",
-    "train.epochs": "epoch num_epochs max_epochs n_epochs",
-    "train.max_iter": "iterations iters max_iters num_iters steps max_steps num_steps",
-    "train.output_dir": "output out_dir work_dir save_dir out log_dir",
-    "train.init_checkpoint": "weights checkpoint pretrained ckpt load_from init finetune",
-    "train.device": "gpu cuda",
-    "train.seed": "random_seed",
-    "train.amp.enabled": "fp16 bf16 mixed_precision precision half use_amp",
-    "train.accumulation": "accum_iter accum grad_accum gradient_accumulation_steps accumulate",
-    "train.clip_grad.max_norm": "clip max_grad_norm clip_norm grad_clip gradient_clip_val",
-    "train.ema.enabled": "model_ema use_ema",
-    "train.early_stopping.patience": "patience early_stop",
-    "train.eval_period": "eval_interval val_interval eval_freq eval_every",
-    "train.checkpointer.period": "save_interval save_freq save_every save_period",
-    "train.log_period": "log_interval print_freq log_every",
-    "lr_multiplier.warmup_iters": "warmup warmup_steps warmup_epochs",
+KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "null",
 }
 # Options of this dict go to DistributedDataParallel as they are.
 DDP_OPTIONS = "train.ddp"
 # A number may be given as two, height and width, and one name as several.
 PAIRS = re.compile(r"(size|pad)$")
 NAMES = "names"
-# Without a test set a run is not evaluated.
-NULLABLE = "dataloader.test.dataset.names"
+# Null stands for something here: no evaluation, the default folder, random weights, no drawing, and
+# iterations that do not follow from epochs.
+NULLABLE = frozenset(
+    (
+        "dataloader.test.dataset.names",
+        "train.output_dir",
+        "train.init_checkpoint",
+        "train.pictures",
+        "train.epochs",
+    )
+)
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -77,12 +63,14 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     given = set()
     for override in overrides:
         key, raw, adds = _split(cfg, override, overrides)
+        adds = adds and _select(cfg, key) is _MISSING  # +key of a key that is there sets it
         if adds:
             added.append(key)
         _check_key(cfg, key, adds)
         value = _parse(key, raw, _current(cfg, key))
-        if value is None and key != NULLABLE and not _takes_none(cfg, key):
-            raise ValueError(f"{key}={raw}: must not be null; it is needed")
+        if value is None and not adds and not _takes_none(cfg, key):
+            raise ValueError(f"{key}={raw}: must not be null; it is needed{_way_out(key)}")
+        _check_type(cfg, key, raw, value)
         OmegaConf.update(cfg, key, value, merge=True, force_add=adds)
         given.add(key)
     for key in added:
@@ -90,12 +78,6 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise ValueError(f"+{key}: nothing reads this key{did_you_mean(cfg, key)}")
     _check_effects(cfg, given)
     return cfg
-
-
-def did_you_mean(cfg: DictConfig, key: str) -> str:
-    """A hint at the key that was probably meant, as the end of a sentence; "" without one."""
-    close = _similar_keys(cfg, key)
-    return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
 
 
 def _split(cfg: DictConfig, override: str, overrides: Sequence[str]) -> tuple[str, str, bool]:
@@ -268,9 +250,9 @@ def _check_key(cfg: DictConfig, key: str, adds: bool) -> None:
     if isinstance(parent, ListConfig):
         if not last.isdigit() or int(last) >= len(parent):
             raise ValueError(f"unknown config key '{key}': the list has {len(parent)} elements")
-    elif not adds and last not in [str(name) for name in parent] + _parameters(parent)[0]:
+    elif not adds and last not in [str(name) for name in parent] + parameters(parent)[0]:
         hint = did_you_mean(cfg, key)
-        if _parameters(parent)[1]:
+        if parameters(parent)[1]:
             hint += f"; +{key}=... passes on an argument that is not listed"
         raise ValueError(f"unknown config key '{key}'{hint}")
 
@@ -282,7 +264,7 @@ def _is_read(cfg: DictConfig, key: str) -> bool:
     if parent == DDP_OPTIONS:
         return last in inspect.signature(DistributedDataParallel).parameters
     if isinstance(node, DictConfig):
-        names, passes_on = _parameters(node)
+        names, passes_on = parameters(node)
         if passes_on or last in names:
             return True
     references = re.findall(r"\$\{([^}]*)", OmegaConf.to_yaml(cfg))
@@ -304,30 +286,40 @@ def _check_effects(cfg: DictConfig, given: set[str]) -> None:
             )
 
 
-def _parameters(node: DictConfig) -> tuple[list[str], bool]:
-    """Names of the arguments that a LazyCall's function takes, and whether it takes any others."""
-    target = node.get("_target_")
-    if target is None:
-        return [], False
-    function: Callable = locate(target) if isinstance(target, str) else target
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return names, any(p.kind == p.VAR_KEYWORD for p in parameters)
+def _way_out(key: str) -> str:
+    if key in ("dataloader.test", "dataloader.evaluator"):
+        return "; dataloader.test.dataset.names=null trains without evaluation"
+    return ""
 
 
 def _takes_none(cfg: DictConfig, key: str) -> bool:
-    """Whether the function that gets a key takes None for it, as far as its signature tells.
+    """Whether null can replace the value of a key.
 
-    A group of keys, such as ``train.ema``, is needed as it is; an object may be left out.
+    An argument of a function may be null where its signature tells so; a group of keys, such as
+    ``train.ema``, is needed as it is, and so is what the engine itself reads, but :data:`NULLABLE`.
     """
+    if key in NULLABLE or _select(cfg, key) is None:
+        return True
     current = _current(cfg, key)
     if isinstance(current, DictConfig) and "_target_" not in current:
         return False
     parent, _, last = key.rpartition(".")
     node = _select(cfg, parent) if parent else cfg
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        return False
+    parameter = _parameter(cfg, key)
+    if parameter is None:
+        return True
+    return parameter.default is None or type(None) in get_args(parameter.annotation)
+
+
+def _parameter(cfg: DictConfig, key: str) -> inspect.Parameter | None:
+    """The parameter that a key is handed to, as far as signatures tell."""
+    parent, _, last = key.rpartition(".")
+    node = _select(cfg, parent) if parent else cfg
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     if target is None:
-        return True
+        return None
     function: Any = locate(target) if isinstance(target, str) else target
     # A class may hand on what it does not name to the classes that it is derived from.
     functions = (
@@ -338,41 +330,33 @@ def _takes_none(cfg: DictConfig, key: str) -> bool:
     for candidate in filter(inspect.isfunction, functions):
         parameter = inspect.signature(candidate).parameters.get(last)
         if parameter is not None:
-            return parameter.default is None or type(None) in get_args(parameter.annotation)
-    return True
+            return parameter
+    return None
 
 
-def _keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
-    """Every key that an override can name, without those of LazyCalls that references share."""
-    names: Sequence[Any] = list(node) if isinstance(node, DictConfig) else range(len(node))
-    for name in names:
-        if str(name).startswith("_"):
-            continue
-        key = f"{prefix}{name}"
-        yield key
-        if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_config(node[name]):
-            yield from _keys(node[name], f"{key}.")
-    if isinstance(node, DictConfig):
-        yield from (f"{prefix}{name}" for name in _parameters(node)[0] if name not in node)
+def _check_type(cfg: DictConfig, key: str, raw: str, value: Any) -> None:
+    """Reject a value for a parameter that is annotated as a plain number or text.
 
+    It is needed where the config's own value is null, and so tells nothing.
 
-def _similar_keys(cfg: DictConfig, key: str) -> list[str]:
-    """At most two keys that may have been meant: by meaning, by name, by spelling."""
-    keys = sorted(set(_keys(cfg)) - {key}, key=lambda k: (k.count("."), k))
-    parent, _, last = key.rpartition(".")
-    word = last.lower().replace("-", "_")
-    by_meaning = [k for k, names in SYNONYMS.items() if word in names.split() and k in keys]
-    if by_meaning:
-        return by_meaning[:1]
-    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == parent}
-    if close := difflib.get_close_matches(last, siblings, n=1, cutoff=0.6):
-        return [siblings[close[0]]]
-    same_name = [k for k in keys if k.rpartition(".")[2] == last]
-    if same_name:
-        return difflib.get_close_matches(key, same_name, n=2, cutoff=0.0)
-    if parent not in keys and (close := difflib.get_close_matches(key, keys, n=1, cutoff=0.75)):
-        return close
-    words = {k.rpartition(".")[2]: k for k in reversed(keys)}
-    if close := difflib.get_close_matches(last, words, n=1, cutoff=0.75):
-        return [words[close[0]]]
-    return []
+    Raises:
+        ValueError: with the kind that is wanted; or ``_target_`` names nothing.
+    """
+    if key.rpartition(".")[2] == "_target_":
+        try:
+            locate(value)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{key}={raw}: there is no such class or function") from error
+        return
+    parameter = _parameter(cfg, key)
+    if parameter is None or (isinstance(value, str) and "${" in value):
+        return
+    annotation = parameter.annotation
+    kinds = set(get_args(annotation)) if isinstance(annotation, UnionType) else {annotation}
+    if not kinds <= KINDS.keys():
+        return
+    whole = isinstance(value, float) and value.is_integer()
+    if type(value) in kinds or (float in kinds and type(value) is int) or (int in kinds and whole):
+        return
+    names = " or ".join(KINDS[kind] for kind in KINDS if kind in kinds)
+    raise ValueError(f"{key}={raw}: must be {names}")

@@ -98,7 +98,8 @@ def read_yaml(path: str, overrides: Sequence[str] = ()) -> CfgNode | None:
     try:
         raw = CfgNode.load_yaml_with_base(path)
         keys = CfgNode(raw)
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, AttributeError, TypeError, UnicodeDecodeError) as error:
+        # A file without keys (empty, a list, a text) is not found out before they are read.
         raise ValueError(f"{path} is not a yaml config: {error}") from error
     if "dataloader" in raw:
         return None

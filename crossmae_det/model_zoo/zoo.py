@@ -1,15 +1,18 @@
 """Finding and reading configs, lazy or yaml."""
 
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import LazyConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from crossmae_det.model_zoo import resolvers  # noqa: F401  (registers the rules of the configs)
 from crossmae_det.model_zoo.overrides import apply_overrides
 from crossmae_det.model_zoo.yaml import read_yaml, to_lazy
+
+logger = logging.getLogger(__name__)
 
 PACKAGE_CONFIGS = Path(__file__).parent / "configs"
 CHECKOUT_CONFIGS = Path(__file__).parents[2] / "configs"
@@ -124,14 +127,36 @@ def get_config(
     path = _find_config(config_file)
     yaml_config = None if path.endswith(".py") else read_yaml(path, overrides)
     # A run's own config.yaml is a lazy config in yaml's clothes.
-    lazy = LazyConfig.load(path) if yaml_config is None else to_lazy(yaml_config, get_config)
+    lazy = _load(path) if yaml_config is None else to_lazy(yaml_config, get_config)
+    default = OUTPUT_DIR.format(name=Path(path).stem)
     if "train" in lazy and not lazy.train.get("output_dir"):
-        lazy.train.output_dir = OUTPUT_DIR.format(name=Path(path).stem)
+        lazy.train.output_dir = default
     if yaml_config is None:
         if trained and (checkpoint := _checkpoint_of_run(path)):
             lazy.train.init_checkpoint = checkpoint
         apply_overrides(lazy, overrides)
+        if "train" in lazy and not lazy.train.output_dir:  # train.output_dir=null
+            lazy.train.output_dir = default
     return lazy
+
+
+def _load(path: str) -> DictConfig:
+    """A lazy config as it is in its file.
+
+    Raises:
+        ValueError: running the file fails, or its keys have no keys below them.
+    """
+    try:
+        cfg = LazyConfig.load(path)
+    except Exception as error:  # a user's code may raise anything
+        if isinstance(error, OSError) or Path(path).is_relative_to(_folder()):
+            raise
+        logger.debug("Traceback of the error", exc_info=True)
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train"):
+        if key in cfg and not OmegaConf.is_dict(cfg[key]):
+            raise ValueError(f"{path} is not a config of a job: '{key}' must have keys below it")
+    return cfg
 
 
 def _checkpoint_of_run(config_file: str) -> str | None:

@@ -153,3 +153,57 @@ def test_an_override_without_effect_is_rejected():
     with pytest.raises(ValueError, match="train.max_iter=100"):
         apply_overrides(cfg, ["train.epochs=3"])
     assert apply_overrides(cfg, ["train.epochs=3", "train.max_iter=60"]).train.max_iter == 60
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("optimizer.learningrate=1", "optimizer.lr"),
+        ("optimizer.LR=1", "optimizer.lr"),
+        ("optimizer.momentum=0.9", "optimizer.betas"),
+        ("train.maxiter=4", "train.max_iter"),
+    ],
+)
+def test_spelling_does_not_hide_what_is_meant(override, meant):
+    assert f"'{meant}'" in error_of(override)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model",
+        "optimizer",
+        "lr_multiplier",
+        "dataloader.train",
+        "dataloader.test",
+        "dataloader.evaluator",
+        "dataloader.categories",
+        "train.device",
+        "train.seed",
+        "train.amp.dtype",
+    ],
+)
+def test_what_every_run_needs_is_not_null(key):
+    assert f"{key}=null" in error_of(f"{key}=null")
+
+
+def test_a_folder_that_is_null_is_the_default():
+    cfg = get_config(B_100, ["train.output_dir=null"])
+    assert cfg.train.output_dir == get_config(B_100).train.output_dir
+    assert get_config(B_100, ["train.output_dir="]).train.output_dir == cfg.train.output_dir
+
+
+@pytest.mark.parametrize("value", ["abc", "1.5", "True", "[1]"])
+def test_keys_that_are_null_by_default_have_a_kind(value):
+    assert "dataloader.train.dataset.max_images" in error_of(
+        f"dataloader.train.dataset.max_images={value}"
+    )
+
+
+def test_a_class_that_does_not_exist_is_rejected():
+    assert "torch.optim.Admaw" in error_of("optimizer._target_=torch.optim.Admaw")
+
+
+@pytest.mark.parametrize("plus", ["+", "++"])
+def test_a_plus_before_a_key_that_is_there_sets_it(plus):
+    assert get_config(B_100, [f"{plus}train.epochs=3"]).train.epochs == 3
