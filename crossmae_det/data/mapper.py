@@ -89,6 +89,12 @@ class DetectionMapper(DatasetMapper):
         check_image_format(image_format)
         if recompute_boxes and not use_instance_mask:
             raise ValueError("recompute_boxes=True needs use_instance_mask=True")
+        for item in augmentations:
+            if not isinstance(item, T.Augmentation | T.Transform):
+                raise ValueError(
+                    f"mapper.augmentations: {item!r} is no augmentation of detectron2; change one"
+                    " by its keys, such as mapper.augmentations.0.prob=0.5"
+                )
         super().__init__(
             is_train,
             augmentations=list(augmentations),

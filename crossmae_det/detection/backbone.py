@@ -61,7 +61,8 @@ def vit_backbone(size: str = "base", **overrides: Any) -> ViTBackbone:
     Raises:
         ValueError: an unknown size, or an argument out of range.
     """
-    patch_size = overrides.pop("patch_size", None) or 16
+    if (patch_size := overrides.pop("patch_size", None)) is None:
+        patch_size = 16
     return ViTBackbone(**size_arguments(size, patch_size=patch_size, **overrides))
 
 
@@ -148,7 +149,8 @@ class SimpleFeaturePyramid(Backbone):
         padded_size = to_2tuple(square_pad)
         if any(side % strides[-1] for side in padded_size):
             raise ValueError(
-                f"square_pad={square_pad} is not a multiple of the coarsest stride {strides[-1]:g}"
+                f"square_pad={square_pad} is not a multiple of the coarsest stride {strides[-1]:g}:"
+                " change it, or dataloader.image_size, which it follows in the configs"
             )
         self.net = net
         self.in_feature = in_feature

@@ -6,6 +6,7 @@ is taken from the record where they are not.
 """
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -42,9 +43,14 @@ RANGES: Sequence[tuple[str, float, bool]] = (
     ("train.checkpointer.max_to_keep", 1, True),
     ("train.accumulation", 1, True),
     ("train.seed", 0, True),
+    ("train.early_stopping.patience", 1, True),
+    ("train.clip_grad.max_norm", 0, False),
+    ("lr_multiplier.warmup_iters", 0, True),
     ("optimizer.lr", 0, False),
     ("optimizer.weight_decay", 0, False),
 )
+# Of whole numbers; seeds and iterations have room.
+LARGEST = 2**31 - 1
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -72,6 +78,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
     resolved = cfg.copy()
     _check_ranges(resolved)
     OmegaConf.resolve(resolved)
+    _check_classes(resolved)
     if _is_without_test_set(resolved):  # left out only now: other keys refer to it
         if OmegaConf.select(resolved, "train.validation_loss.enabled"):
             raise ValueError(f"train.validation_loss needs a validation set: set {TEST_NAMES}")
@@ -129,15 +136,35 @@ def build_model(cfg: DictConfig) -> nn.Module:
     Raises:
         ValueError: its arguments do not fit together.
     """
+    return build(cfg.model, "model")
+
+
+def build(part: DictConfig, key: str) -> Any:
+    """The object that a part of a config stands for.
+
+    Args:
+        part: a LazyCall, resolved.
+        key: of the part, for messages.
+
+    Raises:
+        ValueError: its arguments do not fit together.
+    """
     try:
-        return instantiate(cfg.model)
+        return instantiate(part)
     except OmegaConfBaseException:
         raise
-    except (TypeError, AttributeError, AssertionError, KeyError) as error:
+    except (
+        TypeError,
+        AttributeError,
+        AssertionError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         # The shipped configs are built by tests, so it is a key that was changed.
         logger.debug("Traceback of the error", exc_info=True)
         raise ValueError(
-            f"the model cannot be built with these model.* keys: {type(error).__name__}: {error}"
+            f"{key} cannot be built with these {key}.* keys: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -171,14 +198,36 @@ def _is_without_test_set(cfg: DictConfig) -> bool:
     )
 
 
+def _check_classes(cfg: DictConfig) -> None:
+    """Reject a model whose number of classes is set and is not that of the data.
+
+    Raises:
+        ValueError: it is not, or the categories are not a mapping.
+    """
+    categories = OmegaConf.select(cfg, CATEGORIES)
+    if categories is None:
+        return
+    if not isinstance(categories, Mapping | DictConfig):
+        raise ValueError(f"{CATEGORIES}={_short(categories)}: must be a mapping, {{ID: NAME, ...}}")
+    for key in ("model.roi_heads.num_classes", "model.num_classes"):
+        number = OmegaConf.select(cfg, key)
+        if number is not None and number != len(categories):
+            raise ValueError(
+                f"{key}={number}, but the data have {_short(categories)} classes: leave the key"
+                " out, the number of classes follows from the data"
+            )
+
+
 def _check_ranges(cfg: DictConfig) -> None:
     for key, least, whole in RANGES:
         value = OmegaConf.select(cfg, key, default=least)
         kind = "a whole number" if whole else "a number"
         for number in value if OmegaConf.is_list(value) else [value]:
             fits = isinstance(number, int | float) and not isinstance(number, bool)
-            if not fits or not number >= least or (whole and number != int(number)):
+            if not fits or not least <= number < math.inf or (whole and number != int(number)):
                 raise ValueError(f"{key}={value}: must be {kind} of at least {least}")
+            if whole and number > LARGEST:
+                raise ValueError(f"{key}={value}: must be at most {LARGEST}")
         if whole and isinstance(value, float):  # 1e3
             OmegaConf.update(cfg, key, int(value))
 

@@ -27,6 +27,7 @@ from crossmae_det.engine.checkpointing import Checkpointer, PeriodicCheckpointer
 from crossmae_det.engine.configuration import (
     FILE,
     TEST_NAMES,
+    build,
     build_model,
     save,
     use_trained_classes,
@@ -135,7 +136,7 @@ def evaluate(
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a config over the parameters of ``model``."""
     cfg.params.model = model
-    optimizer = instantiate(cfg)
+    optimizer = build(cfg, "optimizer")
     for group in optimizer.param_groups:
         for name, value in group.items():
             if isinstance(value, ListConfig):  # a checkpoint holds plain values only
@@ -166,7 +167,11 @@ def train(
         check_config(cfg)
     if options.compile.enabled:
         # In place: the names of the parameters, and so the checkpoints, stay as they are.
-        model.get_submodule(options.compile.module).compile(backend=options.compile.backend)
+        try:
+            part = model.get_submodule(options.compile.module)
+        except AttributeError as error:
+            raise ValueError(f"train.compile.module={options.compile.module}: {error}") from error
+        part.compile(backend=options.compile.backend)
     device = next(model.parameters()).device
     precision = amp_dtype(options, device)
     run_settings["precision"] = precision or "float32"  # what "auto" was on this machine
@@ -219,7 +224,9 @@ def train(
             ema,
             LayerLearningRates(),
             LearningRateSchedule(
-                scheduler=LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), options.max_iter)
+                scheduler=LRMultiplier(
+                    optimizer, build(cfg.lr_multiplier, "lr_multiplier"), options.max_iter
+                )
             ),
             periodic,
             Evaluation(options.eval_period, evaluate_now)

@@ -114,6 +114,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"train.device='{name}' is no device that torch knows") from error
+    if device.type not in ("cpu", "cuda", "meta"):  # meta: shapes only, for model_zoo.get
+        raise ValueError(f"train.device='{name}': models run on cpu and cuda; take auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"train.device='{name}', but torch sees no GPU here; take auto or cpu")
     return device
@@ -131,6 +133,10 @@ def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
     resolved = resolve(cfg)
     options = resolved.train
     device = resolve_device(options.device)
+    if device.type == "meta":
+        raise ValueError(
+            "train.device='meta' has no values to compute with; take auto, cpu or cuda"
+        )
     removed = claim_folder(resolved, args)
     start_log(options.output_dir)
     world_size = comm.get_world_size()

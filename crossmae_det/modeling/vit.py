@@ -83,6 +83,13 @@ class ViT(nn.Module):
         attention_backend: str = "auto",
     ):
         super().__init__()
+        sizes = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, in_chans=in_chans)
+        sizes["patch_size"] = min(to_2tuple(patch_size))
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if window_size < 0:
+            raise ValueError(f"window_size must not be negative (0: no windows), got {window_size}")
         if not 0 <= freeze_blocks <= depth:
             raise ValueError(f"freeze_blocks must lie in [0, {depth}], got {freeze_blocks}")
         if not 0 <= drop_path_rate < 1:

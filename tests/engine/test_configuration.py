@@ -172,6 +172,10 @@ def test_iterations_count_the_images_that_are_used(own_sets, tiny_overrides):
         ("train.checkpointer.period=0", "train.checkpointer.period"),
         ("train.seed=-1", "train.seed"),
         ("optimizer.lr=-1", "optimizer.lr"),
+        ("optimizer.lr=inf", "optimizer.lr"),
+        ("train.seed=9999999999", "train.seed"),
+        ("train.early_stopping.patience=0", "train.early_stopping.patience"),
+        ("lr_multiplier.warmup_iters=-1", "lr_multiplier.warmup_iters"),
         ("dataloader.image_size=0", "dataloader.image_size"),
     ],
 )
@@ -207,3 +211,10 @@ def test_each_config_has_a_folder_of_its_own(tmp_path):
     )
     assert get_config(str(mine)).train.output_dir == folders[1]  # it was named there
     assert get_config(B_100, ["train.output_dir=here"]).train.output_dir == "here"
+
+
+def test_classes_that_are_not_those_of_the_data_are_rejected(tiny_overrides):
+    for number in (5, 9):
+        cfg = get_config(B_100, [*tiny_overrides, f"model.roi_heads.num_classes={number}"])
+        with pytest.raises(ValueError, match=r"model.roi_heads.num_classes=.* 6 \(ellipse"):
+            resolve(cfg)

@@ -89,8 +89,31 @@ def test_options_may_follow_overrides(train):
     assert "--eval-only needs weights" in line
 
 
-def test_a_model_whose_parts_do_not_fit_is_one_line(train):
+def test_parts_of_a_job_that_do_not_fit_are_one_line(train):
     assert "model.*" in train("model.backbone.norm=no_such_norm")
+    for name in ("depth", "num_heads", "embed_dim", "patch_size"):
+        assert name in train(f"model.backbone.net.{name}=0")
+    assert "optimizer.*" in train("optimizer._target_=torch.optim.SGD")
+    assert "train.compile.module" in train("train.compile.enabled=True", "train.compile.module=no")
+    assert "augmentations" in train("dataloader.train.mapper.augmentations=[1]")
+    assert "train.device='meta'" in train("train.device=meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("empty.yaml", ""),
+        ("text.yaml", "hello"),
+        ("syntax.py", "def x(:"),
+        ("imports.py", "import no_such_module"),
+        ("relative.py", "from .no_such_file import x"),
+        ("raises.py", "1 / 0"),
+        ("flat.yaml", "{model: 1, dataloader: 1, optimizer: 1, lr_multiplier: 1, train: 1}"),
+    ],
+)
+def test_a_file_that_is_not_a_config_is_named(tool, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert name in tool("lazyconfig_train_net", "--config-file", tmp_path / name)
 
 
 def test_the_help_shows_the_shipped_configs(repo, monkeypatch, capsys):
