@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from crossmae_det.data import coco_values
-from crossmae_det.data.coco_masks import NO_AREA, clean_mask, covers_anything
+from crossmae_det.data.coco_masks import NO_AREA, clean_mask, covers_anything, is_outside
 from crossmae_det.data.coco_values import Place, Repairs, identifier, number, short, whole
 
 _NUMBERS = {int, float}
 _FAR = 1e15  # where the sum is below it, no number is infinite or NaN
+# Pixels by which boxes leave their images where tools round or count from 1.
+_ROUNDING = 2.0
 
 
 class ContradictionError(ValueError):
@@ -38,14 +40,13 @@ def clean_annotation(
         )
     category_id = annotation.get("category_id")
     if category_id.__class__ is not int:
-        category_id = annotation["category_id"] = whole(
-            _get(annotation, "category_id"), repairs, place
-        )
+        category_id = whole(_get(annotation, "category_id"), repairs, place)
     if category_id not in categories:
         raise ContradictionError(
-            f"points to category {short(category_id)}, which is absent (there are "
+            f"points to category {short(annotation['category_id'])}, which is absent (there are "
             f"{_examples(categories)}); remove it or add the category"
         )
+    annotation["category_id"] = category_id
     box = annotation["bbox"] = _clean_box(_get(annotation, "bbox"), repairs, place)
     annotation["iscrowd"] = _clean_crowd(annotation, repairs, place)
     annotation["area"] = _clean_area(annotation, repairs, place)
@@ -57,7 +58,10 @@ def clean_annotation(
         annotation.pop("segmentation", None)
     if mask is not None and not has_area:
         return NO_AREA
-    return _box_fault(box)
+    fault = _fault_of_place(box, mask, *size)
+    if fault is None and _leaves(box, *size):
+        repairs.add(coco_values.BOX_OUTSIDE, place)
+    return fault
 
 
 def _get(annotation: Mapping[str, Any], key: str) -> Any:
@@ -77,20 +81,21 @@ def _clean_ids(annotation: dict, repairs: Repairs, place: Place) -> None:
             )
 
 
-def area_fault(annotation: Mapping[str, Any]) -> str | None:
+def area_fault(annotation: Mapping[str, Any], height: float, width: float) -> str | None:
     """Say what keeps an annotation of a record from being a training target, or None.
 
     For records that a data set's own function made; those made from here are checked already.
 
     Args:
         annotation: in detectron2's format, with ``bbox`` as x, y, width, height in pixels.
+        height, width: of the image, in pixels.
     """
     if annotation.get("iscrowd", 0):
         return None
     segmentation = annotation.get("segmentation")
     if segmentation and not covers_anything(segmentation):
         return NO_AREA
-    return _box_fault(annotation["bbox"])
+    return _fault_of_place(annotation["bbox"], segmentation, height, width)
 
 
 def _clean_box(box: Any, repairs: Repairs, place: Place) -> list[int | float]:
@@ -106,18 +111,33 @@ def _clean_box(box: Any, repairs: Repairs, place: Place) -> list[int | float]:
         raise ContradictionError(
             f"has a value of the wrong type in the box {short(box)}; give four numbers"
         )
-    if len(values) != 4 or None in values:
+    if len(values) != 4 or any(v is None or abs(v) >= _FAR for v in values):
         raise ContradictionError(
             f"has the box {short(box)}; give four finite numbers: x, y, width, height"
         )
     return values  # type: ignore[return-value]
 
 
-def _box_fault(box: Any) -> str | None:
-    width, height = box[2:]
-    if width > 0 and height > 0:
-        return None
-    return f"its box has no area (width {width:g}, height {height:g})"
+def _fault_of_place(box: Any, mask: Any, height: float, width: float) -> str | None:
+    """Say why nothing of a box or of its mask, if any, is in an image; None where something is."""
+    x, y, box_width, box_height = box
+    if not (box_width > 0 and box_height > 0):
+        return f"its box has no area (width {box_width:g}, height {box_height:g})"
+    if x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
+        return f"its box {short(list(box))} is outside of the image of {width}x{height} pixels"
+    if mask and is_outside(mask, height, width):
+        return f"its mask is outside of the image of {width}x{height} pixels"
+    return None
+
+
+def _leaves(box: Any, height: float, width: float) -> bool:
+    """Whether a box reaches out of its image by more than rounding."""
+    x, y, box_width, box_height = box
+    return (
+        x + box_width > width + _ROUNDING
+        or y + box_height > height + _ROUNDING
+        or min(x, y) < -_ROUNDING
+    )
 
 
 def _clean_crowd(annotation: dict, repairs: Repairs, place: Place) -> int:

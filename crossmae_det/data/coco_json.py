@@ -290,6 +290,7 @@ def _clean_categories(path: str, entries: list[dict], repairs: Repairs) -> dict[
 def _clean_images(path: str, entries: list[dict], repairs: Repairs) -> list[dict[str, Any]]:
     images = []
     seen: set[int | str] = set()
+    files: set[str] = set()
     for entry in entries:
         place = ("image", entry.get("id"))
         image_id = identifier(entry.get("id"), repairs, place)
@@ -307,6 +308,9 @@ def _clean_images(path: str, entries: list[dict], repairs: Repairs) -> list[dict
         if image_id in seen:
             raise ValueError(f"{path}: two images have the id {image_id}; give each its own")
         seen.add(image_id)
+        if file_name in files:
+            repairs.add(coco_values.SHARED_FILE, place)
+        files.add(file_name)
         images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
     if not images:
         raise ValueError(f"{path}: there are no images; list at least one")

@@ -84,6 +84,19 @@ def covers_anything(mask: Any) -> bool:
     return any(map(_has_area, mask))
 
 
+def is_outside(mask: Any, height: float, width: float) -> bool:
+    """Whether all polygons of a mask are outside of the image; run lengths never are."""
+    if isinstance(mask, Mapping):
+        return False
+    for polygon in mask:
+        if 0 < polygon[0] < width and 0 < polygon[1] < height:  # most: one vertex says it
+            return False
+        xs, ys = polygon[::2], polygon[1::2]
+        if min(xs) < width and min(ys) < height and max(xs) > 0 and max(ys) > 0:
+            return False
+    return True
+
+
 def run_lengths(counts: str) -> np.ndarray | None:
     """The runs of a compressed mask: (R,) int64, at least 0; None where they cannot be read.
 

@@ -1,6 +1,7 @@
 """Records in detectron2's format, made of the clean form of a COCO json."""
 
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -112,12 +113,13 @@ def adapt_records(
         if "annotations" not in record or not (faulty or remap or crowd == "keep"):
             adapted.append(record)
             continue
+        size = record.get("height", math.inf), record.get("width", math.inf)
         annotations = []
         for annotation in record["annotations"]:
             changed = dict(annotation)
             if crowd == "keep":
                 changed["iscrowd"] = 0
-            if faulty and area_fault(changed) is not None:
+            if faulty and area_fault(changed, *size) is not None:
                 summary.faulty += 1
                 continue
             if remap is not None:

@@ -17,6 +17,8 @@ POLYGON = "polygons of fewer than three vertices or without area, dropped"
 MASK_SIZE = "run-length masks without size, taken from the image"
 CATEGORY = "categories that are listed twice, read once"
 CATEGORY_NAME = "category names that are numbers, read as text"
+BOX_OUTSIDE = "boxes that leave their images, clipped in training (are they x, y, width, height?)"
+SHARED_FILE = "images that have the file of an earlier image, but objects of their own"
 EMPTY_POLYGON = "masks of empty polygons, taken as no mask"
 
 Place = tuple[str, Any]  # "annotation" and its id, or the like
