@@ -2,8 +2,9 @@
 
 import logging
 import os
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import unquote
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def locate(
     Exporters write the paths of their own storage: ``..\\upload\\1\\abc.jpg``,
     ``/data/local-files/?d=images/abc.jpg``. Where a path does not exist below ``image_root``, the
     one file there that has its base name is taken; of several, the one that shares most of the
-    path.
+    path. Where none has it, other case and other forms of the same Unicode text count as equal.
 
     Args:
         names: paths as they are written, relative to ``image_root`` or absolute.
@@ -52,9 +53,15 @@ def locate(
         if index not in absent
     }
     by_base = _files_by_base_name(image_root)
+    by_folded: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    for base, files in by_base.items():
+        by_folded[_folded(base)] += files
     reasons = []  # of those that stay absent
     for index in lost:
-        found = _best_matches(_parts(names[index]), by_base)
+        readings = _parts(names[index])
+        found = _best_matches(readings, by_base)
+        if not found:
+            found = _best_matches([tuple(map(_folded, r)) for r in readings], by_folded, _folded)
         if len(found) != 1:
             reasons.append((names[index], f"{len(found)} files there have its base name"))
             continue
@@ -120,6 +127,11 @@ def _files_by_base_name(image_root: str) -> dict[str, list[tuple[str, ...]]]:
     return found
 
 
+def _folded(name: str) -> str:
+    """A name without what file systems and archives change: case, composed accents, spaces."""
+    return unicodedata.normalize("NFC", name).casefold().strip()
+
+
 def _walk(folder: str, parts: tuple[str, ...], seen: set[str]) -> Iterator[tuple[str, ...]]:
     real = os.path.realpath(folder)
     if real in seen:  # a link back
@@ -134,16 +146,21 @@ def _walk(folder: str, parts: tuple[str, ...], seen: set[str]) -> Iterator[tuple
 
 
 def _best_matches(
-    readings: list[tuple[str, ...]], by_base: dict[str, list[tuple[str, ...]]]
+    readings: list[tuple[str, ...]],
+    by_base: dict[str, list[tuple[str, ...]]],
+    key: Callable[[str], str] = str,
 ) -> list[tuple[str, ...]]:
-    """The files that share the most last parts of their paths with a name, in any reading."""
+    """The files that share the most last parts of their paths with a name, in any reading.
+
+    ``key`` makes of a part what it is compared by; ``readings`` and ``by_base`` have that form.
+    """
     best: dict[tuple[str, ...], None] = {}
     length = 0
     for reading in readings:
         for parts in by_base.get(reading[-1], ()) if reading else ():
             common = 0
             for ours, other in zip(reversed(parts), reversed(reading), strict=False):
-                if ours != other:
+                if key(ours) != other:
                     break
                 common += 1
             if common > length:
