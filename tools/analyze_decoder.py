@@ -9,6 +9,7 @@ from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.pretraining import MAE
 from crossmae_det.pretraining.analysis import decoder_attention, feature_usage
+from crossmae_det.pretraining.autoencoder import MaskedAutoencoder
 from crossmae_det.pretraining.data import load_images
 from crossmae_det.visualization.analysis import draw_decoder_attention, draw_feature_usage
 from crossmae_det.visualization.files import write_json
@@ -35,6 +36,8 @@ def main() -> None:
     args = parser.parse_args()
     cfg = get_config(args.config_file, args.opts, trained=True)
     model = load_pretrained(cfg)
+    if not isinstance(model, MaskedAutoencoder):
+        raise ValueError(f"{args.config_file} is not a pretraining config: it has no decoder")
     dataset = args.input or cfg.dataloader.train.dataset.name
     images = load_images(image_set(dataset), cfg.dataloader.image_size, args.num_images)
     if isinstance(model, MAE):

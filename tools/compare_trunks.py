@@ -6,6 +6,7 @@ run of another config, or from a checkpoint that has changed since, is trained a
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,15 @@ def main() -> None:
     trunks = [trunk.partition("=")[::2] for trunk in args.trunks]
     if args.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    names = [name for name, _ in trunks]
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name) or names.count(name) > 1:
+            raise ValueError(
+                f"--trunks: '{name}' must be a name of its own for each, without slashes and"
+                " spaces: it is part of the folder of its runs"
+            )
+    if "evaluator" not in get_config(args.config_file, args.opts).dataloader:
+        raise ValueError(f"{args.config_file} is not a config of a detector: it is not evaluated")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name, _ in trunks}
     for seed in range(args.seeds):
         for name, checkpoint in trunks:

@@ -3,12 +3,12 @@
 
 import argparse
 
-from detectron2.config import instantiate
 from detectron2.utils.env import seed_all_rng
 
 from crossmae_det.checkpoint import load
 from crossmae_det.classification import knn_accuracy, labelled_features
 from crossmae_det.engine import resolve_device, run_tool
+from crossmae_det.engine.configuration import build_model, check_ranges
 from crossmae_det.engine.logs import start_log
 from crossmae_det.model_zoo import get_config
 
@@ -38,8 +38,11 @@ def main() -> None:
     args = parser.parse_args()
     start_log()
     cfg = get_config(args.config_file, args.opts, trained=True)
+    check_ranges(cfg, training=False)
     seed_all_rng(cfg.train.seed)
-    model = instantiate(cfg.model).to(resolve_device(cfg.train.device)).eval()
+    model = build_model(cfg).to(resolve_device(cfg.train.device)).eval()
+    if not hasattr(model, "encoder"):
+        raise ValueError(f"{args.config_file} is not a pretraining config: it has no model.encoder")
     checkpoint = cfg.train.init_checkpoint
     if checkpoint:
         print(load(model.encoder, checkpoint))

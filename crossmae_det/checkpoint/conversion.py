@@ -59,6 +59,8 @@ def convert(
     output = Path(output)
     if to not in TARGETS:
         raise ValueError(f"there is no layout '{to}' to convert to; take {', '.join(TARGETS)}")
+    if output.exists() and Path(source).exists() and output.samefile(source):
+        raise ValueError(f"{output} is the file to convert: name another one for the result")
     layout = "native" if to == "safetensors" else to
     write = _writer(output, layout)
     if to == "safetensors" and output.suffix != ".safetensors":

@@ -49,6 +49,7 @@ RANGES: Sequence[tuple[str, float, bool]] = (
     ("optimizer.lr", 0, False),
     ("optimizer.weight_decay", 0, False),
 )
+WITHOUT_TRAINING = frozenset({"dataloader.image_size", "train.seed"})
 # Of whole numbers; seeds and iterations have room.
 LARGEST = 2**31 - 1
 
@@ -76,7 +77,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
     """
     check_keys(cfg)
     resolved = cfg.copy()
-    _check_ranges(resolved)
+    check_ranges(resolved)
     OmegaConf.resolve(resolved)
     _check_classes(resolved)
     if _is_without_test_set(resolved):  # left out only now: other keys refer to it
@@ -218,8 +219,20 @@ def _check_classes(cfg: DictConfig) -> None:
             )
 
 
-def _check_ranges(cfg: DictConfig) -> None:
+def check_ranges(cfg: DictConfig, *, training: bool = True) -> None:
+    """Reject values of :data:`RANGES` that are out of range; whole floats become integers.
+
+    Args:
+        cfg: not resolved.
+        training: False checks only what a tool reads that looks at a trained model: the others may
+            follow from data that are not there.
+
+    Raises:
+        ValueError: one is.
+    """
     for key, least, whole in RANGES:
+        if not training and key not in WITHOUT_TRAINING:
+            continue
         value = OmegaConf.select(cfg, key, default=least)
         kind = "a whole number" if whole else "a number"
         for number in value if OmegaConf.is_list(value) else [value]:

@@ -10,7 +10,7 @@ from detectron2.config import instantiate
 from detectron2.data import Metadata
 from detectron2.data.transforms import AugInput
 from detectron2.structures import Instances
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from crossmae_det.engine.precision import inference_autocast
@@ -45,6 +45,10 @@ class Predictor:
     """
 
     def __init__(self, cfg: DictConfig, weights: str = "model"):
+        if OmegaConf.select(cfg, "dataloader.test.mapper") is None:
+            raise ValueError(
+                "the config is not one of a detector: it has no dataloader.test.mapper"
+            )
         self.model = load_pretrained(cfg, weights)
         self.device = resolve_device(cfg.train.device)
         self.amp_dtype = amp_dtype(cfg.train, self.device)

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from crossmae_det.checkpoint import load, read_checkpoint
-from crossmae_det.engine.configuration import build_model, use_trained_classes
+from crossmae_det.engine.configuration import build_model, check_ranges, use_trained_classes
 from crossmae_det.engine.setup import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def load_pretrained(cfg: DictConfig, weights: str = "model") -> nn.Module:
     """
     if not cfg.train.init_checkpoint:
         raise ValueError("this needs weights: add train.init_checkpoint=PATH")
+    check_ranges(cfg, training=False)
     device = resolve_device(cfg.train.device)
     checkpoint = cfg.train.init_checkpoint
     content = read_checkpoint(checkpoint)

@@ -204,7 +204,13 @@ def linear_lr(base_lr: float, batch_size: int, base_batch_size: int) -> float:
 def pretraining_lr(
     base_lr: float, batch_size: int, prediction_ratio: float, mask_ratio: float
 ) -> float:
-    """The rule of CrossMAE: linear in the batch, of 256, and in the masked patches predicted."""
+    """The rule of CrossMAE: linear in the batch, of 256, and in the masked patches predicted.
+
+    Raises:
+        ValueError: no patch is masked.
+    """
+    if not mask_ratio > 0:
+        raise ValueError(f"model.mask_ratio={mask_ratio}: must be above 0")
     return linear_lr(base_lr, batch_size, 256) * prediction_ratio / mask_ratio
 
 

@@ -203,9 +203,7 @@ def find_images(dataset: str) -> ImageFiles | ShardedImages:
         elif os.path.isfile(path):
             images = _listed_images(path)
         else:
-            raise FileNotFoundError(
-                f"{dataset}: no such folder or list of images; check dataloader.train.dataset.name"
-            )
+            raise FileNotFoundError(f"{dataset}: no such folder or list of images; check the path")
     if not len(images):
         raise ValueError(f"{dataset}: there is no image ({', '.join(IMAGE_SUFFIXES)})")
     return images
@@ -240,9 +238,7 @@ def _listed_images(path: str) -> ImageFiles:
 
 def _coco_images(json_file: str, folder: str) -> ImageFiles:
     if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"{folder}: no such image folder; check dataloader.train.dataset.name"
-        )
+        raise FileNotFoundError(f"{folder}: no such image folder; check the path")
     try:
         with open(json_file, "rb") as file:  # as bytes: json finds out the encoding by itself
             names = [os.fspath(image["file_name"]) for image in json.load(file)["images"]]
@@ -268,9 +264,7 @@ def _expand(pattern: str) -> list[str]:
     for path in expand_urls(pattern):
         found = sorted(glob(path)) if not os.path.isfile(path) else [path]
         if not found:
-            raise FileNotFoundError(
-                f"{path}: no such tar shard; check dataloader.train.dataset.name"
-            )
+            raise FileNotFoundError(f"{path}: no such tar shard; check the path")
         shards += found
     return shards
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from tool_calls import call_tool, load_tool
@@ -253,3 +254,30 @@ def test_inference_names_what_it_cannot_read(tool, tmp_path, tiny_overrides):
     image.write_bytes(b"no image")
     line = tool("demo", *arguments, "--input", image, "--opts", *tiny_overrides)
     assert "this needs weights" in line
+
+
+def test_tools_name_a_config_of_another_task(tool, tmp_path, tiny_overrides):
+    pretraining = "demo/pretrain.py"
+    out = tmp_path / "out"
+    opts = ["--opts", *tiny_overrides]
+    for folder in ("a", "b"):
+        (tmp_path / "sets" / folder).mkdir(parents=True)
+    sets = ["--train", tmp_path / "sets", "--test", tmp_path / "sets"]
+    assert CONFIG in tool("knn", "--config-file", CONFIG, *sets, *opts)
+    demo = ["--config-file", pretraining, "--input", tmp_path, "--output", out]
+    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((8, 8, 3), np.uint8))
+    assert "detector" in tool("demo", *demo)
+    compare = ["--config-file", pretraining, "--output", out, "--trunks"]
+    assert pretraining in tool("compare_trunks", *compare, "a=")
+    compare[1] = CONFIG
+    for trunks in (["a=", "a="], ["="], ["a/b="]):
+        assert "--trunks" in tool("compare_trunks", *compare, *trunks)
+
+
+def test_a_checkpoint_is_not_converted_onto_itself(tool, tmp_path):
+    path = tmp_path / "vit.pth"
+    vit = ViT(embed_dim=16, depth=1, num_heads=1, img_size=32)
+    save_checkpoint({"model": vit.state_dict()}, path)
+    before = path.read_bytes()
+    assert "vit.pth" in tool("convert_checkpoint", path, path, "--to", "timm")
+    assert path.read_bytes() == before
