@@ -1,4 +1,4 @@
-"""Overrides of lazy configs: what people type, and what they are told."""
+"""Overrides of lazy configs: what people type, and the answers."""
 
 import pytest
 from omegaconf import OmegaConf
