@@ -147,6 +147,8 @@ def iter_inputs(
     outside = None if output is None else Path(output).resolve()
     found: dict[Path, ImageSource | VideoSource] = {}
     for entry in paths:
+        if not str(entry):
+            raise ValueError("an input is empty: name an image, video, folder or pattern")
         path = Path(entry).expanduser()
         if path.is_file():
             folder, names = path.parent, [path.name]

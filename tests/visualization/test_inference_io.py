@@ -95,6 +95,8 @@ def test_inputs_that_match_nothing(folder, tmp_path):
         assert str(error.value) == f"{entry}: {message}"
     with pytest.raises(ValueError, match="no input"):
         iter_inputs([])
+    with pytest.raises(ValueError, match="empty"):
+        iter_inputs([""])
 
 
 def test_images_and_videos_are_decoded_when_they_are_looked_at(tmp_path):
