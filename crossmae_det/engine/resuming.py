@@ -197,10 +197,10 @@ def match_optimizer_state(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order = [index for group in state_dict["param_groups"] for index in group["params"]]
     if old_names is None:
-        theirs = _by_order(state_dict, order, ours, parameters)
+        saved_names = _by_order(state_dict, order, ours, parameters)
     else:
-        theirs = [name for group in old_names for name in group]
-    known = dict(zip(theirs, order, strict=True))
+        saved_names = [name for group in old_names for name in group]
+    known = dict(zip(saved_names, order, strict=True))
     state = {
         place: state_dict["state"][known[name]]
         for place, name in enumerate(ours)

@@ -28,9 +28,7 @@ def _list(names: Names | None) -> list[str]:
 
 
 def _recorded(name: str, root: DictConfig) -> dict[str, Any] | None:
-    """What the run that saved this config knew of a dataset that is not there now."""
-    if _is_present(name):
-        return None
+    """What the run that saved this config knew of a dataset."""
     return (OmegaConf.select(root, "dataloader.recorded") or {}).get(name)
 
 
@@ -44,7 +42,7 @@ def _is_present(name: str) -> bool:
 
 
 def _info(name: str, root: DictConfig, **options: Any) -> DatasetInfo:
-    recorded = _recorded(name, root)
+    recorded = None if _is_present(name) else _recorded(name, root)
     if recorded is None:
         return describe(name, **options)
     used = recorded["num_annotated" if options.get("filter_empty") else "num_images"]
@@ -139,11 +137,10 @@ def image_iterations(epochs: float, name: str, batch_size: int, *, _root_: DictC
 
 def _count_images(name: str, root: DictConfig) -> int:
     images = image_set(name)
-    recorded = (OmegaConf.select(root, "dataloader.recorded") or {}).get(name)
     try:
         return len(find_images(images))
     except FileNotFoundError:
-        if recorded is not None:
+        if (recorded := _recorded(name, root)) is not None:
             return recorded["num_images"]
         if name in IMAGE_FOLDERS and not os.path.isdir(images):
             return IMAGE_FOLDERS[name][1]
