@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from detectron2.utils.logger import _cached_log_stream, setup_logger
 
-from crossmae_det.data import shapes
+from crossmae_det.detection import shapes
 
 # Their assertions tell what was compared, as those of tests do.
 pytest.register_assert_rewrite("detections", "shorthand")

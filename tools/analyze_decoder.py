@@ -4,15 +4,15 @@
 import argparse
 
 from crossmae_det.engine import run_tool
-from crossmae_det.engine.pretrained import load_pretrained
+from crossmae_det.engine.train import load_pretrained
 from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.pretraining import MAE
 from crossmae_det.pretraining.analysis import decoder_attention, feature_usage
-from crossmae_det.pretraining.autoencoder import MaskedAutoencoder
-from crossmae_det.pretraining.data import load_images
-from crossmae_det.visualization.analysis import draw_decoder_attention, draw_feature_usage
-from crossmae_det.visualization.files import write_json
+from crossmae_det.pretraining.crops import load_images
+from crossmae_det.pretraining.masked_image_model import MaskedAutoencoder
+from crossmae_det.pretraining.visualizer import draw_decoder_attention, draw_feature_usage
+from crossmae_det.utils.files import write_json
 
 
 def main() -> None:

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 
 from crossmae_det import benchmark
+from crossmae_det.benchmark import cases
+from crossmae_det.benchmark.loading import detection_loading
+from crossmae_det.benchmark.report import plot_growth, plot_latency, plot_precision
+from crossmae_det.benchmark.zoo_page import training_candidate, variations
 from crossmae_det.engine import resolve_device, run_tool
-from crossmae_det.model_zoo import backbones
-from crossmae_det.model_zoo.costs import training_candidate, variations
-from crossmae_det.model_zoo.loaders import detection_loading
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.modeling import SIZES
 from crossmae_det.pretraining import find_images
-from crossmae_det.pretraining.data import RandomCrops
-from crossmae_det.visualization.costs import plot_growth, plot_latency, plot_precision
+from crossmae_det.pretraining.crops import RandomCrops
 
 CONFIGS = [
     f"pretraining/{name.format(size)}.py"
@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         "--backbones",
         nargs="+",
         metavar="NAME",
-        help=f"{', '.join(backbones.BACKBONES)}, timm/NAME, a checkpoint, or CONFIG[=CHECKPOINT];"
+        help=f"{', '.join(cases.BACKBONES)}, timm/NAME, a checkpoint, or CONFIG[=CHECKPOINT];"
         " ours also with @ and an attention backend or act-checkpoint behind it;"
         " the others are compared with the first",
     )
@@ -124,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(
             "prediction ratios and decoder depths are those of --pretraining: name it, too"
         )
-    configs = any(map(backbones.is_config, args.backbones or []))
+    configs = any(map(cases.is_config, args.backbones or []))
     if args.opts and args.pretraining is None and not configs:
         parser.error("--opts overrides configs, and none is named")
     if (args.growth or args.step) and len(args.batch_sizes) > 1:
@@ -144,12 +144,12 @@ Measurement = Callable[[], Iterable[benchmark.Section]]
 
 def compared(args: argparse.Namespace, device: str) -> Measurement:
     for name in args.backbones:
-        backbones.check_name(name, args.opts)
+        cases.check_name(name, args.opts)
     groups = [
         [
             benchmark.Work(
                 name=name,
-                build=partial(backbones.build, name, args.part, size, args.opts),
+                build=partial(cases.build, name, args.part, size, args.opts),
                 part=args.part,
                 image_size=size,
                 batch_size=batch,
@@ -181,7 +181,7 @@ def compared(args: argparse.Namespace, device: str) -> Measurement:
 def growth(args: argparse.Namespace, device: str) -> Measurement:
     # Their tables are made for one size, and resampled at the others.
     builds = {
-        kind: partial(backbones.build_block, args.growth, kind, DETECTION_SIZE)
+        kind: partial(cases.build_block, args.growth, kind, DETECTION_SIZE)
         for kind in ("windowed", "global")
     }
     work = benchmark.Work(
@@ -246,7 +246,7 @@ def draw(sections: Iterable[benchmark.Section], folder: Path) -> None:
         plot_growth(values["growth"], folder / "growth")
     cases = values.get("backbones", [])
     plot_latency(cases, folder / "latency")
-    known = backbones.published_precision()
+    known = cases.published_precision()
     points = {}
     for case in cases:
         # The APs are those of detectors at this size.

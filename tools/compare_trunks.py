@@ -11,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from crossmae_det.benchmark.studies import comparison_table, read_metrics, summarise
 from crossmae_det.engine import run_tool
-from crossmae_det.engine.configuration import is_run_of
-from crossmae_det.evaluation.comparison import comparison_table, read_metrics, summarise
+from crossmae_det.engine.config import is_run_of
 from crossmae_det.model_zoo import get_config
-from crossmae_det.visualization.files import write_json
+from crossmae_det.utils.files import write_json
 
 TRAIN = Path(__file__).with_name("lazyconfig_train_net.py")
 

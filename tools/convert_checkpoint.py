@@ -10,7 +10,7 @@ import argparse
 from crossmae_det.checkpoint import convert, format_facts, inspect
 from crossmae_det.checkpoint.conversion import TARGETS
 from crossmae_det.engine import add_loading_arguments, run_tool
-from crossmae_det.visualization.files import write_json
+from crossmae_det.utils.files import write_json
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ Files that cannot be decoded are skipped and named; the exit code is then 1.
 import argparse
 import sys
 
+from crossmae_det.detection.predictor import predict_files
 from crossmae_det.engine import run_tool
-from crossmae_det.engine.inference import predict_files
-from crossmae_det.engine.logs import start_log
+from crossmae_det.engine.launch import start_log
 from crossmae_det.model_zoo import get_config
 
 

@@ -8,8 +8,8 @@ from detectron2.utils.env import seed_all_rng
 from crossmae_det.checkpoint import load
 from crossmae_det.classification import knn_accuracy, labelled_features
 from crossmae_det.engine import resolve_device, run_tool
-from crossmae_det.engine.configuration import build_model, check_ranges
-from crossmae_det.engine.logs import start_log
+from crossmae_det.engine.config import build_model, check_ranges
+from crossmae_det.engine.launch import start_log
 from crossmae_det.model_zoo import get_config
 
 

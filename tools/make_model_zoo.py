@@ -5,9 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from crossmae_det.benchmark.zoo_page import PAGE, is_up_to_date, updated, write_page
 from crossmae_det.engine import run_tool
-from crossmae_det.model_zoo.costs import updated
-from crossmae_det.model_zoo.page import PAGE, is_up_to_date, write_page
 from crossmae_det.model_zoo.records import FOLDER, read_records, write_records
 
 

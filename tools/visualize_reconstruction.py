@@ -8,12 +8,12 @@ import torch
 from tabulate import tabulate
 
 from crossmae_det.engine import run_tool
-from crossmae_det.engine.pretrained import load_pretrained
+from crossmae_det.engine.train import load_pretrained
 from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.resolvers import image_set
-from crossmae_det.pretraining.autoencoder import MaskedAutoencoder
-from crossmae_det.pretraining.data import named_images
-from crossmae_det.visualization.grids import picture_grid
+from crossmae_det.pretraining.crops import named_images
+from crossmae_det.pretraining.masked_image_model import MaskedAutoencoder
+from crossmae_det.utils.plots import picture_grid
 
 
 def main() -> None:

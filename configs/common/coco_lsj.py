@@ -9,8 +9,13 @@ from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader
 from omegaconf import OmegaConf
 
-from crossmae_det.data import DetectionMapper, ResizeToFit, TrainLoader, get_dataset_dicts
-from crossmae_det.evaluation import COCOEvaluator
+from crossmae_det.detection import (
+    COCOEvaluator,
+    DetectionMapper,
+    ResizeToFit,
+    TrainLoader,
+    get_dataset_dicts,
+)
 from crossmae_det.model_zoo import resolvers
 
 dataloader = OmegaConf.create(flags={"allow_objects": True})

@@ -4,7 +4,7 @@ import torch
 from detectron2.config import LazyCall as L
 
 from crossmae_det.detection import layer_decay_param_groups
-from crossmae_det.engine.schedules import step_schedule
+from crossmae_det.engine.hooks import step_schedule
 
 optimizer = L(torch.optim.AdamW)(
     # The model is set when it is built; the depth is read from it.

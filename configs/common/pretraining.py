@@ -11,7 +11,6 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
-from crossmae_det.engine.hooks import ReconstructionPictures
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.pretraining import (
     build_pretraining_loader,
@@ -19,6 +18,7 @@ from crossmae_det.pretraining import (
     load_images,
     weight_decay_param_groups,
 )
+from crossmae_det.pretraining.visualizer import ReconstructionVisualizer
 
 from .train import train
 
@@ -81,7 +81,7 @@ train.update(
 train.validation_loss.enabled = "${crossmae.is_set:${dataloader.validation.dataset.name}}"
 train.best_checkpoint.metrics = ["val/total_loss"]
 train.compile.module = ""  # the whole model
-train.pictures = L(ReconstructionPictures)(
+train.visualizer = L(ReconstructionVisualizer)(
     output_dir="${train.output_dir}",
     images=L(load_images)(
         dataset="${dataloader.train.dataset}", image_size="${dataloader.image_size}", count=8

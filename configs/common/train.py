@@ -41,5 +41,5 @@ train = dict(
         mode="${train.best_checkpoint.mode}",
     ),
     log_period=20,
-    pictures=None,  # a hook that draws what the model does
+    visualizer=None,  # draws what the model does: see engine.hooks.Visualizer
 )

@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from crossmae_det.engine.schedules import cosine_schedule
+from crossmae_det.engine.hooks import cosine_schedule
 
 from ..coco.mask_rcnn_crossmae_vit_b_100ep import dataloader, model, optimizer, train
 
@@ -46,7 +46,7 @@ lr_multiplier = L(cosine_schedule)(max_iter="${train.max_iter}", warmup_iters=45
 
 train.output_dir = "./output/demo"
 # After so few iterations a detector is seldom sure, also where it is right.
-train.pictures.score_threshold = 0.25
+train.visualizer.score_threshold = 0.25
 train.epochs = 0.9  # 450 iterations
 train.clip_grad.enabled = True
 train.eval_period = "${crossmae.fraction:${train.max_iter},2,1}"

@@ -5,7 +5,7 @@
 
 from detectron2.config import LazyCall as L
 
-from crossmae_det.data import ResizeToFit
+from crossmae_det.detection import ResizeToFit
 
 from .mask_rcnn import dataloader, lr_multiplier, model, optimizer, train
 
@@ -18,7 +18,7 @@ model.backbone.net.pretrain_img_size = "${dataloader.image_size}"
 model.backbone.scale_factors = (4.0, 2.0, 1.0)
 model.roi_heads.batch_size_per_image = 64
 
-train.pictures.score_threshold = 0.5
+train.visualizer.score_threshold = 0.5
 train.output_dir = "./output/overfit_coco"
 optimizer.lr = "${crossmae.linear_lr:1e-3,${dataloader.train.total_batch_size},4}"
 train.epochs = 400  # 800 iterations for eight images

@@ -7,7 +7,7 @@ docs/benchmarks.md, "Small datasets", says which settings were measured, and on 
 
 from detectron2.config import LazyCall as L
 
-from crossmae_det.engine.schedules import cosine_schedule
+from crossmae_det.engine.hooks import cosine_schedule
 
 from ..coco.mask_rcnn_crossmae_vit_b_100ep import dataloader, model, optimizer, train
 

@@ -1,35 +1,38 @@
-"""What models and loaders cost: parameters, FLOPs, seconds a step, images a second."""
+"""What models and loaders cost: parameters, FLOPs, time, memory."""
 
-from crossmae_det.benchmark.candidate import Candidate
 from crossmae_det.benchmark.comparison import (
+    OneBlock,
     case_values,
     compare,
     comparison_section,
     earlier_section,
     find_earlier,
     flops_section,
+    grow,
+    growth_section,
 )
-from crossmae_det.benchmark.detection_flops import DetectionCost, detection_cost, trunk_of
-from crossmae_det.benchmark.flops import (
+from crossmae_det.benchmark.costs import (
+    Candidate,
+    DetectionCost,
     PretrainingCost,
     baseline_of,
+    detection_cost,
     pretraining_cost,
     pretraining_section,
     step_flops,
+    trunk_of,
 )
-from crossmae_det.benchmark.growth import OneBlock, grow, growth_section
 from crossmae_det.benchmark.loading import UsualCrops, loading_section, time_loading
+from crossmae_det.benchmark.measuring import PARTS, PRECISIONS, Work, check_repeats, check_sizes
 from crossmae_det.benchmark.report import Report, Section, environment, read_json
 from crossmae_det.benchmark.steps import step_section, time_steps
-from crossmae_det.benchmark.timing import check_repeats
-from crossmae_det.benchmark.work import PARTS, PRECISIONS, Work, check_sizes
 
 __all__ = [
-    "PARTS",
-    "PRECISIONS",
     "Candidate",
     "DetectionCost",
     "OneBlock",
+    "PARTS",
+    "PRECISIONS",
     "PretrainingCost",
     "Report",
     "Section",

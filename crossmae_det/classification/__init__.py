@@ -1,4 +1,4 @@
-"""Image classification on the trunk."""
+"""Image classification with the ViT."""
 
 from crossmae_det.classification.knn import knn_accuracy, labelled_features
 

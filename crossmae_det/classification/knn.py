@@ -17,9 +17,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from tqdm import tqdm
 
-from crossmae_det.utils.errors import UndecodableImageError
 from crossmae_det.utils.image_files import file_sizes, is_image_file, suffix_counts
-from crossmae_det.utils.image_reading import read_image
+from crossmae_det.utils.image_reading import UndecodableImageError, read_image
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from crossmae_det.detection.config import IMAGE_SIZE
+from crossmae_det.detection.yaml_config import IMAGE_SIZE
 from crossmae_det.modeling import ViT, size_arguments
 
 

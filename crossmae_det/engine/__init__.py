@@ -1,14 +1,14 @@
-"""The one engine: lazy configs of every task, on one process or many."""
+"""The engine: runs the lazy config of any task, in one process or many."""
 
-from crossmae_det.engine.job import evaluate, run, train
-from crossmae_det.engine.launching import run_distributed
-from crossmae_det.engine.memory import keep_freed_memory
-from crossmae_det.engine.setup import (
+from crossmae_det.engine.launch import (
     add_loading_arguments,
     argument_parser,
+    keep_freed_memory,
     resolve_device,
+    run_distributed,
     run_tool,
 )
+from crossmae_det.engine.train import evaluate, run, train
 
 __all__ = [
     "add_loading_arguments",

@@ -1,37 +1,135 @@
-"""What every job needs beside detectron2's hooks: one hook, one job."""
+"""Learning-rate schedules as multipliers of the base rate, in iterations.
 
-import itertools
+The metrics of a run as JSON lines that any reader takes.
+
+What every job needs beside detectron2's hooks: one hook, one job.
+"""
+
+import json
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import IO, Any, Protocol
 
 import torch
-from detectron2.data import Metadata, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, LRScheduler
 from detectron2.evaluation import inference_context
+from detectron2.solver import WarmupParamScheduler
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, JSONWriter
+from fvcore.common.param_scheduler import (
+    CosineParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+)
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
-from torchvision.utils import make_grid
 
-from crossmae_det.checkpoint import read_checkpoint
-from crossmae_det.data import get_dataset_dicts
-from crossmae_det.engine.checkpointing import Checkpointer
-from crossmae_det.engine.early_stopping import sign_of
-from crossmae_det.engine.precision import inference_autocast
-from crossmae_det.utils.image_reading import read_image
-from crossmae_det.visualization.curves import plot_metrics
-from crossmae_det.visualization.grids import picture_grid
-from crossmae_det.visualization.predictions import comparison_sheet
+from crossmae_det.engine.trainer import inference_autocast
+from crossmae_det.utils.plots import plot_metrics
+
+# A run too short for its warm-up still spends most of its iterations at the full rate.
+LONGEST_WARMUP = 0.1
+
+
+def _with_warmup(scheduler: ParamScheduler, max_iter: int, warmup_iters: int) -> ParamScheduler:
+    if max_iter < 1:
+        raise ValueError(f"a schedule needs at least one iteration, got {max_iter}")
+    length = min(warmup_iters / max_iter, LONGEST_WARMUP)
+    if not length:
+        return scheduler
+    return WarmupParamScheduler(scheduler, warmup_factor=0.001, warmup_length=length)
+
+
+def step_schedule(
+    max_iter: int, milestones: Sequence[float], gamma: float = 0.1, warmup_iters: int = 250
+) -> ParamScheduler:
+    """Constant, times ``gamma`` at each milestone, after a linear warm-up.
+
+    Args:
+        max_iter: iterations of the run.
+        milestones: fractions of the run in (0, 1), ascending.
+        gamma: factor at each milestone.
+        warmup_iters: iterations of warm-up; a tenth of the run at most.
+    """
+    # fvcore refuses a run of fewer steps than milestones: a short one is seen in a finer grid.
+    steps = max(max_iter, 1000)
+    return _with_warmup(
+        MultiStepParamScheduler(
+            values=[gamma**step for step in range(len(milestones) + 1)],
+            milestones=[round(fraction * steps) for fraction in milestones],
+            num_updates=steps,
+        ),
+        max_iter,
+        warmup_iters,
+    )
+
+
+def cosine_schedule(max_iter: int, warmup_iters: int) -> ParamScheduler:
+    """Half a cosine from 1 to 0 after a linear warm-up.
+
+    Args:
+        max_iter: iterations of the run.
+        warmup_iters: iterations of warm-up; a tenth of the run at most.
+    """
+    return _with_warmup(CosineParamScheduler(1.0, 0.0), max_iter, warmup_iters)
+
+
+class MetricsWriter(JSONWriter):
+    """detectron2's ``JSONWriter`` with null where a number is not finite, as JSON knows no NaN.
+
+    The file is made when there is something to write, so that a run that fails before its first
+    iteration leaves none.
+
+    Args:
+        json_file: is appended to.
+        window_size: of the median that smooths scalars, in iterations.
+    """
+
+    def __init__(self, json_file: str, window_size: int = 20):
+        # Not the one of JSONWriter, which opens the file.
+        self._file_handle = _FiniteLines(json_file)
+        self._window_size = window_size
+        self._last_write = -1
+
+
+class _FiniteLines:
+    """What JSONWriter needs of a file; each line is mended on its way."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._file: IO[str] | None = None
+
+    @property
+    def file(self) -> IO[str]:
+        if self._file is None:
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        return self._file
+
+    def write(self, line: str) -> None:
+        # Called for NaN and infinities only.
+        content = json.loads(line, parse_constant=lambda name: None)
+        self.file.write(json.dumps(content, sort_keys=True) + "\n")
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def fileno(self) -> int:
+        raise AttributeError("flush() has brought everything to the disk")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
 
 logger = logging.getLogger(__name__)
+
 
 # Ends of names of parameter groups.
 OWN_DECAY = re.compile(r"_(no_decay|decay_[\d.e+-]+)$")
@@ -138,73 +236,6 @@ class Evaluation(EvalHook):
             super().after_train()
 
 
-class BestCheckpointer(HookBase):
-    """Keep the checkpoint with the best metric as ``model_best``.
-
-    Register it after the evaluation, in every process. Unlike detectron2's, it does not become the
-    checkpoint that ``--resume`` continues from, and a resumed run remembers the best value of the
-    run so far.
-
-    Args:
-        checkpointer: saves the model.
-        metrics: names such as "segm/AP" or "val/total_loss"; the first one that is measured is
-            used.
-        mode: "auto", "min" or "max": see :func:`crossmae_det.engine.early_stopping.sign_of`.
-
-    Raises:
-        ValueError: an unknown mode.
-    """
-
-    NAME = "model_best"
-
-    def __init__(self, checkpointer: Checkpointer, metrics: Sequence[str], mode: str = "auto"):
-        self.checkpointer = checkpointer
-        self.metrics = metrics
-        self.mode = mode
-        sign_of("", mode)  # an unknown mode is rejected now, not at the first evaluation
-        self.best_score = -math.inf
-        self.judged_iter = -1
-
-    def before_train(self) -> None:
-        path = os.path.join(self.checkpointer.save_dir, f"{self.NAME}.pth")
-        if self.trainer.start_iter > 0:
-            # The folder of the first process counts: on other machines there may be none.
-            known = comm.is_main_process() and os.path.exists(path)
-            self.best_score = comm.all_gather(self._score_of(path) if known else -math.inf)[0]
-
-    def after_step(self) -> None:
-        self._judge()
-
-    def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._judge()
-
-    def _judge(self) -> None:
-        latest = self.trainer.storage.latest()
-        name = next((metric for metric in self.metrics if metric in latest), None)
-        if name is None:
-            return
-        value, iteration = latest[name]
-        score = sign_of(name, self.mode) * value
-        if iteration <= self.judged_iter or not score > self.best_score:
-            return
-        self.judged_iter = iteration
-        self.best_score = float(score)
-        value = float(value)  # plain, so that the file can be read safely
-        logger.info("%s = %.3f is the best so far", name, value)
-        self.checkpointer.save(
-            self.NAME, tag=False, iteration=iteration, best_metric=value, metric_name=name
-        )
-
-    def _score_of(self, path: str) -> float:
-        """What the checkpoint is judged by; of another metric than that of this run, the least."""
-        content = read_checkpoint(path)
-        name = str(content.get("metric_name"))
-        if name not in self.metrics:
-            return -math.inf
-        return sign_of(name, self.mode) * float(content["best_metric"])
-
-
 class MetricCurves(HookBase):
     """Draw the run's metrics as ``curves.png`` after the last iteration.
 
@@ -223,108 +254,41 @@ class MetricCurves(HookBase):
             logger.info("Curves of the metrics are in %s", path)
 
 
-class PredictionPictures(HookBase):
-    """Draw predictions beside the ground truth as ``predictions.png`` after the last iteration.
+class Visualizer(Protocol):
+    """What ``train.visualizer`` of a config is: a task's drawings of what its model does."""
 
-    Args:
-        output_dir: the run's folder.
-        data_loader: detectron2's test loader.
-        dataset_name: the registered name of its data set, or ``JSON:IMAGE_FOLDER``.
-        count: number of images: the first ones with annotations.
-        score_threshold: predictions below it are not drawn; in [0, 1].
-        categories: id -> name in the order of the model's classes; None: those of the data set.
-    """
+    period: int  # in iterations; 0: after the last one only
 
-    def __init__(
-        self,
-        output_dir: str,
-        data_loader: DataLoader,
-        dataset_name: str,
-        count: int,
-        score_threshold: float,
-        categories: Mapping[int, str] | None = None,
-    ):
-        self.path = os.path.join(output_dir, "predictions.png")
-        self.categories = categories
-        self.data_loader = data_loader
-        self.dataset_name = dataset_name
-        self.count = count
-        self.score_threshold = score_threshold
+    def compute(self, model: Any) -> Any:
+        """What to draw, from the model in inference mode. Called in every process."""
 
-    def after_train(self) -> None:
-        if not comm.is_main_process() or self.trainer.iter < self.trainer.max_iter:
-            return
-        loaded = get_dataset_dicts(
-            self.dataset_name,
-            categories=self.categories,
-            filter_empty=False,
-            invalid_annotations="skip",
-        )
-        records = {record["image_id"]: record for record in loaded}
-        samples = itertools.chain.from_iterable(self.data_loader)
-        annotated = (sample for sample in samples if records[sample["image_id"]]["annotations"])
-        model = unwrap(self.trainer.model)
-        rows = []
-        precision = inference_autocast(model, self.trainer.amp_dtype)
-        with inference_context(model), torch.no_grad(), precision:
-            for sample in itertools.islice(annotated, self.count):
-                instances = model([sample])[0]["instances"].to("cpu")
-                image = read_image(sample["file_name"], "BGR")
-                rows.append((image, records[sample["image_id"]], instances))
-        if not rows:
-            logger.warning("No image of '%s' has annotations to draw", self.dataset_name)
-            return
-        metadata = MetadataCatalog.get(self.dataset_name)
-        if self.categories and list(self.categories.values()) != metadata.get("thing_classes"):
-            metadata = Metadata(thing_classes=list(self.categories.values()))
-        comparison_sheet(rows, metadata, self.path, score_threshold=self.score_threshold)
-        logger.info("Predictions beside the ground truth are in %s", self.path)
+    def write(self, result: Any, iteration: int, storage: EventStorage) -> None:
+        """Write it. Called in the first process, with the storage of the run's metrics."""
 
 
-class ReconstructionPictures(HookBase):
-    """Draw what a pretraining model makes of fixed images under a fixed masking, every so often.
+class Visualization(HookBase):
+    """Call a task's visualizer every ``visualizer.period`` iterations and after the last one."""
 
-    The pictures are ``reconstructions/ITERATION.png`` in the run's folder, and
-    "reconstructions" in TensorBoard, a row for each image: original, masked, prediction, prediction
-    with the visible patches pasted in.
-
-    Args:
-        output_dir: the run's folder.
-        images: (N, 3, height, width) uint8 in RGB.
-        period: in iterations; the last iteration is drawn in any case.
-        seed: decides the masking.
-    """
-
-    NAME = "reconstructions"
-
-    def __init__(self, output_dir: str, images: Tensor, period: int, seed: int = 0):
-        self.folder = os.path.join(output_dir, self.NAME)
-        self.images = images
-        self.period = period
-        self.seed = seed
+    def __init__(self, visualizer: Visualizer):
+        self.visualizer = visualizer
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1
-        if iteration == self.trainer.max_iter or (self.period and iteration % self.period == 0):
-            self._draw(iteration)
+        period = self.visualizer.period
+        if period and iteration % period == 0 and iteration < self.trainer.max_iter:
+            self._visualize(iteration)
 
-    def _draw(self, iteration: int) -> None:
-        # Any model with MaskedAutoencoder's two methods.
-        model: Any = unwrap(self.trainer.model)
-        noise = model.fixed_noise(self.images, self.seed)
-        with inference_context(model), self.trainer.autocast():
-            # Every process takes part: the model's parts may be spread over them.
-            panels = model.reconstruct(self.images, noise)
-        if not comm.is_main_process():
-            return
-        captions = [f"PSNR {value:.1f} dB" for value in panels.psnr.tolist()]
-        path = os.path.join(self.folder, f"{iteration:07d}.png")
-        picture_grid(panels.columns, captions, path)
-        rows = torch.stack([*panels.columns.values()], dim=1).flatten(0, 1).cpu()
-        grid = make_grid(rows, nrow=len(panels.columns), pad_value=255)
-        self.trainer.storage.put_image(self.NAME, grid)
-        self.trainer.storage.put_scalar("reconstruction_psnr", panels.psnr.mean().item())
-        logger.info("Reconstructions after %d iterations are in %s", iteration, path)
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._visualize(self.trainer.max_iter)
+
+    def _visualize(self, iteration: int) -> None:
+        model = unwrap(self.trainer.model)
+        precision = inference_autocast(model, self.trainer.amp_dtype)
+        with inference_context(model), torch.no_grad(), precision:
+            result = self.visualizer.compute(model)
+        if comm.is_main_process():
+            self.visualizer.write(result, iteration, self.trainer.storage)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,9 +1,12 @@
-"""The training loop of every task: detectron2's, with what a long run on any hardware needs."""
+"""Mixed precision at inference: in the backbone, with float32 after it.
+
+The training loop of every task: detectron2's, with what a long run on any hardware needs.
+"""
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,79 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from crossmae_det.engine.resuming import match_optimizer_state, parameter_names
-from crossmae_det.engine.sharding import distribute_state
+from crossmae_det.engine.checkpointing import match_optimizer_state, parameter_names
+from crossmae_det.engine.fsdp import distribute_state
+
+
+@contextlib.contextmanager
+def inference_autocast(model: nn.Module, dtype: str | None) -> Iterator[None]:
+    """Mixed precision for the inference of any model: evaluation, demo and drawings.
+
+    A model with a ``backbone`` runs it in mixed precision, where nearly all of the time goes, and
+    everything after it in float32: logits of 8 bits would give tied scores, and detectron2 pastes a
+    mask on a sampling grid of the mask's own type. Other models run in mixed precision as a whole.
+
+    Args:
+        model: the model itself, not a wrapper of it.
+        dtype: "bf16", "fp16", or None for float32.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    device = next(model.parameters()).device
+    backbone = getattr(model, "backbone", None)
+    if dtype is None or not isinstance(backbone, nn.Module):
+        with autocast(device, dtype):
+            yield
+        return
+    autocast(device, dtype)  # rejects an unknown dtype now
+    model.backbone = _MixedPrecision(backbone, dtype)
+    try:
+        yield
+    finally:
+        model.backbone = backbone
+
+
+class _MixedPrecision(nn.Module):
+    """A module that runs in mixed precision and returns float32; its attributes are the module's.
+
+    It stands in for the module only for a while. A forward method or hooks on the module itself
+    would become a part of its compiled graph, and compile it again in every evaluation.
+    """
+
+    def __init__(self, module: nn.Module, dtype: str):
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with autocast(next(self.module.parameters()).device, self.dtype):
+            output = self.module(*args, **kwargs)
+        return _float32(output)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def _float32(value: Any) -> Any:
+    """The floating-point tensors of a tensor, a dict, a list or a tuple in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _float32(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_float32(item) for item in value)
+    return value
+
 
 logger = logging.getLogger(__name__)
 
+
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 # Instruction sets that multiply matrices in bf16: of AMD and Intel, and of ARM.
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
@@ -288,7 +358,7 @@ class Trainer(SimpleTrainer):
         """Continue from what :meth:`state_dict` gave; the next iteration is ``self.iter + 1``.
 
         The settings of the optimizer stay as they are, and so does the batch size: see
-        :mod:`crossmae_det.engine.resuming`.
+        :mod:`crossmae_det.engine.checkpointing`.
 
         Raises:
             ValueError: the state does not fit the optimizer.

@@ -1,1 +1,1 @@
-"""Building blocks in pure torch (and timm.layers where it has the part)."""
+"""Building blocks of the ViT, in pure torch (timm.layers where it has the part)."""

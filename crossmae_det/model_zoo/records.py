@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crossmae_det.checkpoint import atomic_path
+from crossmae_det.utils import atomic_path
 
 FOLDER = Path(__file__).parent / "data"
+
 
 # What an origin has to say: where something stands, or how and on what it was measured.
 ORIGIN_KEYS = {
@@ -20,16 +21,20 @@ ORIGIN_KEYS = {
     "checkpoints": ("text", "url"),
     "measured": ("command", "machine"),
 }
+
 # What it may say: how the command was run.
 MAY_SAY = ("how",)
+
 # The groups of checkpoints.json, and what every checkpoint has.
 CHECKPOINT_GROUPS = ("pretraining", "fine_tuned", "detection")
+
 # What a file has beside its origins.
 PARTS: dict[str, tuple[str, ...]] = {
     "published": ("tables",),
     "checkpoints": CHECKPOINT_GROUPS,
     "measured": ("machines", "tables", "costs"),
 }
+
 CHECKPOINT_KEYS = ("name", "config", "holds", "licence", "url", "origin")
 
 

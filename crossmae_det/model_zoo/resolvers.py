@@ -13,10 +13,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 from timm.layers import to_2tuple
 
-from crossmae_det.data import DatasetInfo, category_indices, describe
+from crossmae_det.detection import DatasetInfo, category_indices, describe
 from crossmae_det.pretraining import find_images
 
 Names = str | Sequence[str]
+
 
 # Image folders by name, beside the data sets of detectron2: the path under DETECTRON2_DATASETS, and
 # the number of images, for a config that is looked at where they are not.
@@ -273,5 +274,6 @@ _RULES: dict[str, Callable] = {
     "crossmae.when": when,
     "crossmae.count": len,
 }
+
 for _name, _rule in _RULES.items():
     OmegaConf.register_new_resolver(_name, _rule, replace=True)

@@ -1,29 +1,43 @@
-"""Finding and reading configs, lazy or yaml."""
+"""Finding and reading configs, lazy or yaml.
+
+Models of the shipped configs, with published weights where there are any.
+"""
 
 import difflib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from crossmae_det.model_zoo import resolvers  # noqa: F401  (registers the rules of the configs)
+from crossmae_det.checkpoint import load
+from crossmae_det.detection.yaml_config import read_yaml, to_lazy
+from crossmae_det.engine import resolve_device
+from crossmae_det.model_zoo import (
+    records,
+    resolvers,  # noqa: F401  (registers the rules of the configs)
+)
 from crossmae_det.model_zoo.overrides import apply_overrides
-from crossmae_det.model_zoo.yaml import read_yaml, to_lazy
 
 logger = logging.getLogger(__name__)
 
+
 PACKAGE_CONFIGS = Path(__file__).parent / "configs"
+
 CHECKOUT_CONFIGS = Path(__file__).parents[2] / "configs"
+
 # Parts that configs share; they cannot be run.
 SHARED = "common"
+
 # One of each kind, for help texts and messages.
 EXAMPLES = (
     "coco/mask_rcnn_crossmae_vit_b_100ep.py",
     "pretraining/crossmae_vit_b_800ep.py",
     "demo/mask_rcnn.py",
 )
+
 # Where a config that names no folder puts its runs: a folder of its own for each config.
 OUTPUT_DIR = "output/{name}"
 
@@ -167,3 +181,65 @@ def _checkpoint_of_run(config_file: str) -> str | None:
         return str(best)
     last = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else "model_final.pth"
     return str(folder / last) if (folder / last).is_file() else None
+
+
+WHOLE = "whole model"
+
+
+def get_checkpoint_url(config_path: str) -> str:
+    """The published checkpoint of a shipped config: what its recipe produced, and nothing else.
+
+    Args:
+        config_path: as in :func:`get_config_file`: "pretraining/crossmae_vit_b_800ep_pred75.py".
+
+    Returns:
+        The URL of a file that holds the whole model of the config.
+
+    Raises:
+        ValueError: there is no such config, or no checkpoint of it is published.
+    """
+    get_config_file(config_path)
+    urls = _urls()
+    if config_path not in urls:
+        raise ValueError(
+            f"no checkpoint of the whole model of '{config_path}' is published; there is one of"
+            f" {', '.join(urls)}"
+        )
+    return urls[config_path]
+
+
+def get(
+    config_path: str,
+    trained: bool = False,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+) -> nn.Module:
+    """The model of a shipped config.
+
+    Args:
+        config_path: as in :func:`get_config_file`.
+        trained: load the published checkpoint of the config; else the weights are random.
+        device: where the model goes; None for ``train.device`` of the config.
+        overrides: as in :func:`get_config`.
+
+    Returns:
+        The model, in training mode as detectron2's.
+
+    Raises:
+        ValueError: there is no such config, device or key, or, with ``trained``, no checkpoint of
+            it is published, or the overrides make another model than the checkpoint's.
+        OSError: the checkpoint cannot be read.
+    """
+    url = get_checkpoint_url(config_path) if trained else None
+    cfg = get_config(get_config_file(config_path), overrides)
+    place = resolve_device(cfg.train.device if device is None else device)
+    model = instantiate(cfg.model)
+    if url is not None:
+        load(model, url, whole=True)
+    return model.to(place)
+
+
+def _urls() -> dict[str, str]:
+    """Config -> URL of the checkpoint of its whole model."""
+    rows = records.checkpoints()
+    return {row["config"]: row["url"] for row in rows if row["config"] and row["holds"] == WHOLE}

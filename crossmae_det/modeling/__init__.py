@@ -1,7 +1,5 @@
-"""The trunk that every task shares."""
+"""The plain ViT."""
 
-from crossmae_det.modeling.build import build_vit, size_arguments
-from crossmae_det.modeling.sizes import SIZES, Size
-from crossmae_det.modeling.vit import ViT
+from crossmae_det.modeling.vit import SIZES, Size, ViT, build_vit, size_arguments
 
 __all__ = ["SIZES", "Size", "ViT", "build_vit", "size_arguments"]

@@ -1,10 +1,16 @@
-"""The plain Vision Transformer: one trunk for pretraining, detection and classification.
+"""The one table of model sizes.
+
+The plain Vision Transformer: one trunk for pretraining, detection and classification.
 
 Legend: N images, H x W patches, L = H * W, P patch side in pixels, C channels.
+
+The trunk of a size.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +18,48 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from crossmae_det.layers.attention import ParameterCache
 from crossmae_det.layers.blocks import Block
-from crossmae_det.layers.parameter_cache import ParameterCache
 from crossmae_det.layers.patches import PatchEmbed
 from crossmae_det.layers.position_embedding import (
     resample_position_embedding,
     sincos_position_embedding,
 )
-from crossmae_det.modeling.sizes import spread_global_blocks
+
+
+def spread_global_blocks(depth: int, count: int = 4) -> list[int]:
+    """The blocks that keep global attention: the last one of each of ``count`` equal groups.
+
+    ViTDet, section 3: four of them, evenly spaced. 12 blocks give [2, 5, 8, 11].
+    """
+    count = min(count, depth)
+    return [(group + 1) * depth // count - 1 for group in range(count)]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, depth and heads of a trunk, and its patch side in pixels as pretrained."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 16
+
+    @property
+    def global_blocks(self) -> list[int]:
+        """Indices of the blocks with global attention where the others have windows."""
+        return spread_global_blocks(self.depth)
+
+
+SIZES: dict[str, Size] = {
+    "tiny": Size(embed_dim=192, depth=12, num_heads=3),
+    "small": Size(embed_dim=384, depth=12, num_heads=6),
+    "base": Size(embed_dim=768, depth=12, num_heads=12),
+    "large": Size(embed_dim=1024, depth=24, num_heads=16),
+    # Pretrained at patch 14. A pyramid needs a power of two: detection runs it at 16.
+    "huge": Size(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
+}
+
 
 # Published ViTs are trained with this epsilon, not with torch's.
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -247,3 +287,25 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = self._run_block(block, x, grid)
         return x.transpose(1, 2).unflatten(2, grid)
+
+
+def size_arguments(size: str, **overrides: Any) -> dict[str, Any]:
+    """Arguments of a trunk of the size table.
+
+    Args:
+        size: a name in :data:`crossmae_det.modeling.SIZES`.
+        **overrides: further arguments, or others than the table's; None leaves the table's value or
+            the default.
+
+    Raises:
+        ValueError: an unknown size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"unknown backbone size '{size}'; sizes are {', '.join(SIZES)}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return asdict(SIZES[size]) | given
+
+
+def build_vit(size: str = "base", **overrides: Any) -> ViT:
+    """A trunk of the size table: :class:`ViT` with :func:`size_arguments`."""
+    return ViT(**size_arguments(size, **overrides))

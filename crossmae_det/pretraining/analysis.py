@@ -21,13 +21,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from crossmae_det.layers.attention import Attention, by_head
-from crossmae_det.pretraining.autoencoder import MaskedAutoencoder
 from crossmae_det.pretraining.crossmae import CrossAttentionDecoder
 from crossmae_det.pretraining.mae import SelfAttentionDecoder
-from crossmae_det.pretraining.masking import Masking, mask_patches
+from crossmae_det.pretraining.masked_image_model import MaskedAutoencoder, Masking, mask_patches
 
 # What the mask tokens of an MAE attend to, in the order of the columns.
 KEY_GROUPS = ("visible", "masked", "class token")
+
 
 # Figures of the paper for an MAE (arXiv 2401.14391, Table 6; its introduction gives the sums
 # 1.42 and 0.39): mean attention of the mask tokens per key, added up over the heads, by decoder
@@ -37,11 +37,15 @@ PAPER_PER_KEY = {
     "visible": (0.196, 0.149, 0.181, 0.153, 0.193, 0.161, 0.207, 0.179),
     "masked": (0.042, 0.058, 0.047, 0.057, 0.043, 0.054, 0.038, 0.048),
 }
+
 PAPER_NUM_HEADS = 16
+
 PAPER_KEYS = (49, 147, 1)
+
 
 # Images that go through a model at a time, and attention weights that are held at a time (64 MB).
 BATCH_SIZE = 8
+
 MAX_WEIGHTS = 2**24
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from crossmae_det.layers.blocks import CrossAttentionBlock
 from crossmae_det.modeling.vit import LAYER_NORM, ViT
-from crossmae_det.pretraining.autoencoder import (
+from crossmae_det.pretraining.masked_image_model import (
     DECODER_MLP_RATIO,
     MaskedAutoencoder,
+    Masking,
     PixelDecoder,
 )
-from crossmae_det.pretraining.masking import Masking
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,6 @@
-"""What every task shares below its own package: reading images, warnings of libraries."""
+"""Files, image reading, plots: what every package uses."""
+
+from crossmae_det.utils.files import atomic_path, save_checkpoint
+from crossmae_det.utils.image_reading import ImageError, UndecodableImageError
+
+__all__ = ["ImageError", "UndecodableImageError", "atomic_path", "save_checkpoint"]

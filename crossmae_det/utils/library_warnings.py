@@ -30,6 +30,7 @@ WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     ),
 )
 
+
 # (logger, start of the message)
 LOG_RECORDS = (
     # detectron2's report of the environment asks for a compiler of CUDA code.

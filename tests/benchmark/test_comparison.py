@@ -20,12 +20,11 @@ from crossmae_det.benchmark import (
     flops_section,
     grow,
     growth_section,
+    measuring,
     read_json,
-    workers,
 )
-from crossmae_det.benchmark.comparison import work_values
-from crossmae_det.benchmark.growth import fitted_exponent
-from crossmae_det.benchmark.workers import OUT_OF_MEMORY, Outcome, measure
+from crossmae_det.benchmark.comparison import fitted_exponent, work_values
+from crossmae_det.benchmark.measuring import OUT_OF_MEMORY, Outcome, measure
 from crossmae_det.modeling import ViT
 
 
@@ -147,7 +146,7 @@ def test_a_size_that_a_model_does_not_take_is_refused_by_its_name():
 
 def test_a_process_that_is_gone_is_a_failure():
     outcome = Outcome(work(), seconds=[1.0], references=[2.0])
-    worker = workers._Worker(outcome.work)
+    worker = measuring._Worker(outcome.work)
     worker._process.kill()
     worker.ask("bytes", outcome)
     assert outcome.failure == OUT_OF_MEMORY and not outcome.seconds and not outcome.references
@@ -207,9 +206,9 @@ def test_sizes_that_no_backbone_takes(sizes, batches, message):
 
 
 def test_processes_that_use_cuda_are_not_forked(monkeypatch):
-    assert workers.START_METHODS["cuda"] == "spawn"
+    assert measuring.START_METHODS["cuda"] == "spawn"
     # It works here, too, where there may be no GPU.
-    monkeypatch.setitem(workers.START_METHODS, "cpu", "spawn")
+    monkeypatch.setitem(measuring.START_METHODS, "cpu", "spawn")
     (outcome,) = measure([work()], 1, "")
     assert not outcome.failure and len(outcome.seconds) == 1
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossmae_det.benchmark import Candidate, pretraining_cost, pretraining_section, step_flops
-from crossmae_det.benchmark.candidate import total_loss
+from crossmae_det.benchmark.costs import total_loss
 from crossmae_det.modeling import ViT
 from crossmae_det.pretraining import MAE, CrossMAE
 

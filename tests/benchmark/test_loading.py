@@ -7,7 +7,7 @@ from PIL import Image
 from crossmae_det.benchmark import UsualCrops, loading, loading_section, time_loading
 from crossmae_det.benchmark.loading import LoadingRates
 from crossmae_det.pretraining import find_images
-from crossmae_det.pretraining.data import RandomCrops
+from crossmae_det.pretraining.crops import RandomCrops
 
 
 @pytest.fixture

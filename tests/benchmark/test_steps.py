@@ -7,9 +7,16 @@ import torch
 from torch import nn
 
 from crossmae_det.benchmark import PRECISIONS, Candidate, step_section, time_steps
-from crossmae_det.benchmark.gemm import GemmRate, Shape, largest_linear_shapes
-from crossmae_det.benchmark.steps import StepComparison, Steps, StepWork, training_step
-from crossmae_det.benchmark.workers import OUT_OF_MEMORY, Outcome
+from crossmae_det.benchmark.measuring import OUT_OF_MEMORY, Outcome
+from crossmae_det.benchmark.steps import (
+    GemmRate,
+    Shape,
+    StepComparison,
+    Steps,
+    StepWork,
+    largest_linear_shapes,
+    training_step,
+)
 from crossmae_det.modeling import ViT
 from crossmae_det.pretraining import MAE, CrossMAE
 

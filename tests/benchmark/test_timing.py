@@ -1,6 +1,6 @@
 import pytest
 
-from crossmae_det.benchmark.timing import Spread, interleaved, ratios
+from crossmae_det.benchmark.measuring import Spread, interleaved, ratios
 
 
 def test_measurements_are_taken_in_turns_and_the_first_round_is_dropped():

@@ -7,11 +7,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling.backbone.vit import ViT as DetectronViT
 from timm.models.vision_transformer import VisionTransformer
 
-from crossmae_det.checkpoint import convert, load, read_checkpoint, save_checkpoint, to_published
+from crossmae_det.checkpoint import convert, load, read_checkpoint, to_published
 from crossmae_det.detection import ViTBackbone
 from crossmae_det.modeling import ViT
 from crossmae_det.modeling.vit import LAYER_NORM
 from crossmae_det.pretraining import MAE, CrossMAE
+from crossmae_det.utils import save_checkpoint
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tool_calls import call_tool, load_tool
 
 from crossmae_det.checkpoint import convert, extract_state_dict, inspect, load, read_checkpoint
-from crossmae_det.checkpoint.locations import split_prefix
+from crossmae_det.checkpoint.reading import split_prefix
 from crossmae_det.modeling import ViT
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}

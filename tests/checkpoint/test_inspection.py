@@ -4,11 +4,12 @@ import re
 import pytest
 import torch
 
-from crossmae_det.checkpoint import inspect, save_checkpoint, to_published
-from crossmae_det.checkpoint.inspection import describe_trunk, format_facts
+from crossmae_det.checkpoint import inspect, to_published
+from crossmae_det.checkpoint.conversion import describe_trunk, format_facts
 from crossmae_det.detection import vit_backbone
 from crossmae_det.modeling import build_vit
 from crossmae_det.pretraining import MAE, CrossMAE
+from crossmae_det.utils import save_checkpoint
 
 
 def facts(tmp_path, state, **beside):

@@ -8,13 +8,12 @@ from detectron2.modeling.backbone.vit import ViT as DetectronViT
 from timm.models.vision_transformer import VisionTransformer
 
 from crossmae_det.checkpoint import to_native, to_published
-from crossmae_det.checkpoint.published import export
-from crossmae_det.checkpoint.structure import with_class_row
+from crossmae_det.checkpoint.layouts import export, with_class_row
 from crossmae_det.detection import ViTBackbone
 from crossmae_det.modeling import ViT
 from crossmae_det.modeling.vit import LAYER_NORM
 from crossmae_det.pretraining import MAE, CrossMAE
-from crossmae_det.pretraining.masking import mask_patches
+from crossmae_det.pretraining.masked_image_model import mask_patches
 
 KINDS = {"crossmae": CrossMAE, "mae": MAE}
 

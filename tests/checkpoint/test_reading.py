@@ -17,8 +17,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from crossmae_det.checkpoint import extract_state_dict, read_checkpoint, save_checkpoint
-from crossmae_det.checkpoint.pickles import ADMITTED
+from crossmae_det.checkpoint import extract_state_dict, read_checkpoint
+from crossmae_det.checkpoint.safe_pickle import ADMITTED
+from crossmae_det.utils import save_checkpoint
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
 
@@ -328,7 +329,7 @@ def test_the_hostile_files_are_hostile(tmp_path, monkeypatch):
 
 def test_what_pickles_may_name_calls_nothing_of_a_library():
     modules = {stand_in.__module__ for stand_in in ADMITTED.values()}
-    assert modules == {"crossmae_det.checkpoint.pickles"}
+    assert modules == {"crossmae_det.checkpoint.safe_pickle"}
 
 
 def test_a_missing_file_is_named(tmp_path):

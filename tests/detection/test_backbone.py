@@ -10,9 +10,9 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import ImageList
 
 from crossmae_det.detection import SimpleFeaturePyramid, ViTBackbone, vit_backbone
+from crossmae_det.detection.yaml_config import default_config
 from crossmae_det.layers.attention_backends import BACKENDS
 from crossmae_det.model_zoo import get_config
-from crossmae_det.model_zoo.yaml import default_config
 
 SIZES = {
     "img_size": 96,

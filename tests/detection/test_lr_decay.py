@@ -9,7 +9,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from crossmae_det.detection import SimpleFeaturePyramid, layer_decay_param_groups, vit_backbone
-from crossmae_det.engine.job import build_optimizer
+from crossmae_det.engine.train import build_optimizer
 from crossmae_det.model_zoo import get_config
 
 

@@ -14,8 +14,7 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, PolygonMasks
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from crossmae_det.data import DetectionMapper
-from crossmae_det.detection import PartiallySupervisedMaskHead
+from crossmae_det.detection import DetectionMapper, PartiallySupervisedMaskHead
 from crossmae_det.model_zoo.zoo import get_config
 
 HEIGHT, WIDTH = 24, 32

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from detectron2.config import instantiate
 
-from crossmae_det.engine.configuration import is_run_of, log_data, resolve, save
+from crossmae_det.engine.config import is_run_of, log_data, resolve, save
 from crossmae_det.model_zoo import get_config
 from crossmae_det.pretraining import find_images
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
-from crossmae_det.engine.early_stopping import EarlyStopping, best_of, sign_of
-from crossmae_det.engine.hooks import BestCheckpointer
+from crossmae_det.engine.validation import BestCheckpointer, EarlyStopping, best_of, sign_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from torch import nn
 
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
-from crossmae_det.engine.hooks import BestCheckpointer, Evaluation, LayerLearningRates, ModelEMA
+from crossmae_det.engine.hooks import Evaluation, LayerLearningRates, ModelEMA
+from crossmae_det.engine.validation import BestCheckpointer
 
 
 def test_ema_is_the_recursion():

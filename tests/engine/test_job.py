@@ -3,8 +3,9 @@ from detectron2.config import LazyCall
 from omegaconf import OmegaConf
 from torch import nn
 
-from crossmae_det.checkpoint import read_checkpoint, save_checkpoint
-from crossmae_det.engine.job import build_optimizer
+from crossmae_det.checkpoint import read_checkpoint
+from crossmae_det.engine.train import build_optimizer
+from crossmae_det.utils import save_checkpoint
 
 
 def parameters(model, base_lr):

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from shorthand import one_line
 from torch import distributed
 
-from crossmae_det.engine import launching
+from crossmae_det.engine import launch
 
 
 def arguments(**given):
@@ -36,7 +36,7 @@ def started(monkeypatch):
     """What would be started: the arguments of start_processes, and of the group's creation."""
     calls = {}
     monkeypatch.setattr(
-        launching, "start_processes", lambda main, args, **_: calls.update(main=main, args=args)
+        launch, "start_processes", lambda main, args, **_: calls.update(main=main, args=args)
     )
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.update(gpu=index))
     monkeypatch.setattr(
@@ -45,7 +45,7 @@ def started(monkeypatch):
         lambda backend, **group: calls.update(group, back=backend),
     )
     for name in ("create_local_process_group", "synchronize"):
-        monkeypatch.setattr(launching.comm, name, lambda *_: None)
+        monkeypatch.setattr(launch.comm, name, lambda *_: None)
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
     return calls
 
@@ -56,7 +56,7 @@ def started(monkeypatch):
 def test_the_backend_follows_the_device_of_the_run(tmp_path, two_gpus, started, device, backend):
     ran = []
     args = arguments(num_gpus=2, num_machines=2, machine_rank=1, dist_url="tcp://a:1")
-    launching.run_distributed(ran.append, args, config(tmp_path, device))
+    launch.run_distributed(ran.append, args, config(tmp_path, device))
     started["main"](1, *started["args"])
     assert started["back"] == backend
     assert (started["rank"], started["world_size"]) == (3, 4)
@@ -68,7 +68,7 @@ def test_so_it_does_under_torchrun(tmp_path, two_gpus, started, monkeypatch):
     for name, value in {"LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
-    launching.run_distributed(lambda _: None, arguments(), config(tmp_path, "cpu"))
+    launch.run_distributed(lambda _: None, arguments(), config(tmp_path, "cpu"))
     assert started["back"] == "gloo" and "gpu" not in started
 
 
@@ -83,7 +83,7 @@ def test_so_it_does_under_torchrun(tmp_path, two_gpus, started, monkeypatch):
 )
 def test_what_cannot_be_started_is_rejected(tmp_path, two_gpus, started, device, given, message):
     with pytest.raises(ValueError) as error:
-        launching.run_distributed(print, arguments(**given), config(tmp_path, device))
+        launch.run_distributed(print, arguments(**given), config(tmp_path, device))
     assert message in one_line(error)
     assert not started
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_started_is_rejected(tmp_path, two_gpus, started, device,
 def test_a_used_folder_is_rejected_before_anything_is_started(tmp_path, started):
     (tmp_path / "model_final.pth").touch()
     with pytest.raises(ValueError) as error:
-        launching.run_distributed(print, arguments(num_gpus=2), config(tmp_path, "cpu"))
+        launch.run_distributed(print, arguments(num_gpus=2), config(tmp_path, "cpu"))
     assert "--overwrite" in one_line(error)
     assert not started
 
@@ -100,5 +100,5 @@ def test_a_config_of_no_job_is_rejected(tmp_path, started):
     cfg = config(tmp_path, "cpu")
     del cfg.train
     with pytest.raises(ValueError) as error:
-        launching.run_distributed(print, arguments(), cfg)
+        launch.run_distributed(print, arguments(), cfg)
     assert "no train" in one_line(error)

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from crossmae_det.engine import logs
+from crossmae_det.engine import launch
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def say_something():
 
 
 def test_the_terminal_has_less_than_the_file(tmp_path, capsys):
-    logs.start_log(str(tmp_path))
+    launch.start_log(str(tmp_path))
     say_something()
     terminal = capsys.readouterr().out
     assert "progress" in terminal and "details" not in terminal and "Serializing" not in terminal
@@ -35,8 +35,8 @@ def test_the_terminal_has_less_than_the_file(tmp_path, capsys):
 
 @pytest.mark.usefixtures("_warnings_as_before")
 def test_the_terminal_belongs_to_the_first_process(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(logs.comm, "get_rank", lambda: 1)
-    logs.start_log(str(tmp_path))
+    monkeypatch.setattr(launch.comm, "get_rank", lambda: 1)
+    launch.start_log(str(tmp_path))
     say_something()
     warnings.warn("careful", stacklevel=1)
     captured = capsys.readouterr()
@@ -46,4 +46,4 @@ def test_the_terminal_belongs_to_the_first_process(tmp_path, capsys, monkeypatch
 
 
 def test_versions_are_one_line():
-    assert re.fullmatch(r"crossmae_det \S+, torch \S+, detectron2 \S+", logs.versions())
+    assert re.fullmatch(r"crossmae_det \S+, torch \S+, detectron2 \S+", launch.versions())

@@ -3,8 +3,8 @@ import math
 
 from detectron2.utils.events import EventStorage, JSONWriter
 
-from crossmae_det.engine.metrics_file import MetricsWriter
-from crossmae_det.visualization.curves import read_metrics
+from crossmae_det.engine.hooks import MetricsWriter
+from crossmae_det.utils.plots import read_metrics
 
 
 def write(writer, series):

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from shorthand import one_line
 from torch import nn
 
+from crossmae_det.data import ResumableLoader
+from crossmae_det.engine.checkpointing import changes, check_changes, check_model, settings
 from crossmae_det.engine.hooks import LearningRateSchedule, ModelEMA
-from crossmae_det.engine.resuming import changes, check_changes, check_model, settings
 from crossmae_det.engine.trainer import Trainer
-from crossmae_det.sampling import ResumableLoader
 
 
 class Model(nn.Module):

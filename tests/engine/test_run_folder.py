@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 from shorthand import one_line
 
-from crossmae_det.engine.run_folder import check_folder, claim_folder, find_run
+from crossmae_det.engine.launch import check_folder, claim_folder, find_run
 
 RUN = ["last_checkpoint", "model_0000099.pth", "model_best.pth", "metrics.json"]
 OWN = ["weights.pth", "model_of_mine.pth", "photo.jpg", "config.yaml", "log.txt"]

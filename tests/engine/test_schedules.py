@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from crossmae_det.engine.schedules import cosine_schedule, step_schedule
+from crossmae_det.engine.hooks import cosine_schedule, step_schedule
 
 
 def test_steps_after_a_linear_warmup():

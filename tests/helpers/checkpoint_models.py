@@ -2,10 +2,10 @@
 
 import torch
 
-from crossmae_det.checkpoint import save_checkpoint
 from crossmae_det.detection import SimpleFeaturePyramid, ViTBackbone
 from crossmae_det.modeling import ViT
 from crossmae_det.pretraining import CrossMAE
+from crossmae_det.utils import save_checkpoint
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from crossmae_det.evaluation import COCOEvaluator
+from crossmae_det.detection import COCOEvaluator
 
 HEIGHT, WIDTH = 96, 120
 CATEGORY_IDS = (3, 7, 9)  # 9 never has ground truth

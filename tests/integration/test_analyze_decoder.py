@@ -10,8 +10,8 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from crossmae_det.checkpoint import save_checkpoint
 from crossmae_det.model_zoo import get_config
+from crossmae_det.utils import save_checkpoint
 
 CONFIGS = {
     "mae": "demo/pretrain_cifar10_mae.py",

@@ -12,8 +12,8 @@ import torch
 from tool_calls import call_tool, load_tool
 
 from crossmae_det import model_zoo
-from crossmae_det.checkpoint import save_checkpoint
 from crossmae_det.modeling import ViT
+from crossmae_det.utils import save_checkpoint
 
 CONFIG = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
 
@@ -39,7 +39,7 @@ def tool(repo, monkeypatch, capsys):
 @pytest.fixture
 def train(tool, tiny_overrides):
     def call(*overrides, flags=()):
-        options = [*tiny_overrides, "train.max_iter=1", "train.pictures=null", *overrides]
+        options = [*tiny_overrides, "train.max_iter=1", "train.visualizer=null", *overrides]
         return tool("lazyconfig_train_net", "--config-file", CONFIG, *flags, *options)
 
     return call

@@ -5,17 +5,17 @@ import os
 import subprocess
 import sys
 
-from crossmae_det.checkpoint import save_checkpoint
-from crossmae_det.engine.configuration import resolve, save
+from crossmae_det.engine.config import resolve, save
 from crossmae_det.model_zoo import get_config
 from crossmae_det.modeling import ViT
+from crossmae_det.utils import save_checkpoint
 
 
 def test_a_comparison_trains_from_each_trunk_and_goes_on(repo, tiny_overrides, tmp_path):
     trunk = ViT(64, 16, embed_dim=32, depth=4, num_heads=2)
     save_checkpoint({"model": trunk.state_dict()}, tmp_path / "trunk.pth")
     config = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
-    options = [*tiny_overrides, "train.max_iter=1", "train.pictures=null"]
+    options = [*tiny_overrides, "train.max_iter=1", "train.visualizer=null"]
     command = [
         *(sys.executable, repo / "tools" / "compare_trunks.py", "--seeds", "1"),
         *("--config-file", config),

@@ -8,9 +8,10 @@ import textwrap
 import pytest
 import torch
 
-from crossmae_det.checkpoint import read_checkpoint, save_checkpoint
+from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.modeling import build_vit
 from crossmae_det.pretraining import MAE
+from crossmae_det.utils import save_checkpoint
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def pretraining(tiny_sets, tmp_path):
         "model.decoder_num_heads=2",
         "train.device=cpu",
         "train.amp.enabled=False",
-        "train.pictures=null",
+        "train.visualizer=null",
         f"dataloader.train.dataset.name='{tiny_sets[0]}'",
         "dataloader.train.total_batch_size=4",
         "dataloader.train.num_workers=0",
@@ -123,7 +123,12 @@ def test_what_is_missing_is_named(pretraining, overrides, part):
 
 
 def test_two_processes_measure_the_same_and_stop_together(repo, tiny_overrides, tmp_path):
-    options = [*tiny_overrides, *STOPPED, "train.pictures=null", "train.early_stopping.patience=1"]
+    options = [
+        *tiny_overrides,
+        *STOPPED,
+        "train.visualizer=null",
+        "train.early_stopping.patience=1",
+    ]
     run(get_config(DETECTION, options), TRAIN)
     output = tmp_path / "two"
     process = subprocess.run(

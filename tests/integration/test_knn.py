@@ -10,8 +10,8 @@ import torch
 from detectron2.config import instantiate
 from PIL import Image
 
-from crossmae_det.checkpoint import save_checkpoint
 from crossmae_det.model_zoo import get_config
+from crossmae_det.utils import save_checkpoint
 
 CONFIG = "demo/pretrain_cifar10.py"
 TINY = ["model.encoder.embed_dim=24", "model.encoder.depth=2", "train.device=cpu"]

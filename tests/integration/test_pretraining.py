@@ -16,9 +16,10 @@ import torch
 from detectron2.config import instantiate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crossmae_det.checkpoint import read_checkpoint, save_checkpoint
+from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine import run
 from crossmae_det.model_zoo import get_config
+from crossmae_det.utils import save_checkpoint
 
 TINY_MODEL = [
     "dataloader.image_size=64",  # 16 patches
@@ -109,7 +110,7 @@ def test_pretraining_shows_its_pictures_and_starts_detectors(
                 "dataloader.image_size=96",
                 "train.max_iter=1",
                 "train.eval_period=0",
-                "train.pictures=null",
+                "train.visualizer=null",
                 "optimizer.lr=1e-9",
                 f"train.output_dir={tmp_path}/detector",
                 override,
@@ -203,7 +204,7 @@ def test_bad_input_is_told_in_one_line(
         (tmp_path / "broken" / f"{index}.jpg").write_bytes(b"no image")
     (tmp_path / "file").write_text("in the way")
     heads = "model.decoder_num_heads=4"
-    arguments = [*options, heads, "train.pictures=null", *(o.format(tmp_path) for o in overrides)]
+    arguments = [*options, heads, "train.visualizer=null", *(o.format(tmp_path) for o in overrides)]
     monkeypatch.syspath_prepend(str(repo / "tools"))
     import lazyconfig_train_net as tool
 

@@ -9,9 +9,9 @@ from detectron2.config import instantiate
 from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
 
 from crossmae_det.checkpoint import read_checkpoint
-from crossmae_det.data import ResizeToFit
+from crossmae_det.detection import ResizeToFit
+from crossmae_det.detection.predictor import predict_files
 from crossmae_det.engine import run
-from crossmae_det.engine.inference import predict_files
 from crossmae_det.model_zoo import get_config
 
 DETECTION = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
@@ -45,7 +45,7 @@ def test_from_pretraining_to_the_demo(tiny_sets, tiny_overrides, tmp_path):
         "dataloader.image_size=[64,128]",
         *("model.backbone.net.window_size=3", "model.backbone.net.global_blocks=[3]"),
         "model.backbone.net.pretrain_img_size=[64,144]",
-        *("train.max_iter=2", "train.eval_period=0", "train.pictures.count=1"),
+        *("train.max_iter=2", "train.eval_period=0", "train.visualizer.count=1"),
         f"train.init_checkpoint={pretrained}",
     ]
     cfg = get_config(DETECTION, [*options, "model.roi_heads.box_predictor.test_score_thresh=0"])

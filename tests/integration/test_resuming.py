@@ -14,7 +14,7 @@ from crossmae_det.engine import run
 from crossmae_det.model_zoo import get_config
 
 CONFIG = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
-SHORT = ["train.max_iter=4", "train.checkpointer.period=2", "train.pictures=null"]
+SHORT = ["train.max_iter=4", "train.checkpointer.period=2", "train.visualizer=null"]
 
 
 @pytest.fixture

@@ -10,14 +10,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from crossmae_det.classification import labelled_features
-from crossmae_det.data import DetectionMapper
-from crossmae_det.engine import inference
-from crossmae_det.pretraining import data
-from crossmae_det.pretraining.data import RandomCrops, load_image
-from crossmae_det.pretraining.images import StoredImage, find_images
+from crossmae_det.detection import DetectionMapper, predictor
+from crossmae_det.detection.predictor import iter_inputs
+from crossmae_det.pretraining import crops
+from crossmae_det.pretraining.crops import RandomCrops, load_image
+from crossmae_det.pretraining.image_datasets import StoredImage, find_images
 from crossmae_det.utils.image_files import IMAGE_SUFFIXES
 from crossmae_det.utils.image_reading import image_size, read_image
-from crossmae_det.visualization.inference_io import iter_inputs
 
 HEIGHT, WIDTH = 20, 29
 CROP = slice(4, 24)  # the middle of the width
@@ -36,9 +35,9 @@ class Recorder(nn.Module):
 
 
 @pytest.fixture
-def predictor(monkeypatch):
+def recorder(monkeypatch):
     """The predictor of demo.py for a config that only reads images."""
-    monkeypatch.setattr(inference, "load_pretrained", lambda cfg, weights: Recorder())
+    monkeypatch.setattr(predictor, "load_pretrained", lambda cfg, weights: Recorder())
 
     def make(image_format="RGB"):
         mapper = L(DetectionMapper)(is_train=False, augmentations=[], image_format=image_format)
@@ -46,17 +45,17 @@ def predictor(monkeypatch):
             "train": {"device": "cpu", "amp": {"enabled": False, "dtype": "float16"}},
             "dataloader": {"categories": {1: "a"}, "test": {"mapper": mapper}},
         }
-        return inference.Predictor(OmegaConf.create(cfg, flags={"allow_objects": True}))
+        return predictor.Predictor(OmegaConf.create(cfg, flags={"allow_objects": True}))
 
     return make
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if f".{k.split()[1]}" in IMAGE_SUFFIXES])
-def test_every_tool_sees_the_same_picture(tmp_path, monkeypatch, predictor, kind):
+def test_every_tool_sees_the_same_picture(tmp_path, monkeypatch, recorder, kind):
     # The part that pretraining takes is the whole image.
-    monkeypatch.setattr(data, "random_crop", lambda height, width, *_: (0, 0, height, width))
+    monkeypatch.setattr(crops, "random_crop", lambda height, width, *_: (0, 0, height, width))
     picture = photo(HEIGHT, WIDTH, seed=2, finest=4)
-    demo = {image_format: predictor(image_format) for image_format in ("RGB", "BGR", "L")}
+    demo = {image_format: recorder(image_format) for image_format in ("RGB", "BGR", "L")}
     mapper = DetectionMapper(True, augmentations=[], image_format="RGB")
     folder = tmp_path / "class"
     folder.mkdir()

@@ -16,9 +16,10 @@ import torch
 from detectron2.config import instantiate
 from pycocotools.coco import COCO
 
-from crossmae_det.checkpoint import read_checkpoint, save_checkpoint
+from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine import run
 from crossmae_det.model_zoo import get_config
+from crossmae_det.utils import save_checkpoint
 
 CONFIG = "coco/mask_rcnn_crossmae_vit_b_100ep"
 
@@ -42,7 +43,7 @@ optimizer.update(lr=0.01, eps=0.001)
 lr_multiplier.warmup_iters = 0
 train.max_iter = 4
 train.checkpointer.period = 1
-train.pictures = None
+train.visualizer = None
 """
 
 
@@ -72,7 +73,7 @@ def weights(folder):
 def assert_quiet(log, folder):
     """A start says two lines about itself, and nothing that a user can do nothing about."""
     assert "Warning" not in log and "not built correctly" not in log
-    starts = [line for line in log.splitlines() if "crossmae_det.engine.setup" in line]
+    starts = [line for line in log.splitlines() if "crossmae_det.engine.launch" in line]
     assert len(starts) == 2 and "torch" in starts[0] and str(folder) in starts[1]
     assert "sys.platform" in (folder / "log.txt").read_text()  # the environment
 
@@ -89,7 +90,7 @@ def test_a_killed_run_resumes_to_the_same_bits(repo, tiny_overrides, tmp_path):
         "train.max_iter=8",
         "train.checkpointer.period=3",
         "train.ema.enabled=True",
-        "train.pictures=null",
+        "train.visualizer=null",
         "dataloader.train.num_workers=1",
     ]
     arguments = ["--config-file", f"{CONFIG}.py"]
@@ -207,7 +208,7 @@ def test_the_main_job_on_real_photographs(repo, shared_data, tmp_path):
 def test_what_became_of_the_weights_that_a_run_starts_from_is_written_down(
     tiny_overrides, tiny_sets, tmp_path
 ):
-    cfg = get_config(f"{CONFIG}.py", [*tiny_overrides, "train.max_iter=1", "train.pictures=null"])
+    cfg = get_config(f"{CONFIG}.py", [*tiny_overrides, "train.max_iter=1", "train.visualizer=null"])
     trunk = instantiate(cfg.model.backbone.net)
     state = dict(trunk.state_dict())
     del state["blocks.1.norm1.bias"]
@@ -222,7 +223,12 @@ def test_what_became_of_the_weights_that_a_run_starts_from_is_written_down(
 
 
 def test_averaged_weights_are_evaluated_and_used(repo, tiny_overrides, tiny_sets, tmp_path):
-    options = [*tiny_overrides, "train.max_iter=2", "train.ema.enabled=True", "train.pictures=null"]
+    options = [
+        *tiny_overrides,
+        "train.max_iter=2",
+        "train.ema.enabled=True",
+        "train.visualizer=null",
+    ]
     trained = run(get_config(f"{CONFIG}.py", options), Namespace(eval_only=False, resume=False))
     checkpoint = f"train.init_checkpoint={tmp_path}/output/model_final.pth"
     cfg = get_config(str(tmp_path / "output" / "config.yaml"), [checkpoint])

@@ -15,7 +15,7 @@ from tool_calls import call_tool, load_tool
 
 from crossmae_det.engine import run
 from crossmae_det.model_zoo import get_config
-from crossmae_det.utils.errors import UndecodableImageError
+from crossmae_det.utils.image_reading import UndecodableImageError
 
 CONFIG = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
 NEW = Namespace(eval_only=False, resume=False)
@@ -107,7 +107,7 @@ def test_bad_images_end_training_in_one_line_or_are_skipped(task, spoilt, tiny_o
     else:
         config = "pretraining/crossmae_vit_b_800ep.py"
         options = [*TINY_PRETRAINING, f"dataloader.train.dataset.name='{dataset}'"]
-    options += ["train.max_iter=2", "train.pictures=null"]
+    options += ["train.max_iter=2", "train.visualizer=null"]
 
     def train(name, skip):
         more = [f"dataloader.train.skip_undecodable={skip}", f"train.output_dir={tmp_path}/{name}"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from crossmae_det.layers.attention import Attention, CrossAttention
-from crossmae_det.layers.relative_position import axis_scores, full_bias, pairwise_table
+from crossmae_det.layers.attention_backends import axis_scores, full_bias, pairwise_table
 
 
 def naive_attention(attention, x, grid):

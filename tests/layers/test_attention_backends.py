@@ -6,10 +6,15 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from crossmae_det.layers import attention_backends, chunked_attention
+from crossmae_det.layers import attention_backends
 from crossmae_det.layers.attention import Attention
-from crossmae_det.layers.attention_backends import BACKENDS, attend, choose_backend
-from crossmae_det.layers.relative_position import axis_scores, pairwise_table
+from crossmae_det.layers.attention_backends import (
+    BACKENDS,
+    attend,
+    axis_scores,
+    choose_backend,
+    pairwise_table,
+)
 
 CPU = ("auto", "eager", "sdpa", "folded", "chunked")
 CUDA = ("auto", "eager", "sdpa", "folded", "flex")
@@ -96,7 +101,7 @@ def test_an_empty_batch_has_an_empty_result_and_zero_gradients(device, backend, 
 def test_the_chunked_operator_takes_an_empty_batch():
     q, k, v, *_ = (x.requires_grad_() for x in random_inputs((2, 3), n=0))
     bias = torch.zeros(0, 2, 6, 2), torch.zeros(0, 2, 6, 3)
-    out = chunked_attention.chunked_attention(q, k, v, *bias, 0.5)
+    out = attention_backends.chunked_attention(q, k, v, *bias, 0.5)
     assert out.shape == q.shape
     out.sum().backward()
     assert q.grad.shape == q.shape
@@ -168,8 +173,8 @@ def test_without_relative_position_it_is_plain_attention(device, backend):
 # Chunks of one matrix and 16 queries, of several matrices, of all; lengths they do not divide.
 @pytest.mark.parametrize("pairs", [1, 900, 2000, 10**6])
 def test_chunks_of_any_size_give_the_same(monkeypatch, pairs):
-    monkeypatch.setattr(chunked_attention, "FORWARD_PAIRS_PER_CORE", pairs)
-    monkeypatch.setattr(chunked_attention, "BACKWARD_PAIRS_PER_CORE", pairs)
+    monkeypatch.setattr(attention_backends, "FORWARD_PAIRS_PER_CORE", pairs)
+    monkeypatch.setattr(attention_backends, "BACKWARD_PAIRS_PER_CORE", pairs)
     grid = (3, 7)
     inputs = random_inputs(grid, n=3)
     assert_equal(
@@ -184,7 +189,7 @@ def test_the_chunked_operator_keeps_its_contract():
     q, k, v, table_h, table_w = random_inputs(grid)
     rel_pos = axis_scores(q, pairwise_table(table_h, 3), pairwise_table(table_w, 4), grid)
     inputs = [x.detach().requires_grad_() for x in (q, k, v, *rel_pos)]
-    opcheck(chunked_attention.chunked_attention, (*inputs, 0.25), test_utils=CONTRACT)
+    opcheck(attention_backends.chunked_attention, (*inputs, 0.25), test_utils=CONTRACT)
 
 
 def test_large_scores_do_not_overflow():

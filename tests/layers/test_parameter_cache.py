@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from crossmae_det.layers.parameter_cache import CAPACITY, ParameterCache
+from crossmae_det.layers.attention import CAPACITY, ParameterCache
 
 
 class Doubler:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from crossmae_det.layers.relative_position import (
+from crossmae_det.layers.attention_backends import (
     axis_scores,
     full_bias,
     pairwise_table,

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from crossmae_det.layers import windows as module
-from crossmae_det.layers.windows import window_partition, window_unpartition
+from crossmae_det.layers import attention as module
+from crossmae_det.layers.attention import window_partition, window_unpartition
 
 DEVICES = [
     "cpu",

@@ -7,7 +7,7 @@ from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
 from crossmae_det.engine import run
-from crossmae_det.engine.setup import setup
+from crossmae_det.engine.launch import setup
 from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.zoo import CHECKOUT_CONFIGS
 from crossmae_det.modeling import SIZES
@@ -47,7 +47,7 @@ def test_every_config_trains_two_iterations_and_evaluates(name, tiny_overrides):
     # Not the width and depth of the size, but everything that the config sets beside them.
     if "cascade" in name:
         tiny_overrides = [option.replace("box_head.", "box_heads.0.") for option in tiny_overrides]
-    cfg = get_config(name, [*tiny_overrides, "train.max_iter=2", "train.pictures=null"])
+    cfg = get_config(name, [*tiny_overrides, "train.max_iter=2", "train.visualizer=null"])
     results = run(cfg, Namespace(eval_only=False, resume=False))
     assert {"bbox", "segm"} <= results.keys()
     assert 0 <= results["segm"]["AP"] <= 100

@@ -9,8 +9,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import OmegaConf
 from PIL import Image
 
-from crossmae_det.data import shapes
-from crossmae_det.engine.job import build_optimizer
+from crossmae_det.detection import shapes
+from crossmae_det.engine.train import build_optimizer
 from crossmae_det.engine.trainer import Trainer
 from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.resolvers import image_set

@@ -55,7 +55,7 @@ def test_one_key_decides_in_detection(name, tiny_sets):
 
 @pytest.mark.parametrize("name", DETECTION)
 def test_a_detector_trains_and_is_judged(name, tiny_overrides, tmp_path):
-    overrides = [*tiny_overrides, "train.epochs=1", "train.pictures=null", "train.log_period=1"]
+    overrides = [*tiny_overrides, "train.epochs=1", "train.visualizer=null", "train.log_period=1"]
     overrides += ["model.backbone.net.freeze_blocks=2"]  # of four
     results = run(get_config(name, overrides), TRAIN)
     assert {"bbox", "segm"} <= results.keys()
@@ -91,7 +91,7 @@ def test_pretraining_starts_from_the_detectors_encoder_to_be(name, tiny_sets, tm
     overrides = [
         *(f"model.{override}" for override in tiny),
         *("dataloader.image_size=64", "dataloader.train.num_workers=0", "train.epochs=1"),
-        *("dataloader.train.total_batch_size=4", "train.pictures=null", "train.device=cpu"),
+        *("dataloader.train.total_batch_size=4", "train.visualizer=null", "train.device=cpu"),
         f"dataloader.train.dataset.name='{tiny_sets[0]}'",
         f"dataloader.validation.dataset.name='{tiny_sets[1]}'",
     ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crossmae_det.modeling import SIZES, ViT
-from crossmae_det.modeling.sizes import spread_global_blocks
+from crossmae_det.modeling.vit import spread_global_blocks
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
 

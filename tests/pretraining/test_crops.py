@@ -11,9 +11,9 @@ from image_kinds import encode_kind
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from crossmae_det.pretraining import data
-from crossmae_det.pretraining.data import RandomCrops, load_image, random_crop, resize
-from crossmae_det.pretraining.images import StoredImage
+from crossmae_det.pretraining import crops
+from crossmae_det.pretraining.crops import RandomCrops, load_image, random_crop, resize
+from crossmae_det.pretraining.image_datasets import StoredImage
 from crossmae_det.utils.image_reading import EncodedImage
 
 
@@ -116,7 +116,7 @@ def test_a_reduced_jpeg_is_cropped_upright(tmp_path, monkeypatch, orientation):
     path.write_bytes(encode_kind("RGB jpg", picture, orientation)[0])
     box = (48, 120, 64, 96)  # top, left, height, width
     asked = []
-    monkeypatch.setattr(data, "random_crop", lambda *args: asked.append(args[:2]) or box)
+    monkeypatch.setattr(crops, "random_crop", lambda *args: asked.append(args[:2]) or box)
     crop = RandomCrops((16, 24), flip=False)(StoredImage(str(path)), [0])
     assert asked == [(160, 240)]
     part = Image.fromarray(picture[48:112, 120:216]).resize((24, 16), Image.Resampling.BOX)

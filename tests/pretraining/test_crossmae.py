@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossmae_det.modeling import SIZES, ViT
 from crossmae_det.pretraining import MAE, CrossMAE, weight_decay_param_groups
-from crossmae_det.pretraining.masking import mask_patches
+from crossmae_det.pretraining.masked_image_model import mask_patches
 
 
 def tiny_model(**options):

@@ -13,9 +13,9 @@ from shorthand import one_line, take
 from webdataset import TarWriter
 
 from crossmae_det.pretraining import build_pretraining_loader
-from crossmae_det.pretraining.data import RandomCrops, load_images
-from crossmae_det.pretraining.images import StoredImage
-from crossmae_det.utils.errors import UndecodableImageError
+from crossmae_det.pretraining.crops import RandomCrops, load_images
+from crossmae_det.pretraining.image_datasets import StoredImage
+from crossmae_det.utils.image_reading import UndecodableImageError
 
 
 def loader(dataset, **options):

@@ -8,8 +8,8 @@ import pytest
 from image_files import encode, shade, write_shard
 from webdataset import TarWriter
 
-from crossmae_det.pretraining import images
-from crossmae_det.pretraining.images import ShardedImages, find_images
+from crossmae_det.pretraining import image_datasets
+from crossmae_det.pretraining.image_datasets import ShardedImages, find_images
 
 
 def names(dataset, root):
@@ -71,7 +71,7 @@ def test_only_images_are_taken_from_a_shard(tmp_path):
 
 
 def test_an_epoch_of_shards_reads_a_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "SHARDS_AT_A_TIME", 2)
+    monkeypatch.setattr(image_datasets, "SHARDS_AT_A_TIME", 2)
     for number in range(5):
         write_shard(tmp_path / f"{number}.tar", "0123"[: number + 1] if number else "0")
     dataset = find_images(f"{tmp_path}/*.tar")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from crossmae_det.pretraining.masking import count_patches, mask_patches
+from crossmae_det.pretraining.masked_image_model import count_patches, mask_patches
 
 RATIOS = [(mask / 20, part / 20) for mask in range(1, 20) for part in range(1, mask + 1)]
 

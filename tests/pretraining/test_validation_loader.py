@@ -8,8 +8,8 @@ from PIL import Image
 from torch import distributed
 
 from crossmae_det.pretraining import build_validation_loader
-from crossmae_det.pretraining.data import load_image
-from crossmae_det.pretraining.images import find_images
+from crossmae_det.pretraining.crops import load_image
+from crossmae_det.pretraining.image_datasets import find_images
 
 COUNT = 7
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from image_files import encode, photo
 
-from crossmae_det.utils.errors import UndecodableImageError
 from crossmae_det.utils.image_files import (
     IMAGE_SUFFIXES,
     SAMPLED_HEADERS,
@@ -14,6 +13,7 @@ from crossmae_det.utils.image_files import (
     suffix_counts,
     walk_images,
 )
+from crossmae_det.utils.image_reading import UndecodableImageError
 
 
 def test_images_at_any_depth_but_no_hidden_ones(tmp_path):

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 from shorthand import one_line
 
-from crossmae_det.utils.image_paths import locate
+from crossmae_det.utils.image_files import locate
 
 
 @pytest.fixture

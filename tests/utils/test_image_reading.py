@@ -12,9 +12,13 @@ from image_kinds import KINDS, encode_kind
 from PIL import Image
 from shorthand import one_line
 
-from crossmae_det.utils.errors import UndecodableImageError
 from crossmae_det.utils.image_files import IMAGE_SUFFIXES
-from crossmae_det.utils.image_reading import EncodedImage, image_size, read_image
+from crossmae_det.utils.image_reading import (
+    EncodedImage,
+    UndecodableImageError,
+    image_size,
+    read_image,
+)
 
 PICTURE = photo(20, 29, seed=1, finest=4)
 

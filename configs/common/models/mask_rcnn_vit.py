@@ -5,11 +5,7 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-from crossmae_det.detection import (
-    PartiallySupervisedMaskHead,
-    SimpleFeaturePyramid,
-    vit_backbone,
-)
+from crossmae_det.detection import PartiallySupervisedMaskHead, SimpleFeaturePyramid, vit_backbone
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 _constants = model_zoo.get_config("common/data/constants.py").constants

@@ -1,0 +1,373 @@
+"""Data sets by one string: a name registered in detectron2, or a user's own ``JSON:IMAGE_FOLDER``.
+
+A config needs to know a data set before any image is read (`describe`: how many images, which
+classes, boxes or masks), and the loaders need its records (`get_dataset_dicts`), checked.
+"""
+
+import contextlib
+import difflib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
+from torch.utils.data import Dataset, IterableDataset
+
+from crossmae_det.detection import shapes
+from crossmae_det.detection.coco_annotations import id_order
+from crossmae_det.detection.coco_json import CocoInfo, inspect, load
+from crossmae_det.detection.coco_records import (
+    CROWDS_ONLY,
+    KEEP_CROWDS,
+    Summary,
+    adapt_records,
+    category_indices,
+    check_crowd,
+    check_headers,
+    dataset_categories,
+    load_records,
+)
+from crossmae_det.utils.image_files import locate
+
+logger = logging.getLogger(__name__)
+
+
+# COCO train2017 holds 118,287 images, but every published schedule counts it as 118,000: 100 epochs
+# are 184,375 iterations of 64 images, and 184,375 x 64 = 100 x 118,000. `describe` counts alike, so
+# that the schedules computed from it are the published ones. No other data set is rounded.
+_TRAIN2017_IMAGES = 118_287
+
+_TRAIN2017_SCHEDULED_IMAGES = 118_000
+
+
+# Sizes of COCO's splits, for a config that is looked at where the data is not.
+_NUM_IMAGES = {
+    "coco_2014_train": 82_783,
+    "coco_2014_val": 40_504,
+    "coco_2014_minival": 5_000,
+    "coco_2014_valminusminival": 35_504,
+    "coco_2017_train": _TRAIN2017_SCHEDULED_IMAGES,
+    "coco_2017_val": 5_000,
+    "coco_2017_val_100": 100,
+}
+
+
+# The JSON:IMAGE_FOLDER strings that resolve_name registered.
+_registered: dict[str, CocoInfo] = {}
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a config needs to know of a data set.
+
+    Attributes:
+        num_images: number of images an epoch counts.
+        categories: dataset category id -> name, in the order of the contiguous class ids.
+        has_masks: False when no annotation has a mask, so that only boxes can be trained.
+    """
+
+    num_images: int
+    categories: dict[int, str]
+    has_masks: bool
+
+
+def resolve_name(spec: str) -> str:
+    """Return the name under which detectron2 knows a data set, registering a user's own first.
+
+    Args:
+        spec: a name registered in ``DatasetCatalog``, or ``"instances.json:image_folder"``, which
+            is registered under that very string, with the metadata that detectron2's evaluators
+            and visualizers want. The records are loaded when ``DatasetCatalog.get`` asks for them.
+
+    Raises:
+        ValueError: neither of the two, or the json is not COCO.
+        FileNotFoundError: the json or the image folder does not exist.
+    """
+    if spec in DatasetCatalog and spec not in _registered:
+        return spec
+    json_file, image_root = _split(spec)
+    info = inspect(json_file)
+    if not os.path.isdir(image_root):
+        raise FileNotFoundError(f"{image_root}: no such image folder; check the data set {spec!r}")
+    if _registered.get(spec) == info:
+        return spec
+    if spec in _registered:  # the file was rewritten; metadata cannot be changed, only replaced
+        DatasetCatalog.remove(spec)
+        MetadataCatalog.remove(spec)
+    _registered[spec] = info
+    indices = {id_: index for index, id_ in enumerate(info.categories)}
+    DatasetCatalog.register(spec, lambda: load_records(json_file, image_root, indices))
+    MetadataCatalog.get(spec).set(
+        json_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco",
+        thing_classes=list(info.categories.values()),
+        thing_dataset_id_to_contiguous_id=indices,
+    )
+    return spec
+
+
+def describe(
+    spec: str,
+    *,
+    filter_empty: bool = False,
+    max_images: int | None = None,
+    crowd: str = "ignore",
+) -> DatasetInfo:
+    """Describe a data set without loading its images.
+
+    A COCO json is read once and again only when it changes. Where the json of a registered name is
+    absent, the metadata describe it if its size is known (COCO's own names, or ``num_images`` in
+    the metadata): a config can be looked at where the data is not, or not yet.
+
+    Args:
+        spec: what `resolve_name` accepts.
+        filter_empty, max_images, crowd: as in `get_dataset_dicts`; the images are counted that
+            remain, which for COCO train2017 are 118,000 by convention.
+
+    Raises:
+        ValueError, FileNotFoundError: as `resolve_name`; or an absent json of unknown size.
+    """
+    name = resolve_name(spec)
+    metadata = MetadataCatalog.get(name)
+    most = max_images if max_images is not None else float("inf")
+    if not _is_coco(name):
+        records = _call_loader(name)
+        if filter_empty and "annotations" in records[0]:
+            records = Summary().filter_empty(records)
+        annotations = (a for record in records for a in record.get("annotations", []))
+        has_masks = any(a.get("segmentation") for a in annotations if not a.get("iscrowd", 0))
+        return DatasetInfo(int(min(len(records), most)), dataset_categories(name, None), has_masks)
+    known = metadata.get("num_images", _NUM_IMAGES.get(name))
+    if known is not None and not os.path.isfile(_local(metadata.json_file)):
+        return DatasetInfo(int(min(known, most)), dataset_categories(name, None), has_masks=True)
+    info = _inspect(name)
+    num_images = info.num_images
+    if num_images == _TRAIN2017_IMAGES and info.categories == dataset_categories(
+        "coco_2017_train", None
+    ):
+        num_images = _TRAIN2017_SCHEDULED_IMAGES
+    elif filter_empty:
+        num_images = info.num_with_crowds if crowd == "keep" else info.num_with_objects
+    has_masks = info.has_masks or (crowd == "keep" and info.crowds_have_masks)
+    return DatasetInfo(int(min(num_images, most)), dataset_categories(name, info), has_masks)
+
+
+def get_dataset_dicts(
+    names: str | Sequence[str],
+    *,
+    categories: Mapping[int, str] | None = None,
+    filter_empty: bool = True,
+    max_images: int | None = None,
+    invalid_annotations: str | None = None,
+    crowd: str = "ignore",
+    skip_undecodable: bool | None = None,
+) -> list[dict]:
+    """Load the records of one or more data sets in detectron2's format, after checking them.
+
+    Every COCO json is checked whole and read in its clean form: see
+    `crossmae_det.detection.coco_json.load`. What is used, left out and repaired is logged.
+
+    Args:
+        names: what `resolve_name` accepts, or a sequence of it.
+        categories: id -> name in the order of the model's classes; the categories of every data set
+            are mapped to them by name, whatever their ids. None: those of the first data set.
+        filter_empty: leave out images without an annotation that is not a crowd region.
+        max_images: keep only the first so many images, by ascending image id within each data set,
+            the data sets in the order given, counted after `filter_empty`.
+        invalid_annotations: what to do with annotations whose box or mask has no area: "error", or
+            "skip" to leave them out with a warning. None is "error" for ``JSON:IMAGE_FOLDER`` and
+            "skip" for registered names, because COCO's own files have a few of them.
+        crowd: "ignore" trains nothing on crowd regions (``iscrowd: 1``), as COCO means them;
+            "keep" makes them objects like any other, for exports that set it on every mask.
+        skip_undecodable: whether training skips images that cannot be used; they are then warned
+            of here rather than raised. None: it cannot be chosen, as in a test set.
+
+    Returns:
+        One dict per image: ``file_name``, ``height``, ``width``, ``image_id``, ``annotations``. An
+        annotation without a mask among others that have one has no ``segmentation``.
+
+    Raises:
+        ValueError: a data set is not as it must be, or nothing of it is left; one line.
+        FileNotFoundError: a json, an image folder or images in it are absent; one line.
+    """
+    specs = [names] if isinstance(names, str) else list(names or ())
+    if not specs:
+        raise ValueError("no data set is named; give a registered name or JSON:IMAGE_FOLDER")
+    if invalid_annotations not in (None, "error", "skip"):
+        raise ValueError(
+            f"invalid_annotations={invalid_annotations!r}: choose error, skip or null (None)"
+        )
+    check_crowd(crowd)
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images={max_images}: give a positive number, or null (None) for all")
+
+    classes = dict(categories) if categories else None
+    reference = "the model"
+    summary = Summary()
+    records: list[dict] = []
+    versions: list[Any] = []
+    for spec in specs:
+        name = resolve_name(spec)
+        loaded, own, version = _load(name, classes, reference, invalid_annotations, crowd, summary)
+        if classes is None:
+            classes, reference = own, spec
+        if max_images is not None and all("image_id" in record for record in loaded):
+            loaded = sorted(loaded, key=lambda record: id_order(record["image_id"]))
+        records += loaded
+        versions.append(version)
+    has_instances = "annotations" in records[0]
+    summary.found = len(records)
+    if filter_empty and has_instances:
+        records = summary.filter_empty(records)
+    source = ", ".join(specs)
+    if not records:
+        advice = "annotate some"
+        if summary.skipped[CROWDS_ONLY]:
+            advice = f"those that there are have iscrowd: 1; {KEEP_CROWDS}"
+        raise ValueError(f"{source}: no image has an annotation to train on; {advice}")
+    if max_images is not None and max_images < len(records):
+        summary.skipped[f"beyond the first {max_images} by image id (max_images)"] = (
+            len(records) - max_images
+        )
+        records = records[:max_images]
+    if all(versions):
+        check_headers(
+            records,
+            source,
+            skip_undecodable=skip_undecodable,
+            key=(*versions, filter_empty, max_images, crowd),
+        )
+    summary.log(source, records, None if classes is None else list(classes.values()))
+    return records
+
+
+def _split(spec: str) -> tuple[str, str]:
+    """Split JSON:IMAGE_FOLDER; a colon may also occur inside either path."""
+    if not isinstance(spec, str):
+        raise ValueError(f"data set {spec!r}: give a registered name or JSON:IMAGE_FOLDER")
+    pairs = [(spec[:i], spec[i + 1 :]) for i, character in enumerate(spec) if character == ":"]
+    pairs = [
+        (os.path.expanduser(json_file), os.path.expanduser(image_root))
+        for json_file, image_root in reversed(pairs)
+        if json_file.lower().endswith(".json") and image_root
+    ]
+    if pairs:
+        # Where no such json exists, the last colon gives the path that the error will name.
+        return next((pair for pair in pairs if os.path.isfile(pair[0])), pairs[0])
+    if spec.lower().rstrip(":").endswith(".json"):
+        raise ValueError(
+            f"data set {spec!r}: add the image folder, as in {spec.rstrip(':')}:FOLDER"
+        )
+    similar = difflib.get_close_matches(spec, list(DatasetCatalog), n=1)
+    hint = f" (did you mean {similar[0]}?)" if similar else ""
+    raise ValueError(
+        f"data set {spec!r} is not registered in detectron2{hint}; "
+        "a data set of your own is named by JSON:IMAGE_FOLDER"
+    )
+
+
+def _is_coco(name: str) -> bool:
+    """Whether a data set is a COCO json, which `inspect` can read, rather than anything else."""
+    metadata = MetadataCatalog.get(name)
+    return (
+        bool(metadata.get("json_file") and metadata.get("image_root"))
+        and metadata.get("evaluator_type", "coco") == "coco"
+    )
+
+
+def _is_plain(name: str) -> bool:
+    """Whether the records of a COCO json are those that the json has, and no function's choice."""
+    loader = DatasetCatalog[name]
+    module = getattr(loader, "func", loader).__module__
+    return name in _registered or module in (load_coco_json.__module__, shapes.__name__)
+
+
+def _local(path: Any) -> str:
+    path = os.fspath(path)
+    return PathManager.get_local_path(path) if "://" in path else path
+
+
+def _inspect(name: str) -> CocoInfo:
+    path = _local(MetadataCatalog.get(name).json_file)
+    if name in _registered:
+        return inspect(path)
+    if not os.path.isfile(path):
+        with contextlib.suppress(FileNotFoundError):  # a loader may make its files when called
+            DatasetCatalog.get(name)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path}: the annotations of {name} are absent; set DETECTRON2_DATASETS to the folder "
+            "that has them, or give the data set as JSON:IMAGE_FOLDER"
+        )
+    return inspect(path, needs_annotations=False)
+
+
+def _call_loader(name: str) -> list[dict]:
+    records = DatasetCatalog.get(name)
+    if isinstance(records, IterableDataset):
+        raise ValueError(f"data set {name!r} is an IterableDataset; a resumable run needs a list")
+    if isinstance(records, Dataset):
+        records = [records[i] for i in range(len(records))]  # type: ignore[arg-type]
+    if not len(records):
+        raise ValueError(f"data set {name!r} has no images")
+    return records
+
+
+def _load(
+    name: str,
+    classes: Mapping[int, str] | None,
+    reference: str,
+    invalid_annotations: str | None,
+    crowd: str,
+    summary: Summary,
+) -> tuple[list[dict], dict[int, str] | None, Any]:
+    """Load the records of one data set, checked where it is a COCO json.
+
+    Returns:
+        The records, with the indices of ``classes``; its own categories; and what changes when its
+        files do, None where there is nothing to check the images by.
+    """
+    info = _inspect(name) if _is_coco(name) else None
+    metadata = MetadataCatalog.get(name)
+    own: dict[int, str] | None = None
+    if info is not None or metadata.get("thing_classes") is not None or classes is not None:
+        own = dataset_categories(name, info)
+    policy = invalid_annotations or ("error" if name in _registered else "skip")
+    options: dict[str, Any] = {
+        "invalid_annotations": policy,
+        "crowd": crowd,
+        "summary": summary,
+    }
+    image_root = os.fspath(metadata.get("image_root", ""))
+    if info is None or own is None or not _is_plain(name):
+        file = None
+        if info is not None:
+            file = load(info.path, needs_annotations=False)
+            if "://" not in image_root:
+                locate([image["file_name"] for image in file.images], image_root, info.path)
+        remap = None
+        if own is not None and classes is not None:
+            indices = category_indices(own, classes, name, reference)
+            remap = {index: indices[id_] for index, id_ in enumerate(own)}
+        return adapt_records(_call_loader(name), file, remap, **options), own, None
+
+    if own.keys() != info.categories.keys():
+        raise ValueError(
+            f"{info.path}: its categories are not those that {name} is registered with; "
+            "give the data set as JSON:IMAGE_FOLDER instead"
+        )
+    indices = category_indices(own, classes or own, name, reference)
+    records = load_records(
+        info.path, image_root, indices, needs_annotations=name in _registered, **options
+    )
+    if metadata.get("thing_classes") is None:  # as detectron2's loader does
+        metadata.thing_classes = list(own.values())
+    if metadata.get("thing_dataset_id_to_contiguous_id") is None:
+        metadata.thing_dataset_id_to_contiguous_id = {id_: i for i, id_ in enumerate(own)}
+    version = None if "://" in image_root else (info.path, info.version, image_root)
+    return records, own, version

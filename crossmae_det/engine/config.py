@@ -1,0 +1,286 @@
+"""From a config to the values that a job runs by, and back to a file that is a config again.
+
+A saved config holds what the user set as it was set. What follows from the data is not written into
+its keys but beside them, in ``dataloader.recorded``: it follows anew where the data are there, and
+is taken from the record where they are not.
+"""
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from crossmae_det.utils import atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+FILE = "config.yaml"  # in the folder of a run
+
+KEYS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
+# What follows from the data, and what of it a saved config remembers.
+DATASET_INFO = "dataloader.dataset_info"
+
+RECORDED = "dataloader.recorded"
+
+# The classes of the model, by dataset id, in their order.
+CATEGORIES = "dataloader.categories"
+
+TEST_NAMES = "dataloader.test.dataset.names"
+
+
+# (key, least value, whether it is a whole number); keys that a config lacks are not checked.
+RANGES: Sequence[tuple[str, float, bool]] = (
+    ("dataloader.image_size", 1, True),
+    ("dataloader.train.total_batch_size", 1, True),
+    ("dataloader.train.num_workers", 0, True),
+    ("train.max_iter", 1, True),
+    ("train.eval_period", 0, True),
+    ("train.log_period", 1, True),
+    ("train.checkpointer.period", 1, True),
+    ("train.checkpointer.max_to_keep", 1, True),
+    ("train.accumulation", 1, True),
+    ("train.seed", 0, True),
+    ("train.early_stopping.patience", 1, True),
+    ("train.clip_grad.max_norm", 0, False),
+    ("lr_multiplier.warmup_iters", 0, True),
+    ("optimizer.lr", 0, False),
+    ("optimizer.weight_decay", 0, False),
+)
+
+WITHOUT_TRAINING = frozenset({"dataloader.image_size", "train.seed"})
+
+# Of whole numbers; seeds and iterations have room.
+LARGEST = 2**31 - 1
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Reject a config that is not one of a job.
+
+    Raises:
+        ValueError: one of its five keys is absent.
+    """
+    if absent := [key for key in KEYS if key not in cfg]:
+        raise ValueError(
+            f"the config has no {', '.join(absent)}: a config that can be run has the keys "
+            f"{', '.join(KEYS)}"
+        )
+
+
+def resolve(cfg: DictConfig) -> DictConfig:
+    """The config with values in place of its references, checked; ``cfg`` is unchanged.
+
+    Without a test set (``dataloader.test.dataset.names`` is null) the result has no evaluation.
+
+    Raises:
+        ValueError, OSError: a key is absent, a value out of range, or a reference leads nowhere.
+    """
+    check_keys(cfg)
+    resolved = cfg.copy()
+    check_ranges(resolved)
+    OmegaConf.resolve(resolved)
+    _check_classes(resolved)
+    if _is_without_test_set(resolved):  # left out only now: other keys refer to it
+        if OmegaConf.select(resolved, "train.validation_loss.enabled"):
+            raise ValueError(f"train.validation_loss needs a validation set: set {TEST_NAMES}")
+        for key in ("test", "validation", "evaluator"):
+            resolved.dataloader.pop(key, None)
+        resolved.train.visualizer = None
+    if "recorded" in resolved.dataloader:
+        resolved.dataloader.recorded = {}
+    return resolved
+
+
+def save(cfg: DictConfig, resolved: DictConfig, path: str | os.PathLike[str]) -> None:
+    """Write a config as a run keeps it: ``cfg`` itself, and what its datasets are now.
+
+    Args:
+        cfg: with references.
+        resolved: from :func:`resolve`.
+        path: a yaml file, written atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    saved = cfg.copy()
+    if (info := OmegaConf.select(resolved, DATASET_INFO)) is not None:
+        OmegaConf.update(saved, RECORDED, info, merge=False)
+    with atomic_path(path) as temporary:
+        LazyConfig.save(saved, str(temporary))
+
+
+def is_run_of(folder: str | os.PathLike[str], cfg: DictConfig) -> bool:
+    """Whether the run in a folder is one of this very config, on the same data and checkpoint.
+
+    Args:
+        folder: of a run.
+        cfg: with references.
+
+    Raises:
+        ValueError, OSError: as :func:`resolve`.
+    """
+    found = Path(folder, FILE)
+    if not found.is_file():
+        return False
+    start = Path(cfg.train.init_checkpoint or os.devnull)
+    if start.is_file() and start.stat().st_mtime > found.stat().st_mtime:
+        return False
+    with tempfile.TemporaryDirectory() as temporary:
+        wanted = Path(temporary, FILE)
+        save(cfg, resolve(cfg), wanted)
+        return found.read_bytes() == wanted.read_bytes()
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The model of a config.
+
+    Raises:
+        ValueError: its arguments do not fit together.
+    """
+    return build(cfg.model, "model")
+
+
+def build(part: DictConfig, key: str) -> Any:
+    """The object that a part of a config stands for.
+
+    Args:
+        part: a LazyCall, resolved.
+        key: of the part, for messages.
+
+    Raises:
+        ValueError: its arguments do not fit together.
+    """
+    try:
+        return instantiate(part)
+    except OmegaConfBaseException:
+        raise
+    except (
+        TypeError,
+        AttributeError,
+        AssertionError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        # The shipped configs are built by tests, so it is a key that was changed.
+        logger.debug("Traceback of the error", exc_info=True)
+        raise ValueError(
+            f"{key} cannot be built with these {key}.* keys: {type(error).__name__}: {error}"
+        ) from error
+
+
+def use_trained_classes(cfg: DictConfig, content: Mapping[str, Any]) -> None:
+    """Give the model the classes that its weights were trained for, in place.
+
+    The datasets of the config may have the same classes in another order by now.
+
+    Args:
+        cfg: not resolved.
+        content: of the checkpoint; those of this project's runs name their classes. Of others, the
+            record of a saved config does.
+    """
+    if OmegaConf.select(cfg, "dataloader.train.dataset.names") is None:
+        return
+    names = cfg.dataloader.train.dataset.names
+    first = names if isinstance(names, str) else names[0]
+    recorded = (OmegaConf.select(cfg, RECORDED) or {}).get(first, {})
+    settings = content.get("settings", {})
+    if categories := settings.get(CATEGORIES) or recorded.get("categories"):
+        OmegaConf.update(cfg, CATEGORIES, dict(categories), merge=False)
+
+
+def _is_without_test_set(cfg: DictConfig) -> bool:
+    if OmegaConf.select(cfg, "dataloader.evaluator") is None:
+        return False
+    return (
+        OmegaConf.select(cfg, "dataloader.test.dataset") is not None
+        and "names" in cfg.dataloader.test.dataset
+        and not cfg.dataloader.test.dataset.names
+    )
+
+
+def _check_classes(cfg: DictConfig) -> None:
+    """Reject a model whose number of classes is set and is not that of the data.
+
+    Raises:
+        ValueError: it is not, or the categories are not a mapping.
+    """
+    categories = OmegaConf.select(cfg, CATEGORIES)
+    if categories is None:
+        return
+    if not isinstance(categories, Mapping | DictConfig):
+        raise ValueError(f"{CATEGORIES}={_short(categories)}: must be a mapping, {{ID: NAME, ...}}")
+    for key in ("model.roi_heads.num_classes", "model.num_classes"):
+        number = OmegaConf.select(cfg, key)
+        if number is not None and number != len(categories):
+            raise ValueError(
+                f"{key}={number}, but the data have {_short(categories)} classes: leave the key"
+                " out, the number of classes follows from the data"
+            )
+
+
+def check_ranges(cfg: DictConfig, *, training: bool = True) -> None:
+    """Reject values of :data:`RANGES` that are out of range; whole floats become integers.
+
+    Args:
+        cfg: not resolved.
+        training: False checks only what a tool reads that looks at a trained model: the others may
+            follow from data that are not there.
+
+    Raises:
+        ValueError: one is.
+    """
+    for key, least, whole in RANGES:
+        if not training and key not in WITHOUT_TRAINING:
+            continue
+        value = OmegaConf.select(cfg, key, default=least)
+        kind = "a whole number" if whole else "a number"
+        for number in value if OmegaConf.is_list(value) else [value]:
+            fits = isinstance(number, int | float) and not isinstance(number, bool)
+            if not fits or not least <= number < math.inf or (whole and number != int(number)):
+                raise ValueError(f"{key}={value}: must be {kind} of at least {least}")
+            if whole and number > LARGEST:
+                raise ValueError(f"{key}={value}: must be at most {LARGEST}")
+        if whole and isinstance(value, float):  # 1e3
+            OmegaConf.update(cfg, key, int(value))
+
+
+def log_data(cfg: DictConfig, resolved: DictConfig, *, training: bool) -> None:
+    """Log what of the datasets has changed since a run saved its config, and a missing test set.
+
+    Args:
+        cfg: with references.
+        resolved: from :func:`resolve`.
+        training: whether the job trains.
+    """
+    if training and _is_without_test_set(cfg):
+        logger.info("No validation set is named (%s): training without evaluation", TEST_NAMES)
+    recorded = OmegaConf.select(cfg, RECORDED) or {}
+    now = OmegaConf.select(resolved, DATASET_INFO) or {}
+    for name in sorted(recorded.keys() & now.keys()):
+        before, after = recorded[name], now[name]
+        for key in before:
+            if key in after and before[key] != after[key]:
+                logger.warning(
+                    "Dataset '%s' has changed since this config was saved: %s was %s, is %s",
+                    name,
+                    key,
+                    _short(before[key]),
+                    _short(after[key]),
+                )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = f"{len(value)} ({', '.join(map(str, value.values()))})"
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

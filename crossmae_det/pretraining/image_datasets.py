@@ -1,0 +1,285 @@
+"""Sets of images for pretraining, each named by one string, with no labels read.
+
+=====================  ============================================================================
+``photos/``            a folder: every image in it, at any depth, so class folders too
+``photo.jpg``          one image file
+``photos.txt``         a list of image files, one a line, relative to the list's own folder
+``set.json:photos/``   the images of a COCO json, relative to the folder
+``set/{00..63}.tar``   tar shards in WebDataset's format: a pattern with braces, or wildcards
+=====================  ============================================================================
+"""
+
+import json
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from glob import glob
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext
+
+from crossmae_det.utils.image_files import (
+    IMAGE_SUFFIXES,
+    is_image_file,
+    locate,
+    suffix_counts,
+    walk_images,
+)
+from crossmae_det.utils.image_reading import EncodedImage, image_size, naming_errors
+
+logger = logging.getLogger(__name__)
+
+
+# An epoch goes through shards in a random order, so many at a time, and through the images of those
+# in a random order: what is read lies close together, and near to what was read before.
+SHARDS_AT_A_TIME = 16
+
+
+class StoredImage(NamedTuple):
+    """Where the bytes of an encoded image are; as a string, its name for messages.
+
+    Attributes:
+        path: the file.
+        member: name inside a tar file; empty where the file is the image.
+        offset: first byte in the file.
+        size: number of bytes; -1 for all that follow.
+    """
+
+    path: str
+    member: str = ""
+    offset: int = 0
+    size: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.member}" if self.member else self.path
+
+    def read(self) -> bytes:
+        """Read the encoded image.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def open(self) -> EncodedImage:
+        """Read the encoded image and its header.
+
+        Raises:
+            UndecodableImageError: the file cannot be read, or is not an image.
+        """
+        with naming_errors(str(self)):
+            data = self.read()
+        return EncodedImage(data, str(self))
+
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the upright image, from its header.
+
+        Raises:
+            UndecodableImageError: the file cannot be read, or is not an image.
+        """
+        if not self.member:
+            return image_size(self.path)
+        image = self.open()
+        return image.height, image.width
+
+
+class ImageFiles(Dataset):
+    """Images that are files of their own, under one folder.
+
+    Attributes:
+        summary: how many images of which suffixes, in how many folders.
+    """
+
+    def __init__(self, folder: str, names: Iterable[str]):
+        self.folder = folder
+        names = list(names)
+        self._names = _pack(names)
+        folders = len({os.path.dirname(name) for name in names})
+        places = f"{folders} folder{'s' if folders != 1 else ''}"
+        self.summary = f"{len(names)} images ({suffix_counts(names)}) in {places}"
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> StoredImage:
+        return StoredImage(os.path.join(self.folder, _unpack(self._names[index])))
+
+
+class ShardedImages(Dataset):
+    """Images inside uncompressed tar files, which are indexed once so that any can be read alone.
+
+    Only headers are read for that; a million images take one or two minutes.
+
+    Args:
+        shards: the tar files.
+
+    Attributes:
+        summary: how many images of which suffixes, in how many shards.
+
+    Raises:
+        ValueError: a shard is not an uncompressed tar file.
+        OSError: a shard cannot be read.
+    """
+
+    def __init__(self, shards: Sequence[str]):
+        self.shards = list(shards)
+        logger.info("Looking for the images in %d tar shards", len(self.shards))
+        names: list[str] = []
+        places: list[tuple[int, int]] = []
+        starts = [0]
+        for shard in self.shards:
+            for name, offset, size in _tar_index(shard):
+                names.append(name)
+                places.append((offset, size))
+            starts.append(len(names))
+        self._names = _pack(names)
+        self._places = torch.tensor(places, dtype=torch.int64).reshape(-1, 2)
+        self._starts = np.array(starts)
+        self.summary = (
+            f"{len(names)} images ({suffix_counts(names)}) in {len(self.shards)} tar shards"
+        )
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> StoredImage:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        offset, size = self._places[index].tolist()
+        return StoredImage(self.shards[shard], _unpack(self._names[index]), offset, size)
+
+    def permutation(self, rng: np.random.Generator) -> np.ndarray:
+        """The order of an epoch: shards shuffled, then images among SHARDS_AT_A_TIME of them.
+
+        Returns:
+            (len(self),) int64: each index once.
+        """
+        shards = rng.permutation(len(self.shards))
+        groups = [shards[i : i + SHARDS_AT_A_TIME] for i in range(0, len(shards), SHARDS_AT_A_TIME)]
+        return np.concatenate(
+            [
+                rng.permutation(
+                    np.concatenate(
+                        [np.arange(self._starts[s], self._starts[s + 1]) for s in group.tolist()]
+                    )
+                )
+                for group in groups
+            ]
+        )
+
+
+@lru_cache(maxsize=8)
+def find_images(dataset: str) -> ImageFiles | ShardedImages:
+    """Find the images of a set. A set is looked for once in the life of a process.
+
+    Args:
+        dataset: a folder, an image, a list file, ``JSON:FOLDER`` or tar shards: see the head of
+            this module.
+
+    Returns:
+        :class:`StoredImage` by index, in an order that depends on the names alone.
+
+    Raises:
+        ValueError: there is no image, or the string or a file is not what it must be; one line.
+        FileNotFoundError: a file or a folder does not exist; one line.
+    """
+    images: ImageFiles | ShardedImages
+    if pair := re.fullmatch(r"(.+?\.json):(.+)", dataset, re.IGNORECASE):
+        images = _coco_images(*map(os.path.expanduser, pair.groups()))
+    elif dataset.lower().endswith(".tar"):
+        images = ShardedImages(_expand(os.path.expanduser(dataset)))
+    else:
+        path = os.path.expanduser(dataset)
+        if os.path.isdir(path):
+            images = ImageFiles(path, walk_images(path))
+        elif os.path.isfile(path):
+            images = _listed_images(path)
+        else:
+            raise FileNotFoundError(f"{dataset}: no such folder or list of images; check the path")
+    if not len(images):
+        raise ValueError(f"{dataset}: there is no image ({', '.join(IMAGE_SUFFIXES)})")
+    return images
+
+
+def _pack(names: Iterable[str]) -> Tensor:
+    """Strings as (number, length of the longest) uint8, filled up with zeros.
+
+    Worker processes share a tensor, however they are started; of a list each would have its own.
+    """
+    array = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+    return torch.from_numpy(array.view(np.uint8).reshape(len(array), array.itemsize))
+
+
+def _unpack(row: Tensor) -> str:
+    return os.fsdecode(row.numpy().tobytes().rstrip(b"\0"))
+
+
+def _listed_images(path: str) -> ImageFiles:
+    if is_image_file(path):
+        folder, name = os.path.split(path)
+        return ImageFiles(folder, [name])
+    if path.lower().endswith(".json"):
+        raise ValueError(f"data set '{path}': add the image folder, as in {path}:FOLDER")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a list of images, one path a line, in UTF-8") from error
+    return _existing(ImageFiles(os.path.dirname(path), names), path)
+
+
+def _coco_images(json_file: str, folder: str) -> ImageFiles:
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder}: no such image folder; check the path")
+    try:
+        with open(json_file, "rb") as file:  # as bytes: json finds out the encoding by itself
+            names = [os.fspath(image["file_name"]) for image in json.load(file)["images"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{json_file}: not a COCO json, which lists images by name") from error
+    paths = locate(names, folder, json_file, complete=False)  # absent ones as undecodable ones
+    images = ImageFiles(folder, [os.path.relpath(path, folder) for path in paths])
+    return _existing(images, json_file)
+
+
+def _existing(images: ImageFiles, source: str) -> ImageFiles:
+    """Look for the first image: paths are mostly all right or all wrong, and looking takes time."""
+    if len(images) and not os.path.isfile(images[0].path):
+        raise FileNotFoundError(
+            f"{images[0]}: no such image, though {source} has it; check where its paths start"
+        )
+    return images
+
+
+def _expand(pattern: str) -> list[str]:
+    """The tar files that a pattern with braces and wildcards stands for, in its order."""
+    shards: list[str] = []
+    for path in expand_urls(pattern):
+        found = sorted(glob(path)) if not os.path.isfile(path) else [path]
+        if not found:
+            raise FileNotFoundError(f"{path}: no such tar shard; check the path")
+        shards += found
+    return shards
+
+
+def _tar_index(shard: str) -> Iterator[tuple[str, int, int]]:
+    """Name, first byte and size of each image in a tar file; only its headers are read."""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                # WebDataset's extension is all that follows the first dot: a.seg.png is no .png.
+                _, extension = base_plus_ext(member.name)
+                if member.isfile() and extension and f".{extension.lower()}" in IMAGE_SUFFIXES:
+                    yield member.name, member.offset_data, member.size
+                # It would keep the headers of all members.
+                archive.members = []  # type: ignore[attr-defined]
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard}: not a whole, uncompressed tar file ({error})") from error

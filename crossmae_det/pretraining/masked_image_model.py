@@ -1,0 +1,358 @@
+"""Random masking: which patches the encoder sees, and which ones the decoder predicts.
+
+Legend: N images, L patches.
+
+What CrossMAE and MAE share: masking, targets and loss, and the ends of a decoder.
+
+Legend: N images, L patches on a grid of H x W, P patch side in pixels, B channels of an image,
+F = P * P * B values of a patch, C channels of the trunk, D channels of the decoder.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossmae_det.layers.patches import patchify
+from crossmae_det.layers.position_embedding import (
+    resample_position_embedding,
+    sincos_position_embedding,
+)
+from crossmae_det.modeling.vit import LAYER_NORM, ViT
+from crossmae_det.pretraining.reconstruction import (
+    Panels,
+    Reconstruction,
+    masked_images,
+    pixels_to_targets,
+    psnr,
+    reconstructed_images,
+)
+
+
+class Masking(NamedTuple):
+    """Patch indices (N, L_...) int64, ascending; each patch of an image is in exactly one."""
+
+    visible: Tensor
+    predicted: Tensor
+    unseen: Tensor
+
+
+def check_ratios(mask_ratio: float, prediction_ratio: float) -> None:
+    """Refuse ratios that make no sense for any number of patches.
+
+    Raises:
+        ValueError: not 0 < prediction_ratio <= mask_ratio < 1.
+    """
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio must lie between 0 and 1, both excluded; got {mask_ratio}")
+    if not 0 < prediction_ratio <= mask_ratio:
+        raise ValueError(
+            f"prediction_ratio is a fraction of all patches, above 0 and at most the mask_ratio"
+            f" {mask_ratio}; got {prediction_ratio}"
+        )
+
+
+def count_patches(length: int, mask_ratio: float, prediction_ratio: float) -> tuple[int, int, int]:
+    """Numbers of visible, predicted and unseen patches.
+
+    They are rounded as in the published implementation, in floats: ``int(L * (1 - mask_ratio))``
+    visible, ``int(L * (mask_ratio - prediction_ratio))`` unseen, and the rest predicted, so that
+    the three add up to L whatever the rounding did. A product that a float holds just below a
+    whole number is one patch less, there and here: 20 * (1 - 0.9) is 1 visible patch, not 2.
+
+    Args:
+        length: number of patches L of an image.
+        mask_ratio: fraction of all patches that the encoder does not see.
+        prediction_ratio: fraction of all patches that the decoder predicts.
+
+    Returns:
+        (visible, predicted, unseen).
+
+    Raises:
+        ValueError: a ratio is out of range, or no patch is left visible or predicted.
+    """
+    check_ratios(mask_ratio, prediction_ratio)
+    visible = int(length * (1 - mask_ratio))
+    unseen = int(length * (mask_ratio - prediction_ratio))
+    predicted = length - visible - unseen
+    if not visible:
+        raise ValueError(
+            f"mask_ratio {mask_ratio} leaves none of {length} patches visible;"
+            " lower it, or take larger images"
+        )
+    if not predicted:
+        raise ValueError(
+            f"prediction_ratio {prediction_ratio} leaves none of {length} patches predicted;"
+            " raise it, or take larger images"
+        )
+    return visible, predicted, unseen
+
+
+def mask_patches(noise: Tensor, mask_ratio: float, prediction_ratio: float) -> Masking:
+    """Divide the patches of each image by the order of their noise.
+
+    The lowest noise is visible, the highest predicted, what lies between is neither.
+
+    Args:
+        noise: (N, L), uniform in [0, 1) for a random masking.
+        mask_ratio: fraction of all patches that the encoder does not see, in (0, 1).
+        prediction_ratio: fraction of all patches that the decoder predicts, in (0, mask_ratio].
+
+    Returns:
+        The indices, ascending; how their numbers are rounded is in :func:`count_patches`.
+
+    Raises:
+        ValueError: a ratio is out of range, or no patch is left visible or predicted.
+    """
+    visible, predicted, unseen = count_patches(noise.shape[1], mask_ratio, prediction_ratio)
+    order = noise.argsort(dim=1, stable=True)
+    first, middle, last = (
+        part.sort(dim=1).values for part in order.split([visible, unseen, predicted], dim=1)
+    )
+    return Masking(visible=first, predicted=last, unseen=middle)
+
+
+# Hidden width of a decoder's MLPs over its width, in every published decoder.
+DECODER_MLP_RATIO = 4.0
+
+
+# ImageNet's colours, RGB in 0 to 255: what every published model normalises with.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class PixelDecoder(nn.Module):
+    """The ends of a decoder: mask token and positions, final norm and the linear map to pixels.
+
+    A subclass has ``forward(features, masking, grid)``, from the trunk's tokens (depth + 1 tensors
+    (N, 1 + L_visible, C)), the :class:`Masking` and (H, W) to (N, L_predicted, F).
+
+    The positions are a fixed sine-cosine table, a buffer made for the trunk's own grid. On another
+    grid it is resampled, as the trunk's table is, so that both mean the same places.
+
+    Args:
+        encoder: the trunk that is decoded.
+        dim: channels D.
+        depth: number of blocks.
+        num_heads: attention heads; must divide ``dim``.
+
+    Raises:
+        ValueError: a size that is out of range or does not divide.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, encoder: ViT, dim: int, depth: int, num_heads: int):
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"decoder_depth must be at least 1, got {depth}")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"decoder_dim {dim} is not divisible by {num_heads} attention heads")
+        patch_h, patch_w = encoder.patch_size
+        self.pos_grid = encoder.pos_grid
+        self.register_buffer("pos_embed", sincos_position_embedding(dim, self.pos_grid))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.norm = LAYER_NORM(dim)
+        self.pred = nn.Linear(dim, patch_h * patch_w * encoder.patch_embed.proj.in_channels)
+
+    def initialise(self) -> None:
+        """MAE's initialisation, for a subclass to call when it is built."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table for a grid (H, W): (1, 1 + L, D), class token first."""
+        return resample_position_embedding(self.pos_embed, self.pos_grid, grid)
+
+
+class MaskedAutoencoder(nn.Module):
+    """A trunk that sees some of the patches, and a decoder that predicts others.
+
+    Its state dict is ``encoder.*``, the trunk's own, and ``decoder.*``. The trunk's position
+    embedding is kept fixed (it gets no gradient), as in MAE.
+
+    ``mask_ratio`` and ``prediction_ratio`` may be set on a model that is built: no weight depends
+    on them. Images are normalised by the model where they come as bytes: see :meth:`normalise`.
+
+    Args:
+        encoder: the trunk, with a class token.
+        decoder: predicts pixels from the trunk's tokens.
+        mask_ratio: fraction of all patches that the encoder does not see, in (0, 1).
+        prediction_ratio: fraction of all patches that are predicted, in (0, mask_ratio].
+        norm_pix_loss: predict each patch normalised by its own mean and deviation, not raw.
+
+    Raises:
+        ValueError: a ratio is out of range, or the trunk has no class token.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        encoder: ViT,
+        decoder: PixelDecoder,
+        *,
+        mask_ratio: float,
+        prediction_ratio: float,
+        norm_pix_loss: bool,
+    ):
+        super().__init__()
+        check_ratios(mask_ratio, prediction_ratio)
+        if encoder.cls_token is None:
+            raise ValueError("pretraining needs a trunk with class_token=True")
+        self.mask_ratio = mask_ratio
+        self.prediction_ratio = prediction_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.encoder = encoder
+        self.decoder = decoder
+        encoder.pos_embed.requires_grad_(False)
+        for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            buffer = torch.tensor(values).view(-1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Normalise images that are bytes, on the model's device; others are taken as they are.
+
+        Args:
+            images: (N, 3, height, width) uint8 in RGB on any device, or (N, B, height, width)
+                floats, normalised already.
+
+        Returns:
+            Floats of the same shape; of bytes, with ImageNet's mean 0 and standard deviation 1.
+        """
+        if images.dtype != torch.uint8:
+            return images
+        # Moved as they are: as floats there would be four times as much to move.
+        images = images.to(self.pixel_mean.device, non_blocking=True)
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss of a training step: arguments and errors are those of :meth:`predict`.
+
+        Returns:
+            ``loss_reconstruction``: scalar, the mean squared error of the predicted patches.
+        """
+        result = self.predict(images, noise)
+        # Under autocast the prediction comes in a lower precision; the mean is not taken in it.
+        loss = F.mse_loss(result.pred.float(), result.target.float())
+        return {"loss_reconstruction": loss}
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`: (N, 3, height, width) floats -> uint8 in RGB."""
+        return (images * self.pixel_std + self.pixel_mean).round().clamp(0, 255).to(torch.uint8)
+
+    def features(self, images: Tensor) -> Tensor:
+        """One feature of each image: the mean of its patch tokens after the last block, unmasked.
+
+        Args:
+            images: (N, B, H * P, W * P), see :meth:`normalise`.
+
+        Returns:
+            (N, C).
+        """
+        return self.encoder.forward_tokens(self.normalise(images))[-1][:, 1:].mean(dim=1)
+
+    def fixed_noise(self, images: Tensor, seed: int = 0) -> Tensor:
+        """Noise that is the same in every call and on any device, for a masking to compare by.
+
+        Args:
+            images: (N, B, H * P, W * P).
+            seed: decides the noise.
+
+        Returns:
+            (N, L), uniform in [0, 1), on the model's device.
+        """
+        height, width = images.shape[-2:]
+        patch_h, patch_w = self.encoder.patch_size
+        shape = len(images), (height // patch_h) * (width // patch_w)
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        return noise.to(self.pixel_mean.device)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Panels:
+        """Predict every masked patch, whatever the ``prediction_ratio``, and make pictures of it.
+
+        Args:
+            images: (N, 3, H * P, W * P), see :meth:`normalise`.
+            noise: (N, L), see :meth:`predict`.
+
+        Returns:
+            Pictures on the model's device. Where the targets are normalised, a predicted patch has
+            the mean and the deviation of the true one: the model does not predict them.
+
+        Raises:
+            ValueError: as :meth:`predict`.
+        """
+        images = self.normalise(images)
+        result = self.predict(images, noise, prediction_ratio=self.mask_ratio)
+        size = self.encoder.patch_size
+        original = self.denormalise(images)
+        masked = masked_images(images, result.visible, size)
+        predicted, pasted = (
+            self.denormalise(
+                reconstructed_images(
+                    images,
+                    result,
+                    size,
+                    norm_pix_loss=self.norm_pix_loss,
+                    paste_visible=paste_visible,
+                )
+            )
+            for paste_visible in (False, True)
+        )
+        ones = torch.ones_like(images[:, :1])
+        hidden = masked_images(ones, result.visible, size) == 0
+        return Panels(
+            original=original,
+            masked=self.denormalise(masked),
+            predicted=predicted,
+            pasted=pasted,
+            psnr=psnr(pasted, original, hidden),
+            loss=F.mse_loss(result.pred.float(), result.target.float()).item(),
+        )
+
+    def predict(
+        self, images: Tensor, noise: Tensor | None = None, prediction_ratio: float | None = None
+    ) -> Reconstruction:
+        """Mask images, encode what is visible and predict patches that are not.
+
+        Args:
+            images: (N, B, H * P, W * P), bytes or normalised: see :meth:`normalise`; any H and W.
+            noise: (N, L), decides the masking (see :func:`mask_patches`); None draws it uniformly.
+            prediction_ratio: fraction of all patches that are predicted; None for the model's own.
+
+        Returns:
+            Predictions, targets and the masking.
+
+        Raises:
+            ValueError: the patch does not divide the image, the noise does not fit it, or the
+                ratios leave no patch visible or predicted.
+        """
+        images = self.normalise(images)
+        patches = patchify(images, self.encoder.patch_size)
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], device=images.device)
+        elif noise.shape != patches.shape[:2]:
+            raise ValueError(
+                f"the noise is {tuple(noise.shape)} where the images have"
+                f" {tuple(patches.shape[:2])} patches"
+            )
+        if prediction_ratio is None:
+            prediction_ratio = self.prediction_ratio
+        masking = mask_patches(noise, self.mask_ratio, prediction_ratio)
+        (height, width), (patch_h, patch_w) = images.shape[-2:], self.encoder.patch_size
+        features = self.encoder.forward_tokens(images, masking.visible)
+        pred = self.decoder(features, masking, (height // patch_h, width // patch_w))
+        target = patches.take_along_dim(masking.predicted[..., None], dim=1)
+        return Reconstruction(
+            pred=pred,
+            target=pixels_to_targets(target, self.norm_pix_loss),
+            visible=masking.visible,
+            predicted=masking.predicted,
+        )
