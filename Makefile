@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PYTEST_ARGS :=
 
-TRUNK := output/demo_pretrain/model_final.pth
+BACKBONE := output/demo_pretrain/model_final.pth
 # Continues where it was stopped.
 PRETRAIN = $(RUN) tools/lazyconfig_train_net.py --resume --config-file configs/demo/pretrain.py
 
@@ -42,20 +42,20 @@ $(READY): setup.py $(wildcard requirements/*.txt) tools/setup_environment.py too
 	@$(RUN) tools/setup_environment.py
 	@touch $@
 
-demo: $(READY) $(TRUNK)  ## pretrain on the built-in data set, once, then train and evaluate Mask R-CNN, into output/
+demo: $(READY) $(BACKBONE)  ## pretrain on the built-in dataset, once, then train and evaluate Mask R-CNN, into output/
 	$(RUN) tools/lazyconfig_train_net.py --overwrite --config-file configs/demo/mask_rcnn.py \
-	    train.init_checkpoint=$(TRUNK)
+	    train.init_checkpoint=$(BACKBONE)
 
-compare: $(TRUNK)  ## AP from the demo's pretrained trunk beside AP from a random one, three seeds
-	$(RUN) tools/compare_trunks.py --config-file configs/demo/mask_rcnn.py --seeds 3 \
-	    --trunks pretrained=$(TRUNK) random= --output output/compare
+compare: $(BACKBONE)  ## AP from the demo's pretrained backbone beside AP from a random one, three seeds
+	$(RUN) tools/compare_backbones.py --config-file configs/demo/mask_rcnn.py --seeds 3 \
+	    --backbones pretrained=$(BACKBONE) random= --output output/compare
 
 benchmark: $(READY)  ## the backbone against detectron2's, in five minutes, into output/benchmark
 	$(RUN) tools/benchmark.py --backbones detectron2-vit-base vit-base --image-sizes 512 1024 --repeats 3 \
 	    --json output/benchmark/backbones.json --csv output/benchmark/backbones.csv \
 	    --markdown output/benchmark/backbones.md --plots output/benchmark
 
-$(TRUNK): | $(READY)
+$(BACKBONE): | $(READY)
 	$(PRETRAIN)
 
 test: lint  ## all checks: the linter, the type checker and the tests

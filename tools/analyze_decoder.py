@@ -10,7 +10,7 @@ from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.pretraining import MAE
 from crossmae_det.pretraining.analysis import decoder_attention, feature_usage
 from crossmae_det.pretraining.crops import load_images
-from crossmae_det.pretraining.masked_image_model import MaskedAutoencoder
+from crossmae_det.pretraining.masked_image_model import MaskedImageModel
 from crossmae_det.pretraining.visualizer import draw_decoder_attention, draw_feature_usage
 from crossmae_det.utils.files import write_json
 
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = get_config(args.config_file, args.opts, trained=True)
     model = load_pretrained(cfg)
-    if not isinstance(model, MaskedAutoencoder):
+    if not isinstance(model, MaskedImageModel):
         raise ValueError(f"{args.config_file} is not a pretraining config: it has no decoder")
     dataset = args.input or cfg.dataloader.train.dataset.name
     images = load_images(image_set(dataset), cfg.dataloader.image_size, args.num_images)

@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
         "--data",
         metavar="DATASET",
         help="images/s of one core over these images, beside the usual pipeline; of a detection"
-        " data set, with large-scale jitter, too",
+        " dataset, with large-scale jitter, too",
     )
     how = parser.add_argument_group("how")
     how.add_argument(

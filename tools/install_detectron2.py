@@ -25,7 +25,7 @@ CARRIER = "LabGym==3.1.2"
 CARRIER_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
 CARRIER_PACKAGE = "LabGym"
 # The only part of the carrier that is used: detectron2's own source, Copyright Meta, Apache-2.0.
-# Everything else in the carrier is under another licence and never leaves the downloaded file.
+# Everything else in the carrier is under another license and never leaves the downloaded file.
 SOURCE_PREFIX = f"{CARRIER_PACKAGE}/detectron2/"
 
 UPSTREAM = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""How well a frozen, pretrained trunk tells classes apart: k nearest neighbours of its features."""
+"""How well a frozen, pretrained backbone tells classes apart: k nearest neighbors of its
+features."""
 
 import argparse
 
 from detectron2.utils.env import seed_all_rng
 
 from crossmae_det.checkpoint import load
-from crossmae_det.classification import knn_accuracy, labelled_features
+from crossmae_det.classification import knn_accuracy, labeled_features
 from crossmae_det.engine import resolve_device, run_tool
 from crossmae_det.engine.config import build_model, check_ranges
 from crossmae_det.engine.launch import start_log
@@ -22,7 +23,7 @@ def main() -> None:
         "--train", required=True, help="folder of the training images, one folder a class"
     )
     parser.add_argument("--test", required=True, help="folder of the test images, likewise")
-    parser.add_argument("--neighbours", type=int, default=20, help="how many vote (default: 20)")
+    parser.add_argument("--neighbors", type=int, default=20, help="how many vote (default: 20)")
     parser.add_argument(
         "--skip-undecodable",
         action="store_true",
@@ -33,7 +34,7 @@ def main() -> None:
         nargs="*",
         default=[],
         help="overrides of the config; train.init_checkpoint names the weights, any that has the"
-        " trunk; without it the trunk is random, by train.seed",
+        " backbone; without it the backbone is random, by train.seed",
     )
     args = parser.parse_args()
     start_log()
@@ -47,7 +48,7 @@ def main() -> None:
     if checkpoint:
         print(load(model.encoder, checkpoint))
     train, test = (
-        labelled_features(
+        labeled_features(
             folder,
             model.features,
             cfg.dataloader.image_size,
@@ -57,11 +58,11 @@ def main() -> None:
     )
     if train[2] != test[2]:
         raise ValueError(f"{args.train} and {args.test} do not have the same classes")
-    accuracy = knn_accuracy(train[:2], test[:2], args.neighbours)
+    accuracy = knn_accuracy(train[:2], test[:2], args.neighbors)
     print(
         f"k-NN accuracy {accuracy:.2f} % on {len(test[1])} images of {len(test[2])} classes"
-        f" (k = {args.neighbours}, {len(train[1])} training images,"
-        f" {checkpoint or f'random trunk, seed {cfg.train.seed}'})"
+        f" (k = {args.neighbors}, {len(train[1])} training images,"
+        f" {checkpoint or f'random backbone, seed {cfg.train.seed}'})"
     )
 
 

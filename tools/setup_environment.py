@@ -39,7 +39,7 @@ def say(message: str) -> None:
     print(f"setup: {message}", flush=True)
 
 
-def normalised(name: str) -> str:
+def normalized(name: str) -> str:
     """The one spelling of a distribution's name."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -47,7 +47,7 @@ def normalised(name: str) -> str:
 def installed_versions() -> dict[str, str]:
     """Name -> version of every distribution in this environment."""
     found = {dist.metadata["Name"]: dist.version for dist in distributions()}
-    return {normalised(name): version for name, version in found.items() if name}
+    return {normalized(name): version for name, version in found.items() if name}
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -108,7 +108,7 @@ def without(lines: Iterable[str], names: Collection[str]) -> list[str]:
     return [
         line
         for line in lines
-        if normalised(re.split(r"[=<>!~;\[ ]", line, maxsplit=1)[0]) not in names
+        if normalized(re.split(r"[=<>!~;\[ ]", line, maxsplit=1)[0]) not in names
     ]
 
 

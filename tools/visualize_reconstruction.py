@@ -12,8 +12,8 @@ from crossmae_det.engine.train import load_pretrained
 from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.pretraining.crops import named_images
-from crossmae_det.pretraining.masked_image_model import MaskedAutoencoder
-from crossmae_det.utils.plots import picture_grid
+from crossmae_det.pretraining.masked_image_model import MaskedImageModel
+from crossmae_det.utils.plots import image_grid
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = get_config(args.config_file, args.opts, trained=True)
     model = load_pretrained(cfg)
-    if not isinstance(model, MaskedAutoencoder):
+    if not isinstance(model, MaskedImageModel):
         raise ValueError(f"{args.config_file} is not a pretraining config: nothing is masked there")
     named = [
         item
@@ -51,7 +51,7 @@ def main() -> None:
     captions = [
         f"{basename(name)}, {value:.2f} dB" for name, value in zip(names, values, strict=True)
     ]
-    picture_grid(panels.columns, captions, args.output)
+    image_grid(panels.columns, captions, args.output)
     rows = zip(names, values, strict=True)
     print(tabulate(rows, headers=["image", "PSNR of masked patches, dB"], floatfmt=".2f"))
     print(f"loss over all masked patches {panels.loss:.4f}; pictures in {args.output}")

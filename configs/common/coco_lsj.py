@@ -49,7 +49,7 @@ dataloader.train = L(TrainLoader)(
                 target_height="${crossmae.height:${dataloader.image_size}}",
                 target_width="${crossmae.width:${dataloader.image_size}}",
             ),
-            # No padding here: the model pads, after the normalisation.
+            # No padding here: the model pads, after the normalization.
             L(T.FixedSizeCrop)(
                 crop_size=[
                     "${crossmae.height:${dataloader.image_size}}",

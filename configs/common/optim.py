@@ -11,7 +11,7 @@ optimizer = L(torch.optim.AdamW)(
     params=L(layer_decay_param_groups)(
         base_lr="${..lr}",
         lr_decay=0.7,
-        trunk_lr_factor=1.0,
+        backbone_lr_factor=1.0,
         # Of norms in the ViT, of norms in pyramid and heads, of the position embedding; null for
         # that of all other weights. As published for ViT-B and ViT-L; ViT-H decays all.
         weight_decay_norm=0.0,

@@ -2,7 +2,7 @@
 
 The free keys are ``dataloader.image_size``, ``dataloader.train.dataset.name`` and
 ``total_batch_size``, ``train.epochs``, and of the model ``encoder.size`` and ``prediction_ratio``.
-A data set is a name ("imagenet_train", or one registered in detectron2), a folder of images, a list
+A dataset is a name ("imagenet_train", or one registered in detectron2), a folder of images, a list
 file, ``annotations.json:image_folder``, or tar shards: ``shards/{000..127}.tar``.
 """
 

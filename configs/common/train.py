@@ -15,7 +15,8 @@ train = dict(
     # the device has it; on older GPUs fp16, on older CPUs float32. "bf16" and "fp16" are taken at
     # their word.
     amp=dict(enabled=True, dtype="auto"),
-    accumulation=1,  # a batch in so many parts, for memory: as so many processes would train
+    # The parts that a batch is processed in, to save memory; the result is that of one part.
+    gradient_accumulation_steps=1,
     clip_grad=dict(enabled=False, max_norm=1.0),
     ema=dict(enabled=False, decay=0.9999),  # evaluated beside the raw weights
     compile=dict(enabled=False, module="backbone", backend="inductor"),  # torch.compile of a part

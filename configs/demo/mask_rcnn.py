@@ -41,7 +41,7 @@ _heads.mask_head.conv_dims = [64, 64, 64]  # two convolutions, then the deconvol
 
 optimizer.lr = "${crossmae.linear_lr:1e-3,${dataloader.train.total_batch_size},8}"
 optimizer.weight_decay = 0.05
-optimizer.params.update(lr_decay=1.0, trunk_lr_factor=0.5)
+optimizer.params.update(lr_decay=1.0, backbone_lr_factor=0.5)
 lr_multiplier = L(cosine_schedule)(max_iter="${train.max_iter}", warmup_iters=45)
 
 train.output_dir = "./output/demo"

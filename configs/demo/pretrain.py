@@ -1,4 +1,4 @@
-"""Eleven minutes on two slow CPU cores: CrossMAE of the demo's trunk on the built-in shapes."""
+"""Eleven minutes on two slow CPU cores: CrossMAE of the demo's encoder on the built-in shapes."""
 
 from ..pretraining.crossmae_vit_b_800ep import dataloader, lr_multiplier, model, optimizer, train
 
@@ -9,7 +9,7 @@ dataloader.train.num_workers = 1
 # In so few steps small crops, which are blurred when they are enlarged, teach little.
 dataloader.train.crop_scale = (0.4, 1.0)
 
-# The trunk of demo/mask_rcnn.py.
+# The encoder of demo/mask_rcnn.py.
 model.encoder.update(embed_dim=192, depth=6, num_heads=3, patch_size=8)
 model.update(decoder_dim=128, decoder_depth=4, decoder_num_heads=4)
 

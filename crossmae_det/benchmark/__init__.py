@@ -15,12 +15,12 @@ from crossmae_det.benchmark.costs import (
     Candidate,
     DetectionCost,
     PretrainingCost,
+    backbone_of,
     baseline_of,
     detection_cost,
     pretraining_cost,
     pretraining_section,
     step_flops,
-    trunk_of,
 )
 from crossmae_det.benchmark.loading import UsualCrops, loading_section, time_loading
 from crossmae_det.benchmark.measuring import PARTS, PRECISIONS, Work, check_repeats, check_sizes
@@ -59,5 +59,5 @@ __all__ = [
     "step_section",
     "time_loading",
     "time_steps",
-    "trunk_of",
+    "backbone_of",
 ]

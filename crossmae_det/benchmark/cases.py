@@ -22,7 +22,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
 from crossmae_det.benchmark.comparison import OneBlock
-from crossmae_det.benchmark.costs import trunk_of
+from crossmae_det.benchmark.costs import backbone_of
 from crossmae_det.benchmark.zoo_page import name_classes
 from crossmae_det.checkpoint import inspect, load
 from crossmae_det.detection import SimpleFeaturePyramid, vit_backbone
@@ -157,8 +157,9 @@ def build(name: str, part: str, image_size: int, overrides: Sequence[str] = ()) 
 
     Args:
         name: a key of :data:`BACKBONES`, of ours with ``@`` and an attention backend or
-            ``act-checkpoint`` behind it; ``timm/NAME``; a checkpoint, whose trunk is built in the
-            sizes that it has and loaded; or a config of a detector, with ``=CHECKPOINT`` or not.
+            ``act-checkpoint`` behind it; ``timm/NAME``; a checkpoint, whose backbone is built in
+            the sizes that it has and loaded; or a config of a detector, with ``=CHECKPOINT`` or
+            not.
         part: "alone", "pyramid" (the simple one for plain ViTs, FPN for others) or "detector".
         image_size: side of the images in pixels.
         overrides: of a config.
@@ -176,23 +177,23 @@ def build(name: str, part: str, image_size: int, overrides: Sequence[str] = ()) 
         return _part_of_config(config, overrides, checkpoint, part, image_size)
     if part == "detector":
         return _detector(name, image_size)
-    trunk = _trunk(name, image_size)
+    backbone = _backbone(name, image_size)
     if part == "alone":
-        return trunk
-    if isinstance(trunk, DetectronViT):
-        return DetectronPyramid(trunk, IN_FEATURE, top_block=LastLevelMaxPool(), **PYRAMID)
-    shapes = trunk.output_shape()
+        return backbone
+    if isinstance(backbone, DetectronViT):
+        return DetectronPyramid(backbone, IN_FEATURE, top_block=LastLevelMaxPool(), **PYRAMID)
+    shapes = backbone.output_shape()
     strides = {feature: shape.stride for feature, shape in shapes.items()}
     if set(strides.values()) == {16}:  # a plain ViT: the last map alone
         last = list(strides)[-1]
-        return SimpleFeaturePyramid(trunk, last, top_block=LastLevelMaxPool(), **PYRAMID)
+        return SimpleFeaturePyramid(backbone, last, top_block=LastLevelMaxPool(), **PYRAMID)
     names = [feature for feature, stride in strides.items() if stride >= 4]
     if [strides[feature] for feature in names] != [4, 8, 16, 32]:
         raise ValueError(
             f"'{name}' has maps of strides {list(strides.values())}: a pyramid wants 4, 8, 16, 32,"
             " or 16 alone"
         )
-    return FPN(trunk, names, PYRAMID["out_channels"], top_block=LastLevelMaxPool())
+    return FPN(backbone, names, PYRAMID["out_channels"], top_block=LastLevelMaxPool())
 
 
 def is_config(name: str) -> bool:
@@ -231,12 +232,12 @@ def check_name(name: str, overrides: Sequence[str] = ()) -> None:
         )
 
 
-def _trunk(name: str, image_size: int) -> Backbone:
+def _backbone(name: str, image_size: int) -> Backbone:
     check_name(name)
     if name.startswith("timm/"):
         return TimmBackbone(name.removeprefix("timm/"), image_size)
     if name.endswith(CHECKPOINT_SUFFIXES):
-        return _trunk_of_checkpoint(name, image_size)
+        return _backbone_of_checkpoint(name, image_size)
     if "@" in name:
         size, options = _options(name)
         return _ours(size, image_size, **options)
@@ -261,7 +262,7 @@ def _options(name: str) -> tuple[str, dict[str, Any]]:
     return size, {"attention_backend": option}
 
 
-def _trunk_of_checkpoint(path: str, image_size: int) -> Backbone:
+def _backbone_of_checkpoint(path: str, image_size: int) -> Backbone:
     facts = inspect(path)
     if "heads" not in facts:
         raise ValueError(
@@ -271,7 +272,7 @@ def _trunk_of_checkpoint(path: str, image_size: int) -> Backbone:
     patch = facts["patch"][0]
     # The tables of the windows are the smallest; those of global blocks are made for the image.
     sides = facts.get("sides of relative positions", [14])
-    trunk = vit_backbone(
+    backbone = vit_backbone(
         embed_dim=facts["width"],
         depth=facts["depth"],
         num_heads=facts["heads"],
@@ -282,8 +283,8 @@ def _trunk_of_checkpoint(path: str, image_size: int) -> Backbone:
         window_size=sides[0],
         use_rel_pos=True,
     )
-    load(trunk, path)
-    return trunk
+    load(backbone, path)
+    return backbone
 
 
 def _part_of_config(
@@ -300,7 +301,7 @@ def _part_of_config(
         load(model, checkpoint)
     if part == "detector":
         return model
-    return trunk_of(model.backbone)[1] if part == "alone" else model.backbone
+    return backbone_of(model.backbone)[1] if part == "alone" else model.backbone
 
 
 def _detector(name: str, image_size: int) -> nn.Module:
@@ -319,7 +320,7 @@ def _pyramid(name: str, image_size: int, out_channels: int) -> nn.Module:
 
 
 def build_block(size: str, kind: str, image_size: int) -> nn.Module:
-    """One block of our trunk as a model of images, for how its cost grows.
+    """One block of our backbone as a model of images, for how its cost grows.
 
     Args:
         size: a name in :data:`crossmae_det.modeling.SIZES`.
@@ -327,9 +328,9 @@ def build_block(size: str, kind: str, image_size: int) -> nn.Module:
         image_size: side of the images in pixels.
     """
     blocks = {"windowed": (), "global": (0,)}
-    trunk = _ours(size, image_size, depth=1, global_blocks=blocks[kind])
-    assert isinstance(trunk, ViT)
-    return OneBlock(trunk.blocks[0], trunk.embed_dim, trunk.patch_size[0])
+    backbone = _ours(size, image_size, depth=1, global_blocks=blocks[kind])
+    assert isinstance(backbone, ViT)
+    return OneBlock(backbone.blocks[0], backbone.embed_dim, backbone.patch_size[0])
 
 
 def published_precision() -> dict[str, tuple[float, str]]:

@@ -275,10 +275,10 @@ def _row(case: Case) -> list[str]:
 
 
 class OneBlock(nn.Module):
-    """A block of a trunk as a model of images, of which only the size counts.
+    """A block of a backbone as a model of images, of which only the size counts.
 
     Args:
-        block: of a trunk, in map mode.
+        block: of a backbone, in map mode.
         dim: channels C.
         patch_size: side of a patch in pixels.
     """

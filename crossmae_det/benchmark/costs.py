@@ -63,7 +63,7 @@ class Candidate:
 
 
 def total_loss(losses: dict[str, Tensor]) -> Tensor:
-    """The sum of a model's losses, which training minimises: a scalar."""
+    """The sum of a model's losses, which training minimizes: a scalar."""
     return torch.stack([*losses.values()]).sum()
 
 
@@ -81,7 +81,7 @@ class PretrainingCost:
         decoder_depth: blocks of the decoder.
         encoder_parameters: number of those of all that is not the decoder.
         decoder_parameters: number of those of the decoder.
-        decoder_flops: FLOPs of the decoder, from the trunk's tokens to pixels.
+        decoder_flops: FLOPs of the decoder, from the backbone's tokens to pixels.
         encoder_flops: FLOPs of all that is not the decoder.
     """
 
@@ -123,7 +123,7 @@ def pretraining_cost(candidate: Candidate) -> PretrainingCost:
     if not isinstance(decoder, nn.Module):
         raise ValueError(f"{candidate.name}: not a pretraining model; it has no decoder")
     counts, _ = flops_of(model, candidate.images(1, "meta"))
-    # By difference: the trunk is entered through a method of its own, where no counter sees a
+    # By difference: the backbone is entered through a method of its own, where no counter sees a
     # module begin.
     decoder_flops = counts[f"{type(model).__name__}.decoder"]
     decoder_parameters = parameters_of(decoder)
@@ -217,9 +217,9 @@ class DetectionCost:
         proposals: boxes that the box heads see: as many as the RPN hands on in evaluation.
         detections: boxes that the mask head sees: as many as are kept of an image in evaluation; 0
             without a mask head.
-        parameters: number of them by part: "trunk", "pyramid", "rpn", "box_heads", "mask_head".
-        flops: FLOPs by part, where the trunk is divided into "windowed_blocks", "global_blocks" and
-            "patch_embedding".
+        parameters: number of them by part: "backbone", "pyramid", "rpn", "box_heads", "mask_head".
+        flops: FLOPs by part, where the backbone is divided into "windowed_blocks", "global_blocks"
+            and "patch_embedding".
     """
 
     name: str
@@ -239,7 +239,7 @@ class DetectionCost:
 
 
 def detection_cost(candidate: Candidate) -> DetectionCost:
-    """Count a detector of detectron2 with a trunk, a pyramid, an RPN, box heads and a mask head.
+    """Count a detector of detectron2 with a backbone, a pyramid, an RPN, box heads and a mask head.
 
     Args:
         candidate: the detector; its ``image_size`` is the side of a square.
@@ -265,7 +265,7 @@ def detector_cost(name: str, model: Any, side: int) -> DetectionCost:
         side: of the square image in pixels.
     """
     if not hasattr(model, "backbone") or not hasattr(model, "roi_heads"):
-        raise ValueError(f"{name}: not a detector with a trunk, a pyramid and heads")
+        raise ValueError(f"{name}: not a detector with a backbone, a pyramid and heads")
     model.eval()
     pyramid, rpn, heads = model.backbone, model.proposal_generator, model.roi_heads
     # A cascade has a list of heads, each of which sees all proposals.
@@ -292,15 +292,15 @@ def detector_cost(name: str, model: Any, side: int) -> DetectionCost:
         # Its forward method also chooses among classes, which needs the boxes themselves.
         mask_input = inside(detections, heads.mask_pooler)
         flops["mask_head"] = flops_of(heads.mask_head.layers, mask_input)[0]["Global"]
-    trunk_parameters = parameters_of(trunk_of(pyramid)[1])
+    backbone_parameters = parameters_of(backbone_of(pyramid)[1])
     return DetectionCost(
         name=name,
         image_size=side,
         proposals=proposals,
         detections=detections,
         parameters={
-            "trunk": trunk_parameters,
-            "pyramid": parameters_of(pyramid) - trunk_parameters,
+            "backbone": backbone_parameters,
+            "pyramid": parameters_of(pyramid) - backbone_parameters,
             "rpn": parameters_of(rpn),
             "box_heads": parameters_of(heads.box_head) + parameters_of(heads.box_predictor),
             "mask_head": parameters_of(heads.mask_head) if heads.mask_on else 0,
@@ -313,8 +313,8 @@ def _listed(module: Any) -> list[Any]:
     return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
-def trunk_of(backbone: Any) -> tuple[str, Any]:
-    """The trunk below a pyramid, after its name and a dot; a backbone without one is its own."""
+def backbone_of(backbone: Any) -> tuple[str, Any]:
+    """The backbone below a pyramid, after its name and a dot; a backbone without one is its own."""
     for name in ("net", "bottom_up"):
         if hasattr(backbone, name):
             return f"{name}.", getattr(backbone, name)
@@ -325,18 +325,18 @@ def backbone_parts(backbone: Any, counts: Mapping[str, int]) -> dict[str, int]:
     """The FLOPs of a backbone by part.
 
     Args:
-        backbone: a trunk, alone or below a pyramid.
+        backbone: a backbone, alone or below a pyramid.
         counts: FLOPs by the name of the module, as torch's counter names them.
 
     Returns:
-        "trunk", of one of blocks "windowed_blocks", "global_blocks" and "patch_embedding"; and
+        "backbone", of one of blocks "windowed_blocks", "global_blocks" and "patch_embedding"; and
         "pyramid" where there is one.
     """
-    inside, trunk = trunk_of(backbone)
+    inside, backbone = backbone_of(backbone)
     root = type(backbone).__name__
     whole = counts.get(f"{root}.{inside}".rstrip("."), counts["Global"])
     parts = {}
-    blocks = getattr(trunk, "blocks", ())
+    blocks = getattr(backbone, "blocks", ())
     if len(blocks) and all(hasattr(block, "window_size") for block in blocks):
         for kind, windowed in (("windowed_blocks", True), ("global_blocks", False)):
             parts[kind] = sum(
@@ -346,7 +346,7 @@ def backbone_parts(backbone: Any, counts: Mapping[str, int]) -> dict[str, int]:
             )
         parts["patch_embedding"] = whole - sum(parts.values())
     else:
-        parts["trunk"] = whole
+        parts["backbone"] = whole
     if inside:
         parts["pyramid"] = counts["Global"] - whole
     return parts

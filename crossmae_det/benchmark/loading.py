@@ -29,7 +29,7 @@ from crossmae_det.benchmark.measuring import Spread, interleaved, ratios
 from crossmae_det.benchmark.report import Section
 from crossmae_det.model_zoo.zoo import get_config
 
-# Images of a repeat, spread evenly over the data set: seconds for either pipeline.
+# Images of a repeat, spread evenly over the dataset: seconds for either pipeline.
 IMAGES = 256
 
 
@@ -71,8 +71,9 @@ class UsualCrops:
             ]
         )
 
-    def __call__(self, image: EncodedImage, entropy: Sequence[int]) -> Tensor:
-        """A crop: (3, H, W) float32, normalised. It is drawn from torch, not from ``entropy``."""
+    def __call__(self, image: EncodedImage, seed_sequence: Sequence[int]) -> Tensor:
+        """A crop: (3, H, W) float32, normalized. It is drawn from torch, not from
+        ``seed_sequence``."""
         with Image.open(io.BytesIO(image.read())) as opened:
             return self.transform(opened.convert("RGB"))
 
@@ -124,7 +125,7 @@ def _images_per_second(crop: Crop, images: Sequence[EncodedImage], numbers: Iter
 def mapped_images_per_second(
     mapper: Callable[[dict[str, Any]], Any], records: Sequence[dict[str, Any]]
 ) -> float:
-    """The rate of a mapper of detectron2 over records of a data set."""
+    """The rate of a mapper of detectron2 over records of a dataset."""
     start = timer()
     for record in records:
         mapper(record)
@@ -162,7 +163,7 @@ def loading_section(rates: LoadingRates, dataset: str, image_size: int) -> Secti
             " range: lowest to highest of them.",
             f"Usual: Pillow {PIL.__version__} and torchvision {version('torchvision')}'s"
             " RandomResizedCrop (0.2 to 1, bicubic), RandomHorizontalFlip, ToTensor, Normalize.",
-            f"crossmae_det: OpenCV {cv2.__version__}, uint8; the model normalises.",
+            f"crossmae_det: OpenCV {cv2.__version__}, uint8; the model normalizes.",
         ],
         values={
             "dataset": dataset,
@@ -185,7 +186,7 @@ IMAGES = 64
 
 
 def detection_loading(dataset: str, image_size: int, repeats: int) -> Iterator[Section]:
-    """The rate of large-scale jitter over a detection data set, as a table; nothing of others.
+    """The rate of large-scale jitter over a detection dataset, as a table; nothing of others.
 
     Args:
         dataset: a name that is registered in detectron2, or ``annotations.json:image_folder``;
@@ -194,7 +195,7 @@ def detection_loading(dataset: str, image_size: int, repeats: int) -> Iterator[S
         repeats: how often the images are gone through.
 
     Raises:
-        ValueError, OSError: as the data set's own loading, or an image cannot be decoded.
+        ValueError, OSError: as the dataset's own loading, or an image cannot be decoded.
     """
     if dataset not in DatasetCatalog.list() and ".json:" not in dataset:
         return

@@ -31,7 +31,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
     return metrics
 
 
-def summarise(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+def summarize(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
     """Mean and spread of every metric, and the lead of each start over the last one.
 
     Args:
@@ -62,8 +62,8 @@ def summarise(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, di
 
 
 def comparison_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """:func:`summarise` as a table in Markdown: a row for each start, then its lead."""
-    summary = summarise(runs)
+    """:func:`summarize` as a table in Markdown: a row for each start, then its lead."""
+    summary = summarize(runs)
     metrics = list(next(iter(runs.values()))[0])
     *starts, last = summary
 

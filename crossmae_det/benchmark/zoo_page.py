@@ -170,7 +170,7 @@ def _candidate(cfg: DictConfig, config_file: str) -> Candidate:
 
 
 def name_classes(cfg: DictConfig) -> None:
-    """Take the classes that the data set is registered with, if it is: nothing is read, nor
+    """Take the classes that the dataset is registered with, if it is: nothing is read, nor
     drawn. The config of a run names them itself."""
     names = cfg.dataloader.train.dataset.names
     name = names if isinstance(names, str) else names[0]
@@ -282,13 +282,13 @@ def _tables(
         "pretraining_files": _files(
             checkpoints,
             "pretraining",
-            ("config", "holds", "predicted", "epochs", "pixels", "size", "licence"),
+            ("config", "holds", "predicted", "epochs", "pixels", "size", "license"),
             links,
         ),
         "pretraining_notes": _notes(checkpoints["pretraining"]),
-        "fine_tuned_files": _files(checkpoints, "fine_tuned", ("holds", "top-1", "licence"), links),
+        "fine_tuned_files": _files(checkpoints, "fine_tuned", ("holds", "top-1", "license"), links),
         "detection_files": _files(
-            checkpoints, "detection", ("same architecture", "holds", "epochs", "licence"), links
+            checkpoints, "detection", ("same architecture", "holds", "epochs", "license"), links
         ),
         "pretraining_costs": _pretraining_costs(measured, links),
         "detection_costs": _detection_costs(measured, links),
@@ -443,13 +443,13 @@ def _detection_costs(measured: Mapping[str, Any], links: Links) -> str:
             [
                 *(_costed(row, links), row["image_size"]),
                 f"{row['proposals']}, {row['detections']}",
-                *(_millions(number) for number in (parameters["trunk"], parameters["pyramid"])),
+                *(_millions(number) for number in (parameters["backbone"], parameters["pyramid"])),
                 *(_millions(heads), *(_billions(flops[part]) for part in PARTS)),
                 *(_billions(sum(flops.values())), _sources(measured, costs, links)),
             ]
         )
     headers = [
-        *("config", "pixels", "boxes", "trunk M params", "pyramid M params", "heads M params"),
+        *("config", "pixels", "boxes", "backbone M params", "pyramid M params", "heads M params"),
         *(f"{part.replace('_', ' ')} GFLOPs" for part in PARTS),
         *("total GFLOPs", "run"),
     ]

@@ -1,7 +1,7 @@
 """Checkpoints: safe reading, layouts, strict loading, conversion."""
 
 from crossmae_det.checkpoint.conversion import convert, format_facts, inspect
-from crossmae_det.checkpoint.layouts import recognise, to_native, to_published
+from crossmae_det.checkpoint.layouts import recognize, to_native, to_published
 from crossmae_det.checkpoint.loading import Report, load
 from crossmae_det.checkpoint.reading import extract_state_dict, read_checkpoint
 
@@ -13,7 +13,7 @@ __all__ = [
     "inspect",
     "load",
     "read_checkpoint",
-    "recognise",
+    "recognize",
     "to_native",
     "to_published",
 ]

@@ -1,6 +1,6 @@
 """What a checkpoint holds, from its tensors alone: no model is built.
 
-Legend: C channels of the trunk, D channels of a decoder.
+Legend: C channels of the backbone, D channels of a decoder.
 
 From one checkpoint file to another, in any layout and format.
 """
@@ -43,7 +43,8 @@ def inspect(
         weights, prefix: the part of it to look at: see :func:`extract_state_dict`.
 
     Returns:
-        Facts by name, in types that JSON has: the layout, the sizes of the trunk and of a decoder,
+        Facts by name, in types that JSON has: the layout, the sizes of the backbone and of a
+            decoder,
         numbers of tensors and parameters, and what lies beside the weights. What the file does not
         tell is not there: the number of attention heads, say, unless the size is a usual one or
         there are relative positions. A side of an image is that of its position embedding.
@@ -57,21 +58,21 @@ def inspect(
         native = translate(state, lambda name: True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    tensors, prefix = native.tensors, native.trunk
-    trunk = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    tensors, prefix = native.tensors, native.backbone
+    backbone = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     beside = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
     facts: dict[str, Any] = {"format": TITLES[native.layout]}
-    facts |= _trunk(trunk, saved_grid(content))
+    facts |= _backbone(backbone, saved_grid(content))
     facts |= _decoder(beside, content)
     if classes := [
         t for n, t in beside.items() if re.fullmatch(r"head\.weight|.*cls_score\.weight", n)
     ]:
         facts["rows of the classifier"] = len(classes[0])
     if parts := sorted({n.partition(".")[0] for n in beside} - {"decoder"}):
-        facts["parts beside the trunk"] = parts
+        facts["parts beside the backbone"] = parts
     facts["tensors"] = len(state)
     facts["parameters"] = sum(tensor.numel() for tensor in state.values())
-    facts["parameters of the trunk"] = sum(tensor.numel() for tensor in trunk.values())
+    facts["parameters of the backbone"] = sum(tensor.numel() for tensor in backbone.values())
     facts["types"] = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     if content.keys() != state.keys():
         names = (key for key in content if isinstance(key, str) and key.isprintable())
@@ -95,23 +96,25 @@ def format_facts(facts: Mapping[str, Any]) -> str:
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
-def _trunk(trunk: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Any]:
-    kernel = trunk["patch_embed.proj.weight"]
-    width, depth = len(kernel), depth_of(trunk, "blocks")
+def _backbone(backbone: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Any]:
+    kernel = backbone["patch_embed.proj.weight"]
+    width, depth = len(kernel), depth_of(backbone, "blocks")
     size = size_of(width, depth)
     facts: dict[str, Any] = {"size": size or "none of the usual", "width": width, "depth": depth}
-    tables = {name: tensor for name, tensor in trunk.items() if re.search(r"rel_pos_[hw]$", name)}
+    tables = {
+        name: tensor for name, tensor in backbone.items() if re.search(r"rel_pos_[hw]$", name)
+    }
     if tables:
         facts["heads"] = width // next(iter(tables.values())).shape[-1]
     elif size:
         facts["heads"] = SIZES[size].num_heads
-    hidden = trunk.get("blocks.0.mlp.fc1.weight")
+    hidden = backbone.get("blocks.0.mlp.fc1.weight")
     if hidden is not None:
         facts["MLP ratio"] = len(hidden) / width
     facts["patch"] = list(kernel.shape[2:])
     facts["channels of an image"] = kernel.shape[1]
-    facts["class token"] = "cls_token" in trunk
-    position = trunk.get("pos_embed")
+    facts["class token"] = "cls_token" in backbone
+    position = backbone.get("pos_embed")
     if position is not None:
         side = square_side(position)
         if grid is None and side is not None:

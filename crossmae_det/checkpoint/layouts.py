@@ -6,10 +6,10 @@ Legend: L patches, C channels, D blocks of a decoder.
 
 Checkpoints of others under the names here, and ours under theirs.
 
-The native layout is ``encoder.*`` and ``decoder.*`` for pretraining models and for trunks, and
-``backbone.*`` and the parts of detectron2 for detectors. The final norm of a ViT, which the trunk
-has not, is ``decoder.encoder_norm`` as in MAE; a classifier's ``fc_norm`` and ``head`` keep their
-names. Numbers are never changed, so a round trip is exact.
+The native layout is ``encoder.*`` and ``decoder.*`` for pretraining models and for backbones, and
+``backbone.*`` and the parts of detectron2 for detectors. The final norm of a ViT, which the
+backbone has not, is ``decoder.encoder_norm`` as in MAE; a classifier's ``fc_norm`` and ``head``
+keep their names. Numbers are never changed, so a round trip is exact.
 """
 
 import math
@@ -23,7 +23,7 @@ from torch import Tensor
 from crossmae_det.modeling import SIZES
 
 # Published name -> native name. A name that ends in a dot stands for everything below it.
-TRUNK = {
+BACKBONE = {
     "cls_token": "encoder.cls_token",
     "pos_embed": "encoder.pos_embed",
     "patch_embed.": "encoder.patch_embed.",
@@ -47,15 +47,15 @@ CLASSIFIER = {name: name for name in ("fc_norm.", "head.", "attn_pool.")}
 
 FORMATS = {
     "crossmae": {
-        **TRUNK,
+        **BACKBONE,
         **DECODER,
         # Without weights between blocks, every decoder block reads this norm of the last feature.
         **FINAL_NORM,
         "dec_norms.": "decoder.feature_norms.",
         "wfm.linear.weight": "decoder.feature_weights",
     },
-    "mae": {**TRUNK, **DECODER, **FINAL_NORM, "decoder_embed.": "decoder.embed."},
-    "timm": {**TRUNK, **FINAL_NORM, **CLASSIFIER},
+    "mae": {**BACKBONE, **DECODER, **FINAL_NORM, "decoder_embed.": "decoder.embed."},
+    "timm": {**BACKBONE, **FINAL_NORM, **CLASSIFIER},
     "huggingface": {
         "vit.embeddings.cls_token": "encoder.cls_token",
         "vit.embeddings.position_embeddings": "encoder.pos_embed",
@@ -100,10 +100,10 @@ HUGGINGFACE_BLOCK = {
     "output.dense.": "mlp.fc2.",
 }
 
-# Native prefixes of a trunk.
-TRUNK_PREFIXES = ("encoder.", "backbone.net.", "backbone.")
+# Native prefixes of a backbone.
+BACKBONE_PREFIXES = ("encoder.", "backbone.net.", "backbone.")
 
-# What ViTs of other kinds have, for which the trunk has no place.
+# What ViTs of other kinds have, for which the backbone has no place.
 OTHER_KINDS = {
     r"reg_token$": "register tokens",
     r"(dist_token$|head_dist\.)": "a distillation token",
@@ -276,17 +276,17 @@ def with_class_row(position: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)
 
 
-def check_shapes(trunk: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+def check_shapes(backbone: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
     """Refuse tensors that are not what their names say, before anything is computed with them.
 
     Args:
-        trunk: weights by native name.
+        backbone: weights by native name.
         names: native name -> name in the file.
 
     Raises:
         ValueError: another number of dimensions, or a side of 0.
     """
-    for name, tensor in trunk.items():
+    for name, tensor in backbone.items():
         for ending, dimensions in DIMENSIONS.items():
             if name.endswith(ending) and (tensor.ndim != dimensions or 0 in tensor.shape):
                 raise ValueError(
@@ -303,7 +303,7 @@ class Native:
     """Weights under native names.
 
     Attributes:
-        layout: the layout that the names were recognised as, a key of :data:`TITLES`.
+        layout: the layout that the names were recognized as, a key of :data:`TITLES`.
         tensors: by native name.
         sources: native name -> name in the file.
         unexpected: names in the file that have no place, and were allowed to.
@@ -315,24 +315,24 @@ class Native:
     unexpected: list[str] = field(default_factory=list)
 
     @property
-    def trunk(self) -> str:
-        """The prefix of the trunk's names."""
-        return trunk_prefix(self.tensors)
+    def backbone(self) -> str:
+        """The prefix of the backbone's names."""
+        return backbone_prefix(self.tensors)
 
 
-def trunk_prefix(native: Mapping[str, Tensor]) -> str:
-    """The native prefix of the trunk's names.
+def backbone_prefix(native: Mapping[str, Tensor]) -> str:
+    """The native prefix of the backbone's names.
 
     Raises:
-        ValueError: there is no trunk.
+        ValueError: there is no backbone.
     """
-    for prefix in TRUNK_PREFIXES:
+    for prefix in BACKBONE_PREFIXES:
         if f"{prefix}patch_embed.proj.weight" in native:
             return prefix
     raise ValueError("it has no patch embedding")
 
 
-def recognise(state_dict: Mapping[str, Tensor]) -> str:
+def recognize(state_dict: Mapping[str, Tensor]) -> str:
     """The layout of a checkpoint, from its keys: a key of :data:`TITLES`.
 
     Raises:
@@ -342,7 +342,7 @@ def recognise(state_dict: Mapping[str, Tensor]) -> str:
         return "huggingface"
     if "encoder.patch_embed.proj.weight" in state_dict:
         return "native"
-    if any(f"{prefix}patch_embed.proj.weight" in state_dict for prefix in TRUNK_PREFIXES):
+    if any(f"{prefix}patch_embed.proj.weight" in state_dict for prefix in BACKBONE_PREFIXES):
         return "vitdet"
     if "patch_embed.proj.weight" in state_dict:
         if any(key.startswith("decoder_blocks.") for key in state_dict):
@@ -382,7 +382,7 @@ def translate(state_dict: Mapping[str, Tensor], allowed: Allowed = lambda key: F
     Raises:
         ValueError: see :func:`to_native`.
     """
-    native = Native(recognise(state_dict))
+    native = Native(recognize(state_dict))
     tensors = dict(state_dict)
     if native.layout == "huggingface":
         tensors = join_queries(tensors)
@@ -420,11 +420,11 @@ def translate(state_dict: Mapping[str, Tensor], allowed: Allowed = lambda key: F
     if native.layout == "crossmae":
         spread_final_norm(native.tensors, native.sources)
     if native.layout == "timm" and "encoder.cls_token" not in native.tensors:
-        # timm's position embedding has no row for it, then. That of detectron2's trunks and ours
-        # has: they are a trunk and nothing else, without a norm or a head.
+        # timm's position embedding has no row for it, then. That of detectron2's backbones and ours
+        # has: they are a backbone and nothing else, without a norm or a head.
         position = native.tensors.get("encoder.pos_embed")
-        is_trunk = all(name.startswith("encoder.") for name in native.tensors)
-        if position is not None and not is_trunk:
+        is_backbone = all(name.startswith("encoder.") for name in native.tensors)
+        if position is not None and not is_backbone:
             native.tensors["encoder.pos_embed"] = with_class_row(position)
     if native.layout == "huggingface":
         # As the file has them, where it is of a model without a decoder.
@@ -437,12 +437,12 @@ def to_published(state_dict: Mapping[str, Tensor], format: str) -> dict[str, Ten
     """Rename the weights of a native model to the keys of others.
 
     Args:
-        state_dict: weights under native keys: of a pretraining model, a trunk or a detector.
+        state_dict: weights under native keys: of a pretraining model, a backbone or a detector.
         format: "crossmae", "mae", "timm", "huggingface" or "vitdet".
 
     Returns:
         The same numbers under the keys of that layout. What it has no place for by its nature is
-        left out: a decoder from timm's, what is beside the trunk from a detector.
+        left out: a decoder from timm's, what is beside the backbone from a detector.
 
     Raises:
         ValueError: there is no such format, or it has no place for a key.
@@ -471,10 +471,10 @@ def export(
         raise ValueError(
             f"there is no checkpoint format '{format}'; take {', '.join([*TITLES, 'published'])}"
         )
-    prefix = trunk_prefix(state_dict)
+    prefix = backbone_prefix(state_dict)
     if format == "native" or (format == "vitdet" and prefix != "encoder."):
         return dict(state_dict), []
-    state, dropped = _trunk_and_decoder(state_dict, prefix)
+    state, dropped = _backbone_and_decoder(state_dict, prefix)
     token = "encoder.cls_token"
     if format in ("crossmae", "mae", "huggingface") and not (token in state or may_lack(token)):
         raise ValueError(
@@ -512,10 +512,12 @@ def _exporter(format: str) -> Callable[[str], str | None]:
     """Native name -> name in a format, or None."""
     if format == "vitdet":
         # But for the class token, which map mode has not.
-        trunk = {
-            native: f"backbone.net.{name}" for name, native in TRUNK.items() if name != "cls_token"
+        backbone = {
+            native: f"backbone.net.{name}"
+            for name, native in BACKBONE.items()
+            if name != "cls_token"
         }
-        return lambda key: rename(key, trunk)
+        return lambda key: rename(key, backbone)
     names = {native: published for published, native in FORMATS[format].items()}
     inside = {native: published for published, native in HUGGINGFACE_BLOCK.items()}
 
@@ -537,17 +539,17 @@ def _published_format(state_dict: Mapping[str, Tensor]) -> str:
     return "timm" if any(key.startswith("head.") for key in state_dict) else "mae"
 
 
-def _trunk_and_decoder(
+def _backbone_and_decoder(
     state_dict: Mapping[str, Tensor], prefix: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The parts of a pretraining model or a classifier; of a detector, its trunk."""
+    """The parts of a pretraining model or a classifier; of a detector, its backbone."""
     if prefix == "encoder.":
         return dict(state_dict), []
-    trunk = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+    backbone = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
     # A bare backbone has its pyramid below the same prefix.
-    inside = {f"encoder.{key.removeprefix(prefix)}": value for key, value in trunk.items()}
+    inside = {f"encoder.{key.removeprefix(prefix)}": value for key, value in backbone.items()}
     kept = {key: value for key, value in inside.items() if not key.startswith("encoder.simfp_")}
-    return kept, [key for key in state_dict if key not in trunk]
+    return kept, [key for key in state_dict if key not in backbone]
 
 
 def _left_out(format: str, state: Mapping[str, Tensor], key: str) -> bool:
@@ -560,12 +562,12 @@ def _left_out(format: str, state: Mapping[str, Tensor], key: str) -> bool:
     return has_none and key.startswith("decoder.") and not is_norm
 
 
-def describe_trunk(state: Mapping[str, Tensor], prefix: str = "") -> str:
-    """The sizes of a trunk in a few words.
+def describe_backbone(state: Mapping[str, Tensor], prefix: str = "") -> str:
+    """The sizes of a backbone in a few words.
 
     Args:
         state: weights under native keys.
-        prefix: of the trunk's names.
+        prefix: of the backbone's names.
     """
     kernel = state.get(f"{prefix}patch_embed.proj.weight")
     width = len(kernel) if kernel is not None else 0

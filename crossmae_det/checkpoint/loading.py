@@ -8,13 +8,13 @@ Tensors that are spread over processes: whole in a file, in parts in a model.
 
 Tensors of a checkpoint in the sizes of a model.
 
-Legend: L patches on a grid, C channels of the trunk, B channels of an image.
+Legend: L patches on a grid, C channels of the backbone, B channels of an image.
 
 Loading weights into a model: every tensor is accounted for, or nothing is changed.
 
-A file holds either the whole model that it is loaded into, or a trunk, in any layout that
+A file holds either the whole model that it is loaded into, or a backbone, in any layout that
 :mod:`~crossmae_det.checkpoint.layouts` knows: alone, in a pretraining model, or in a detector.
-The trunk of any of these fits the trunk of any model.
+The backbone of any of these fits the backbone of any model.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ from crossmae_det.checkpoint.layouts import (
     RELATIVE_POSITION,
     TITLES,
     Native,
-    describe_trunk,
+    describe_backbone,
     square_side,
     translate,
     with_class_row,
@@ -61,7 +61,7 @@ class Report:
         layout: what it was taken for.
         loaded: names in the model.
         resampled: names in the model of what was loaded at another size.
-        initialised: names in the model of what is not in the file, and stays as the model had it.
+        initialized: names in the model of what is not in the file, and stays as the model had it.
         dropped: names in the file of what the model has no use for.
         unexpected: names in the file that have no place, and that the caller allowed.
         shapes: of each resampled tensor, its shape in the file and in the model.
@@ -71,7 +71,7 @@ class Report:
     layout: str = ""
     loaded: list[str] = field(default_factory=list)
     resampled: list[str] = field(default_factory=list)
-    initialised: list[str] = field(default_factory=list)
+    initialized: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Report:
             for label, names in (
                 ("loaded", self.loaded),
                 ("resampled", self.resampled),
-                ("initialised", self.initialised),
+                ("initialized", self.initialized),
                 ("dropped", self.dropped),
                 ("unexpected", self.unexpected),
             )
@@ -113,8 +113,8 @@ def _summary(names: Sequence[str], longest: int = 5) -> str:
     return f"{shown}, and {len(groups) - longest} more" if len(groups) > longest else shown
 
 
-# Beside a trunk: detectron2's parts have two names ("roi_heads.mask_head"), a decoder has one. The
-# norm after MAE's encoder is a part of its own: files of encoders have it, and no decoder.
+# Beside a backbone: detectron2's parts have two names ("roi_heads.mask_head"), a decoder has one.
+# The norm after MAE's encoder is a part of its own: files of encoders have it, and no decoder.
 PART = re.compile(r"decoder\.encoder_norm|decoder|[^.]+(\.[^.]+)?")
 
 
@@ -123,12 +123,13 @@ class Parts:
     """Where tensors of a file go in a model. Names are native.
 
     Attributes:
-        source: prefix of the trunk in the file.
-        target: prefix of the trunk in the model.
-        inside: names inside the model's trunk.
-        same_kind: whether what is beside the trunk means the same in both: only then is it loaded.
-        in_file: parts beside the trunk that the file has.
-        in_model: parts beside the trunk that the model has.
+        source: prefix of the backbone in the file.
+        target: prefix of the backbone in the model.
+        inside: names inside the model's backbone.
+        same_kind: whether what is beside the backbone means the same in both: only then is it
+            loaded.
+        in_file: parts beside the backbone that the file has.
+        in_model: parts beside the backbone that the model has.
     """
 
     source: str
@@ -142,11 +143,11 @@ class Parts:
     def of(
         cls, file: Mapping[str, Tensor], source: str, model: Mapping[str, Tensor], target: str
     ) -> "Parts":
-        """The parts of a file and a model, by their names and the prefixes of their trunks."""
+        """The parts of a file and a model, by their names and the prefixes of their backbones."""
         return cls(
             source,
             target,
-            frozenset(_trunk_names(model, target)),
+            frozenset(_backbone_names(model, target)),
             source == target and _decoder_kind(file) in (_decoder_kind(model), None),
             frozenset(_part(name) for name in file if not name.startswith(source)),
             frozenset(_part(name) for name in model if not name.startswith(target)),
@@ -162,8 +163,8 @@ class Parts:
     def may_be_dropped(self, name: str) -> bool:
         """Whether the model's lack of a tensor of the file is in the nature of the two.
 
-        A model for maps has no class token; what is beside the trunk is of use to the same kind of
-        model only, and there if it has that part at all.
+        A model for maps has no class token; what is beside the backbone is of use to the same kind
+        of model only, and there if it has that part at all.
         """
         if name.startswith(self.source):
             return name == f"{self.source}cls_token"
@@ -179,7 +180,7 @@ class Parts:
         return not (self.same_kind and _part(name) in self.in_file)
 
 
-def _trunk_names(model: Mapping[str, Tensor], prefix: str) -> Iterable[str]:
+def _backbone_names(model: Mapping[str, Tensor], prefix: str) -> Iterable[str]:
     inside = re.compile(r"(cls_token|pos_embed|patch_embed\..+|blocks\..+)$")
     names = (name.removeprefix(prefix) for name in model if name.startswith(prefix))
     return (name for name in names if inside.match(name))
@@ -281,7 +282,8 @@ def resized(
     """A tensor in the shape of ``target``.
 
     Position embeddings are resampled bicubically, relative positions linearly, and patch kernels so
-    that an enlarged patch is embedded as the patch was (FlexiViT, https://arxiv.org/abs/2212.08013).
+    that an enlarged patch is embedded as the patch was (FlexiViT,
+    https://arxiv.org/abs/2212.08013).
 
     Args:
         name: of the tensor in the model.
@@ -362,9 +364,9 @@ def load(
 ) -> Report:
     """Load a checkpoint into a model, strictly.
 
-    The file's trunk is loaded into the model's trunk. From a file of the same kind of model (a
-    detector into a detector), so is every other part of that name, but for the last layers where
-    the classes are others. The rest of the model stays as it is and is listed as initialised, the
+    The file's backbone is loaded into the model's backbone. From a file of the same kind of model
+    (a detector into a detector), so is every other part of that name, but for the last layers where
+    the classes are others. The rest of the model stays as it is and is listed as initialized, the
     rest of the file is listed as dropped. Position embeddings, relative-position tables and patch
     kernels of another size are resampled. The grid of a position embedding is what the file says,
     as the checkpoints of runs do; without that, a number of positions that is a square is taken for
@@ -381,12 +383,12 @@ def load(
         prefix: the part of the file to take, such as "teacher."; it may follow the path as well:
             see :func:`~crossmae_det.checkpoint.reading.extract_state_dict`.
         allow_missing: patterns as of a shell (``*``, ``?``, ``[...]``) of names in the model that
-            the file may lack; they are listed as initialised.
+            the file may lack; they are listed as initialized.
         allow_unexpected: patterns of names in the file that may have no place in the model. A
             tensor of another shape that both allow is left as the model has it.
 
     Returns:
-        What was loaded, resampled, initialised, dropped and unexpected.
+        What was loaded, resampled, initialized, dropped and unexpected.
 
     Raises:
         FileNotFoundError, OSError: the file is not there, or cannot be fetched.
@@ -425,12 +427,12 @@ class _Plan:
         self.path = path
         self.file_grid = file_grid
         self.target: dict[str, Tensor] = model.state_dict()
-        self.trunks = [
+        self.backbones = [
             f"{name}." if name else ""
             for name, module in model.named_modules()
             if isinstance(module, ViT)
         ]
-        # (H, W) in patches of every table of positions, of a trunk or of a decoder, by its name.
+        # (H, W) in patches of every table of positions, of a backbone or of a decoder, by its name.
         self.grids: dict[str, tuple[int, int]] = {
             f"{name}.pos_embed".lstrip("."): module.pos_grid
             for name, module in model.named_modules()
@@ -447,7 +449,7 @@ class _Plan:
         self.report.unexpected = native.unexpected
         parts = None
         if native.layout in TITLES:
-            parts = Parts.of(native.tensors, native.trunk, self.target, self.trunks[0])
+            parts = Parts.of(native.tensors, native.backbone, self.target, self.backbones[0])
         sources: dict[str, str] = {}  # name in the model -> native name
         other_classes, strangers = set(), []
         for name, tensor in native.tensors.items():
@@ -485,7 +487,7 @@ class _Plan:
                     if whole
                     else f"--allow-missing '{name}' keeps its initial values",
                 )
-            self.report.initialised.append(name)
+            self.report.initialized.append(name)
         if strangers:
             theirs = native.sources[strangers[0]]
             raise self._refusal(
@@ -500,11 +502,11 @@ class _Plan:
         """The file under native names; as it is where its names are the model's."""
         if state.keys() == self.target.keys():
             return Native("this model", state, {name: name for name in state})
-        if len(self.trunks) != 1:
+        if len(self.backbones) != 1:
             first = min(state.keys() ^ self.target.keys())
             raise ValueError(
                 f"{self.path} does not hold this model (only one of them has '{first}'), and the"
-                f" model has {len(self.trunks)} plain ViTs to take a trunk, not one"
+                f" model has {len(self.backbones)} plain ViTs to take a backbone, not one"
             )
         try:
             return translate(state, lambda name: matches(name, self.allow_unexpected))
@@ -539,12 +541,12 @@ class _Plan:
         """One line: the file and what it was taken for, the first problem, and what would do."""
         taken_for = TITLES.get(native.layout)
         if taken_for:
-            theirs = describe_trunk(native.tensors, native.trunk)
-            ours = describe_trunk(self.target, self.trunks[0])
+            theirs = describe_backbone(native.tensors, native.backbone)
+            ours = describe_backbone(self.target, self.backbones[0])
             if theirs != ours:
                 advice = (
-                    f"the file's trunk is {theirs} and the model's {ours}: make the model of that"
-                    " size, or take a checkpoint of the model's"
+                    f"the file's backbone is {theirs} and the model's {ours}: make the model of"
+                    " that size, or take a checkpoint of the model's"
                 )
         return ValueError(
             f"{self.path}{f' (taken for: {taken_for})' if taken_for else ''}: {problem}; {advice}"

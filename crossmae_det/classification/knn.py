@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification: what frozen features know, with nothing trained on them.
+"""k-nearest-neighbor classification: what frozen features know, with nothing trained on them.
 
 Legend: N images, C channels of a feature.
 """
@@ -23,7 +23,7 @@ from crossmae_det.utils.image_reading import UndecodableImageError, read_image
 logger = logging.getLogger(__name__)
 
 
-def labelled_features(
+def labeled_features(
     folder: str,
     encode: Callable[[Tensor], Tensor],
     image_size: int | tuple[int, int],
@@ -39,7 +39,7 @@ def labelled_features(
     Args:
         folder: the folder.
         encode: (N, 3, height, width) uint8 in RGB -> (N, C); run without gradients.
-        image_size: side in pixels, int or (H, W): the shorter side is resized to it, and the centre
+        image_size: side in pixels, int or (H, W): the shorter side is resized to it, and the center
             is cropped.
         batch_size: images at a time.
         num_workers: worker processes that load the images; 0 loads in this one.
@@ -57,7 +57,7 @@ def labelled_features(
     transform = Compose(
         [Resize(max(size), InterpolationMode.BICUBIC), CenterCrop(size), PILToTensor()]
     )
-    dataset = _LabelledImages(folder, transform, loader=_read_picture, is_valid_file=is_image_file)
+    dataset = _LabeledImages(folder, transform, loader=_read_image, is_valid_file=is_image_file)
     paths = [path for path, _ in dataset.samples]
     logger.info(
         "%s: %d images (%s) of %d classes; %s",
@@ -91,7 +91,7 @@ def labelled_features(
     return torch.cat(features), torch.cat(labels), dataset.classes
 
 
-class _LabelledImages(ImageFolder):
+class _LabeledImages(ImageFolder):
     """Images and classes by index, and for an image that cannot be decoded the error instead.
 
     An error that a worker raises would come with the worker's traceback in its message.
@@ -104,38 +104,38 @@ class _LabelledImages(ImageFolder):
             return error
 
 
-def _read_picture(path: str) -> Image.Image:
+def _read_image(path: str) -> Image.Image:
     return Image.fromarray(read_image(path))
 
 
 def knn_accuracy(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], neighbours: int = 20
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], neighbors: int = 20
 ) -> float:
-    """The share of test images whose neighbours in the training set vote for their class.
+    """The share of test images whose neighbors in the training set vote for their class.
 
-    Neighbours are those of the greatest cosine similarity. A channel counts by its deviation from
+    Neighbors are those of the greatest cosine similarity. A channel counts by its deviation from
     the mean of the training set, in units of its standard deviation there: without that, the few
     channels in which a masked autoencoder is large decide alone.
 
     Args:
         train: features (images, C) and labels (images,).
         test: the same of the test set.
-        neighbours: how many vote.
+        neighbors: how many vote.
 
     Returns:
         Accuracy in percent.
 
     Raises:
-        ValueError: ``neighbours`` is not between 1 and the number of training images.
+        ValueError: ``neighbors`` is not between 1 and the number of training images.
     """
     (train_x, train_y), (test_x, test_y) = train, test
-    if not 1 <= neighbours <= len(train_x):
+    if not 1 <= neighbors <= len(train_x):
         raise ValueError(
-            f"the number of neighbours must lie between 1 and the {len(train_x)} training images,"
-            f" got {neighbours}"
+            f"the number of neighbors must lie between 1 and the {len(train_x)} training images,"
+            f" got {neighbors}"
         )
     deviation, mean = torch.std_mean(train_x, dim=0)
     scale = deviation.clamp(min=1e-6)
-    classifier = KNeighborsClassifier(neighbours, metric="cosine", algorithm="brute")
+    classifier = KNeighborsClassifier(neighbors, metric="cosine", algorithm="brute")
     classifier.fit(((train_x - mean) / scale).numpy(), train_y.numpy())
     return 100 * float(classifier.score(((test_x - mean) / scale).numpy(), test_y.numpy()))

@@ -25,7 +25,7 @@ from crossmae_det.utils.image_reading import UndecodableImageError
 logger = logging.getLogger(__name__)
 
 
-# How many images are tried for one place in a batch before the data set itself is to blame.
+# How many images are tried for one place in a batch before the dataset itself is to blame.
 _MAX_ATTEMPTS = 10
 
 
@@ -38,20 +38,20 @@ _ADVICE = (
 class ResumableLoader:
     """An endless iterable over training batches, each what ``collate`` makes of a list of samples.
 
-    Epoch e goes through the data set in the order of ``np.random.default_rng([seed, e])``: its
-    ``permutation`` of the length, or, where the data set has a method ``permutation`` itself, what
+    Epoch e goes through the dataset in the order of ``np.random.default_rng([seed, e])``: its
+    ``permutation`` of the length, or, where the dataset has a method ``permutation`` itself, what
     that makes of the generator. Batches may straddle two epochs. The state of the global random
     generators is left as it was, also with ``num_workers=0``.
 
     Args:
         dataset: items by index, with a length.
-        load: makes a sample of an item and of the entropy, a list of numbers >= 0 that every random
-            choice for this sample is to be seeded with. It may return None to have another item
-            tried.
+        load: makes a sample of an item and of the seed_sequence, a list of numbers >= 0 that every
+            random choice for this sample is to be seeded with. It may return None to have another
+            item tried.
         total_batch_size: samples per iteration over all processes.
         num_workers: worker processes of each process; 0 loads in the process itself.
         seed: any number >= 0, the same in every process.
-        shuffle: False goes through the data set in its own order.
+        shuffle: False goes through the dataset in its own order.
         skip_undecodable: replace an `UndecodableImageError` by another item, rather than raise it.
         collate: makes a batch of a list of samples, in the worker.
         pin_memory: give tensors in page-locked memory, from where they get to a GPU faster.
@@ -61,7 +61,7 @@ class ResumableLoader:
         skipped: how often each undecodable image was left out by this process, by file name.
 
     Raises:
-        ValueError: the data set is empty, or the batch size or the seed cannot be used.
+        ValueError: the dataset is empty, or the batch size or the seed cannot be used.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ResumableLoader:
         worker_init: Callable[[int], None] | None = None,
     ):
         if len(dataset) == 0:  # type: ignore[arg-type]
-            raise ValueError("the training data set is empty; check dataloader.train.dataset")
+            raise ValueError("the training dataset is empty; check dataloader.train.dataset")
         if seed < 0:
             raise ValueError(f"seed={seed}: a reproducible loader needs a seed of 0 or more")
         self.total_batch_size = total_batch_size
@@ -157,7 +157,7 @@ class ResumableLoader:
 
 
 class _Order:
-    """position -> index into the data set."""
+    """position -> index into the dataset."""
 
     def __init__(self, dataset: Any, seed: int, shuffle: bool):
         self.length, self.seed, self.shuffle = len(dataset), seed, shuffle
@@ -223,12 +223,12 @@ class _Samples(Dataset):
         skipped: list[str] = []
         for attempt in range(_MAX_ATTEMPTS):
             # numpy's seeds ignore trailing zeros: attempt 0 is [seed, position].
-            entropy = [self.seed, position, attempt]
+            seed_sequence = [self.seed, position, attempt]
             if attempt:
-                index = int(np.random.default_rng(entropy).integers(len(self.dataset)))
+                index = int(np.random.default_rng(seed_sequence).integers(len(self.dataset)))
             item = self.dataset[index]
             try:
-                content = self.load(item, entropy)
+                content = self.load(item, seed_sequence)
             except (ValueError, OSError) as error:
                 if isinstance(error, UndecodableImageError):
                     if self.skip_undecodable:
@@ -243,7 +243,7 @@ class _Samples(Dataset):
         if isinstance(item, dict):  # a record in detectron2's format
             name = item.get("file_name", "an image without a file_name")
         return _failure(
-            ValueError(f"{name}: none of {_MAX_ATTEMPTS} images drawn {reason}; check the data set")
+            ValueError(f"{name}: none of {_MAX_ATTEMPTS} images drawn {reason}; check the dataset")
         )
 
 

@@ -20,7 +20,7 @@ from crossmae_det.modeling import ViT, size_arguments
 
 
 class ViTBackbone(ViT, Backbone):
-    """The trunk in map mode as a detectron2 backbone with the one feature ``last_feat``.
+    """The backbone in map mode as a detectron2 backbone with the one feature ``last_feat``.
 
     Args:
         out_feature: name of the feature.
@@ -107,14 +107,14 @@ class PaddedSize(int):
 
 
 class SimpleFeaturePyramid(Backbone):
-    """ViTDet's pyramid: every level is made from the trunk's last map alone (ViTDet, section 3).
+    """ViTDet's pyramid: every level is made from the backbone's last map alone (ViTDet, section 3).
 
     Args:
-        net: the trunk.
-        in_feature: name of the trunk's feature.
+        net: the backbone.
+        in_feature: name of the backbone's feature.
         out_channels: channels of every level.
-        scale_factors: size of each level over the trunk's map, halving from level to level, out of
-            4, 2, 1 and 0.5.
+        scale_factors: size of each level over the backbone's map, halving from level to level, out
+            of 4, 2, 1 and 0.5.
         top_block: makes ``top_block.num_levels`` further levels from the coarsest one.
         norm: norm of the convolutions, a name that detectron2's ``get_norm`` knows; "" for none.
         square_pad: pad images to squares of this many pixels, or to (height, width); larger images
@@ -171,7 +171,7 @@ class SimpleFeaturePyramid(Backbone):
 
     @staticmethod
     def _stage(dim: int, out_channels: int, scale: float, norm: str) -> nn.Sequential:
-        """Resize the trunk's map by ``scale``, then a 1x1 and a 3x3 convolution."""
+        """Resize the backbone's map by ``scale``, then a 1x1 and a 3x3 convolution."""
         layers: list[nn.Module]
         if scale == 4:
             layers = [
@@ -258,10 +258,10 @@ def build_crossmae_vit_backbone(cfg, input_shape: ShapeSpec) -> ViTBackbone:
 def build_crossmae_vit_pyramid_backbone(cfg, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
     """The ViT of ``cfg.MODEL.VIT`` under the simple feature pyramid of ``cfg.MODEL.PYRAMID``."""
     pyramid = cfg.MODEL.PYRAMID
-    trunk = build_crossmae_vit_backbone(cfg, input_shape)
-    (in_feature,) = trunk.output_shape()
+    backbone = build_crossmae_vit_backbone(cfg, input_shape)
+    (in_feature,) = backbone.output_shape()
     return SimpleFeaturePyramid(
-        trunk,
+        backbone,
         in_feature=in_feature,
         out_channels=pyramid.OUT_CHANNELS,
         scale_factors=pyramid.SCALE_FACTORS,

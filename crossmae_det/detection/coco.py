@@ -1,6 +1,6 @@
-"""Data sets by one string: a name registered in detectron2, or a user's own ``JSON:IMAGE_FOLDER``.
+"""Datasets by one string: a name registered in detectron2, or a user's own ``JSON:IMAGE_FOLDER``.
 
-A config needs to know a data set before any image is read (`describe`: how many images, which
+A config needs to know a dataset before any image is read (`describe`: how many images, which
 classes, boxes or masks), and the loaders need its records (`get_dataset_dicts`), checked.
 """
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # COCO train2017 holds 118,287 images, but every published schedule counts it as 118,000: 100 epochs
 # are 184,375 iterations of 64 images, and 184,375 x 64 = 100 x 118,000. `describe` counts alike, so
-# that the schedules computed from it are the published ones. No other data set is rounded.
+# that the schedules computed from it are the published ones. No other dataset is rounded.
 _TRAIN2017_IMAGES = 118_287
 
 _TRAIN2017_SCHEDULED_IMAGES = 118_000
@@ -62,7 +62,7 @@ _registered: dict[str, CocoInfo] = {}
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a config needs to know of a data set.
+    """What a config needs to know of a dataset.
 
     Attributes:
         num_images: number of images an epoch counts.
@@ -76,7 +76,7 @@ class DatasetInfo:
 
 
 def resolve_name(spec: str) -> str:
-    """Return the name under which detectron2 knows a data set, registering a user's own first.
+    """Return the name under which detectron2 knows a dataset, registering a user's own first.
 
     Args:
         spec: a name registered in ``DatasetCatalog``, or ``"instances.json:image_folder"``, which
@@ -92,7 +92,7 @@ def resolve_name(spec: str) -> str:
     json_file, image_root = _split(spec)
     info = inspect(json_file)
     if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"{image_root}: no such image folder; check the data set {spec!r}")
+        raise FileNotFoundError(f"{image_root}: no such image folder; check the dataset {spec!r}")
     if _registered.get(spec) == info:
         return spec
     if spec in _registered:  # the file was rewritten; metadata cannot be changed, only replaced
@@ -118,7 +118,7 @@ def describe(
     max_images: int | None = None,
     crowd: str = "ignore",
 ) -> DatasetInfo:
-    """Describe a data set without loading its images.
+    """Describe a dataset without loading its images.
 
     A COCO json is read once and again only when it changes. Where the json of a registered name is
     absent, the metadata describe it if its size is known (COCO's own names, or ``num_images`` in
@@ -167,18 +167,18 @@ def get_dataset_dicts(
     crowd: str = "ignore",
     skip_undecodable: bool | None = None,
 ) -> list[dict]:
-    """Load the records of one or more data sets in detectron2's format, after checking them.
+    """Load the records of one or more datasets in detectron2's format, after checking them.
 
     Every COCO json is checked whole and read in its clean form: see
     `crossmae_det.detection.coco_json.load`. What is used, left out and repaired is logged.
 
     Args:
         names: what `resolve_name` accepts, or a sequence of it.
-        categories: id -> name in the order of the model's classes; the categories of every data set
-            are mapped to them by name, whatever their ids. None: those of the first data set.
+        categories: id -> name in the order of the model's classes; the categories of every dataset
+            are mapped to them by name, whatever their ids. None: those of the first dataset.
         filter_empty: leave out images without an annotation that is not a crowd region.
-        max_images: keep only the first so many images, by ascending image id within each data set,
-            the data sets in the order given, counted after `filter_empty`.
+        max_images: keep only the first so many images, by ascending image id within each dataset,
+            the datasets in the order given, counted after `filter_empty`.
         invalid_annotations: what to do with annotations whose box or mask has no area: "error", or
             "skip" to leave them out with a warning. None is "error" for ``JSON:IMAGE_FOLDER`` and
             "skip" for registered names, because COCO's own files have a few of them.
@@ -192,12 +192,12 @@ def get_dataset_dicts(
         annotation without a mask among others that have one has no ``segmentation``.
 
     Raises:
-        ValueError: a data set is not as it must be, or nothing of it is left; one line.
+        ValueError: a dataset is not as it must be, or nothing of it is left; one line.
         FileNotFoundError: a json, an image folder or images in it are absent; one line.
     """
     specs = [names] if isinstance(names, str) else list(names or ())
     if not specs:
-        raise ValueError("no data set is named; give a registered name or JSON:IMAGE_FOLDER")
+        raise ValueError("no dataset is named; give a registered name or JSON:IMAGE_FOLDER")
     if invalid_annotations not in (None, "error", "skip"):
         raise ValueError(
             f"invalid_annotations={invalid_annotations!r}: choose error, skip or null (None)"
@@ -249,7 +249,7 @@ def get_dataset_dicts(
 def _split(spec: str) -> tuple[str, str]:
     """Split JSON:IMAGE_FOLDER; a colon may also occur inside either path."""
     if not isinstance(spec, str):
-        raise ValueError(f"data set {spec!r}: give a registered name or JSON:IMAGE_FOLDER")
+        raise ValueError(f"dataset {spec!r}: give a registered name or JSON:IMAGE_FOLDER")
     pairs = [(spec[:i], spec[i + 1 :]) for i, character in enumerate(spec) if character == ":"]
     pairs = [
         (os.path.expanduser(json_file), os.path.expanduser(image_root))
@@ -260,19 +260,17 @@ def _split(spec: str) -> tuple[str, str]:
         # Where no such json exists, the last colon gives the path that the error will name.
         return next((pair for pair in pairs if os.path.isfile(pair[0])), pairs[0])
     if spec.lower().rstrip(":").endswith(".json"):
-        raise ValueError(
-            f"data set {spec!r}: add the image folder, as in {spec.rstrip(':')}:FOLDER"
-        )
+        raise ValueError(f"dataset {spec!r}: add the image folder, as in {spec.rstrip(':')}:FOLDER")
     similar = difflib.get_close_matches(spec, list(DatasetCatalog), n=1)
     hint = f" (did you mean {similar[0]}?)" if similar else ""
     raise ValueError(
-        f"data set {spec!r} is not registered in detectron2{hint}; "
-        "a data set of your own is named by JSON:IMAGE_FOLDER"
+        f"dataset {spec!r} is not registered in detectron2{hint}; "
+        "a dataset of your own is named by JSON:IMAGE_FOLDER"
     )
 
 
 def _is_coco(name: str) -> bool:
-    """Whether a data set is a COCO json, which `inspect` can read, rather than anything else."""
+    """Whether a dataset is a COCO json, which `inspect` can read, rather than anything else."""
     metadata = MetadataCatalog.get(name)
     return (
         bool(metadata.get("json_file") and metadata.get("image_root"))
@@ -302,7 +300,7 @@ def _inspect(name: str) -> CocoInfo:
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"{path}: the annotations of {name} are absent; set DETECTRON2_DATASETS to the folder "
-            "that has them, or give the data set as JSON:IMAGE_FOLDER"
+            "that has them, or give the dataset as JSON:IMAGE_FOLDER"
         )
     return inspect(path, needs_annotations=False)
 
@@ -310,11 +308,11 @@ def _inspect(name: str) -> CocoInfo:
 def _call_loader(name: str) -> list[dict]:
     records = DatasetCatalog.get(name)
     if isinstance(records, IterableDataset):
-        raise ValueError(f"data set {name!r} is an IterableDataset; a resumable run needs a list")
+        raise ValueError(f"dataset {name!r} is an IterableDataset; a resumable run needs a list")
     if isinstance(records, Dataset):
         records = [records[i] for i in range(len(records))]  # type: ignore[arg-type]
     if not len(records):
-        raise ValueError(f"data set {name!r} has no images")
+        raise ValueError(f"dataset {name!r} has no images")
     return records
 
 
@@ -326,7 +324,7 @@ def _load(
     crowd: str,
     summary: Summary,
 ) -> tuple[list[dict], dict[int, str] | None, Any]:
-    """Load the records of one data set, checked where it is a COCO json.
+    """Load the records of one dataset, checked where it is a COCO json.
 
     Returns:
         The records, with the indices of ``classes``; its own categories; and what changes when its
@@ -359,7 +357,7 @@ def _load(
     if own.keys() != info.categories.keys():
         raise ValueError(
             f"{info.path}: its categories are not those that {name} is registered with; "
-            "give the data set as JSON:IMAGE_FOLDER instead"
+            "give the dataset as JSON:IMAGE_FOLDER instead"
         )
     indices = category_indices(own, classes or own, name, reference)
     records = load_records(

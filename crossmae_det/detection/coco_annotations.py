@@ -378,7 +378,7 @@ def _clean_ids(annotation: dict, repairs: Repairs, place: Place) -> None:
 def area_fault(annotation: Mapping[str, Any], height: float, width: float) -> str | None:
     """Say what keeps an annotation of a record from being a training target, or None.
 
-    For records that a data set's own function made; those made from here are checked already.
+    For records that a dataset's own function made; those made from here are checked already.
 
     Args:
         annotation: in detectron2's format, with ``bbox`` as x, y, width, height in pixels.

@@ -1,8 +1,8 @@
-"""What a data set holds, said before the first iteration: found, used, left out and why.
+"""What a dataset holds, said before the first iteration: found, used, left out and why.
 
-Whether the image files of a data set have the annotated sizes.
+Whether the image files of a dataset have the annotated sizes.
 
-The classes of a model and the categories of a data set, matched by name.
+The classes of a model and the categories of a dataset, matched by name.
 
 Records in detectron2's format, made of the clean form of a COCO json.
 """
@@ -73,7 +73,7 @@ class Summary:
         """Log what is used, once for as long as it stays the same.
 
         Args:
-            source: the data set.
+            source: the dataset.
             records: those that are used.
             classes: names of the classes; None where the data have none.
         """
@@ -116,7 +116,7 @@ class Summary:
         return lines
 
 
-# The headers of some thousand images on a slow disk, and of all in most data sets.
+# The headers of some thousand images on a slow disk, and of all in most datasets.
 HEADER_SECONDS = 10.0
 
 
@@ -164,7 +164,7 @@ def check_headers(
             continue
         problems.append(problem)
         if not skip_undecodable:
-            advice = "correct it, replace the file or take it out of the data set"
+            advice = "correct it, replace the file or take it out of the dataset"
             if skip_undecodable is not None:
                 advice += ", or pass dataloader.train.skip_undecodable=True to skip such images"
             raise UndecodableImageError(f"{problem}; {advice}", records[index]["file_name"])
@@ -208,18 +208,18 @@ def category_indices(
     source: str,
     reference: str = "the model",
 ) -> dict[int, int]:
-    """Map the category ids of a data set to the classes of a model, by name.
+    """Map the category ids of a dataset to the classes of a model, by name.
 
     Ids and their order are the exporter's choice and may differ; names may not.
 
     Args:
-        own: category id -> name of the data set.
+        own: category id -> name of the dataset.
         classes: id -> name, in the order of the model's classes.
-        source: the data set, for messages.
+        source: the dataset, for messages.
         reference: whose ``classes`` they are, for messages.
 
     Returns:
-        Category id of the data set -> index of the class.
+        Category id of the dataset -> index of the class.
 
     Raises:
         ValueError: a name is missing or new, or is there twice; one line that names it.
@@ -247,11 +247,11 @@ def category_indices(
 
 
 def dataset_categories(name: str, info: CocoInfo | None) -> dict[int, str]:
-    """Category id -> name of a registered data set, in the order of its classes.
+    """Category id -> name of a registered dataset, in the order of its classes.
 
     Args:
         name: the registered name; its metadata decide, as they do in detectron2.
-        info: the COCO json of the data set, where it has one.
+        info: the COCO json of the dataset, where it has one.
 
     Raises:
         ValueError: neither has names.
@@ -266,7 +266,7 @@ def dataset_categories(name: str, info: CocoInfo | None) -> dict[int, str]:
             return {ids_of[category]: category for category in classes}
     if classes is None:
         raise ValueError(
-            f"data set {name!r} has no class names; set MetadataCatalog.get(name).thing_classes"
+            f"dataset {name!r} has no class names; set MetadataCatalog.get(name).thing_classes"
         )
     ids = metadata.get("thing_dataset_id_to_contiguous_id")
     if ids is None:
@@ -277,7 +277,7 @@ def dataset_categories(name: str, info: CocoInfo | None) -> dict[int, str]:
 
 
 def json_indices(name: str, info: CocoInfo, own: Mapping[int, str]) -> dict[int, int]:
-    """Map the category ids of a json to the classes of the data set that was registered with it.
+    """Map the category ids of a json to the classes of the dataset that was registered with it.
 
     Args:
         name: the registered name.
@@ -286,7 +286,7 @@ def json_indices(name: str, info: CocoInfo, own: Mapping[int, str]) -> dict[int,
 
     Returns:
         Category id -> index of the class. Several ids may share a class, and categories that the
-        data set leaves out are left out, where its metadata say so.
+        dataset leaves out are left out, where its metadata say so.
 
     Raises:
         ValueError: the metadata have other classes than the json, and do not say which is which.
@@ -298,7 +298,7 @@ def json_indices(name: str, info: CocoInfo, own: Mapping[int, str]) -> dict[int,
     if not indices:
         raise ValueError(
             f"{info.path}: its categories are not those that {name} is registered with; "
-            "give the data set as JSON:IMAGE_FOLDER instead"
+            "give the dataset as JSON:IMAGE_FOLDER instead"
         )
     return indices
 
@@ -390,7 +390,7 @@ def adapt_records(
     crowd: str = "ignore",
     summary: Summary,
 ) -> list[dict[str, Any]]:
-    """Records that a data set's own function made, with the classes and choices asked for.
+    """Records that a dataset's own function made, with the classes and choices asked for.
 
     Args:
         records: in detectron2's format; they are not modified.

@@ -44,7 +44,7 @@ def write_results(
         path: the file to write.
         results: metrics, nested to any depth, e.g. ``{"bbox": {"AP": 51.2}}``. NaN and infinite
             values become null.
-        context: what the numbers were measured on: config file, checkpoint, iteration, data set,
+        context: what the numbers were measured on: config file, checkpoint, iteration, dataset,
             number of images, date, versions. Values that JSON does not know (paths, dates) are
             written as their text.
 
@@ -288,7 +288,7 @@ RESULTS_FILE = "results.json"
 
 
 class COCOEvaluator(Detectron2COCOEvaluator):
-    """AP of boxes and, where both the data set and the model have them, of masks.
+    """AP of boxes and, where both the dataset and the model have them, of masks.
 
     Differences from detectron2's evaluator, which it replaces in every config:
 
@@ -330,21 +330,21 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             max_dets_per_image: so many detections of an image and class count, those of the highest
                 scores.
             context: goes into the results file beside the numbers: the iteration, the checkpoint.
-            categories: id -> name in the order of the model's classes; the categories of the data
-                set are mapped to them by name. None: those of the data set.
+            categories: id -> name in the order of the model's classes; the categories of the
+                 dataset are mapped to them by name. None: those of the dataset.
             crowd: "ignore" is COCO's rule, that a detection in a crowd region (``iscrowd: 1``)
                 counts as nothing; "keep" makes crowd regions objects like any other, as in
                 `crossmae_det.detection.get_dataset_dicts`.
 
         Raises:
-            ValueError: an argument is out of range, the backend is not installed, the data set is
+            ValueError: an argument is out of range, the backend is not installed, the dataset is
                 not registered, its annotation file is not in COCO format, or its categories are not
                 those of the model.
-            FileNotFoundError: the data set's annotation file does not exist.
+            FileNotFoundError: the dataset's annotation file does not exist.
         """
         if not isinstance(dataset_name, str):
             if len(dataset_name) != 1:
-                raise ValueError(f"dataset_name must be one data set, not {list(dataset_name)}")
+                raise ValueError(f"dataset_name must be one dataset, not {list(dataset_name)}")
             (dataset_name,) = dataset_name
         if not isinstance(max_dets_per_image, int) or max_dets_per_image < 1:
             raise ValueError(
@@ -405,12 +405,12 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         Returns:
             In percent, NaN where there is no ground truth: ``{"bbox": {"AP", "AP50", "AP75", "APs",
             "APm", "APl", "AR@100", "AP-<class>", ...}, "segm": {...}}``. Empty in every process but
-            the first, when nothing was processed, and when the data set has no annotations (the
+            the first, when nothing was processed, and when the dataset has no annotations (the
             detections are written all the same).
 
         Raises:
             ValueError: an image is not in the annotation file, or a predicted class is not in the
-                data set.
+                dataset.
         """
         predictions = self._predictions
         if self._distributed:
@@ -445,7 +445,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         if missing := [image_id for image_id in {*image_ids, *by_image} if image_id not in known]:
             raise ValueError(
                 f"image id {missing[0]!r} is not in {self._truth.file.path}; evaluate on the "
-                f"data set that the loader reads"
+                f"dataset that the loader reads"
             )
         detections = self._detections(by_image)
         if self._output_dir:
@@ -483,7 +483,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             logger.info("Results are in %s", path)
 
     def _detections(self, by_image: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """All detections in COCO's result format, with the category ids of the data set."""
+        """All detections in COCO's result format, with the category ids of the dataset."""
         category_ids = self._truth.category_ids
         detections = []
         for prediction in by_image.values():
@@ -492,7 +492,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                 if not 0 <= index < len(category_ids):
                     raise ValueError(
                         f"the model predicts class {index}, but '{self._dataset_name}' has "
-                        f"{len(category_ids)} classes; give the model as many as the data set"
+                        f"{len(category_ids)} classes; give the model as many as the dataset"
                     )
                 detections.append({**detection, "category_id": category_ids[index]})
         return detections

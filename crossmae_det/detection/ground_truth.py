@@ -23,23 +23,23 @@ logger = logging.getLogger(__name__)
 
 
 class GroundTruth:
-    """The annotations of one data set, as COCO's evaluation wants them.
+    """The annotations of one dataset, as COCO's evaluation wants them.
 
     Args:
         dataset_name: a registered name or ``JSON:IMAGE_FOLDER``.
-        categories: id -> name in the order of the model's classes, matched by name. None: the data
-            set's own.
+        categories: id -> name in the order of the model's classes, matched by name. None: the
+            dataset 's own.
         crowd: "keep" makes crowd regions objects like any other, as in the loader.
-        converted: where the json is written of a data set that has none; None rejects it.
+        converted: where the json is written of a dataset that has none; None rejects it.
 
     Attributes:
         file: the json in its clean form.
         names: a distinct name for each class.
-        category_ids: the id in the data set for each class.
+        category_ids: the id in the dataset for each class.
         has_annotations: False for a test set.
 
     Raises:
-        ValueError: the data set is not registered, its annotation file is not in COCO format, or
+        ValueError: the dataset is not registered, its annotation file is not in COCO format, or
             its categories are not those asked for.
         FileNotFoundError: the annotation file does not exist.
     """
@@ -84,7 +84,7 @@ class GroundTruth:
         return {image["id"] for image in self.file.images}
 
     def coco_api(self) -> COCO:
-        """All of it as pycocotools has it, with the ids of the data set."""
+        """All of it as pycocotools has it, with the ids of the dataset."""
         image_ids = [image["id"] for image in self.file.images]
         dataset, _ = self.dataset(image_ids, "bbox")
         for images, key in ((dataset["images"], "id"), (dataset["annotations"], "image_id")):
@@ -158,7 +158,7 @@ class GroundTruth:
 
 
 def _load(dataset_name: str, converted: str | None) -> CocoFile:
-    """Read the json of a data set, which may have to be made first."""
+    """Read the json of a dataset, which may have to be made first."""
     json_file = _json_file(dataset_name)
     if dataset_name in DatasetCatalog or json_file is None:
         resolve_name(dataset_name)  # registers JSON:IMAGE_FOLDER, and anew where it was rewritten
@@ -168,28 +168,28 @@ def _load(dataset_name: str, converted: str | None) -> CocoFile:
             DatasetCatalog.get(dataset_name)  # a loader may make its files when called
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"data set '{dataset_name}': {error.filename or error} does not exist; correct the "
-                f"path, or set DETECTRON2_DATASETS to the folder that holds the data sets"
+                f"dataset '{dataset_name}': {error.filename or error} does not exist; correct the "
+                f"path, or set DETECTRON2_DATASETS to the folder that holds the datasets"
             ) from error
         json_file = _json_file(dataset_name)
     if json_file is None:
         json_file = _convert(dataset_name, converted)
     elif not os.path.isfile(json_file):
-        raise FileNotFoundError(f"data set '{dataset_name}': {json_file} does not exist")
+        raise FileNotFoundError(f"dataset '{dataset_name}': {json_file} does not exist")
     try:
         return load(json_file, needs_annotations=False)
     except ValueError as error:
         raise ValueError(
-            f"data set '{dataset_name}': {json_file} cannot be used for COCO evaluation: "
+            f"dataset '{dataset_name}': {json_file} cannot be used for COCO evaluation: "
             f"{str(error).removeprefix(f'{json_file}: ')}"
         ) from error
 
 
 def _convert(dataset_name: str, path: str | None) -> str:
-    """Write the records of a data set without a json as one."""
+    """Write the records of a dataset without a json as one."""
     if path is None:
         raise ValueError(
-            f"data set '{dataset_name}' is not in COCO format; give the evaluator an output_dir, "
+            f"dataset '{dataset_name}' is not in COCO format; give the evaluator an output_dir, "
             "where it is converted"
         )
     try:
@@ -197,7 +197,7 @@ def _convert(dataset_name: str, path: str | None) -> str:
         convert_to_coco_json(dataset_name, path, allow_cached=False)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"data set '{dataset_name}' cannot be converted for COCO evaluation: "
+            f"dataset '{dataset_name}' cannot be converted for COCO evaluation: "
             f"{type(error).__name__}: {error}; give its records detectron2's standard format"
         ) from error
     MetadataCatalog.get(dataset_name).json_file = path

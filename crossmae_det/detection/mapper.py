@@ -1,6 +1,6 @@
 """Augmentations that detectron2 does not have.
 
-From one data set record to one model input: detectron2's mapper on this project's reader.
+From one dataset record to one model input: detectron2's mapper on this project's reader.
 
 The training loader for detection: see `crossmae_det.sampling` for what it guarantees.
 """
@@ -237,7 +237,7 @@ class TrainLoader(ResumableLoader):
     """An endless iterable over training batches, each a list of what `mapper` returns.
 
     Args:
-        dataset: records in detectron2's format, or a map-style data set of them.
+        dataset: records in detectron2's format, or a map-style dataset of them.
         mapper: makes a model input of a record. It may return None to have another image tried,
             and draw from ``random``, ``numpy.random`` and ``torch`` (CPU), which are seeded for it.
         total_batch_size: images per iteration over all processes.
@@ -246,7 +246,7 @@ class TrainLoader(ResumableLoader):
         skip_undecodable: replace an `UndecodableImageError` by another image, rather than raise it.
 
     Raises:
-        ValueError: the data set is empty, or the batch size or the seed cannot be used.
+        ValueError: the dataset is empty, or the batch size or the seed cannot be used.
     """
 
     def __init__(
@@ -276,16 +276,16 @@ class _SeededMapper:
     def __init__(self, mapper: Callable[[dict], dict | None]):
         self.mapper = PicklableWrapper(mapper)  # a lambda may be sent to a worker as well
 
-    def __call__(self, record: dict, entropy: list[int]) -> dict | None:
-        with _seeded(entropy):
+    def __call__(self, record: dict, seed_sequence: list[int]) -> dict | None:
+        with _seeded(seed_sequence):
             return self.mapper(record)
 
 
 @contextmanager
-def _seeded(entropy: list[int]) -> Iterator[None]:
+def _seeded(seed_sequence: list[int]) -> Iterator[None]:
     """Seed ``random``, ``numpy.random`` and torch's CPU generator, and restore them afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(entropy).generate_state(8, np.uint32)
+    words = np.random.SeedSequence(seed_sequence).generate_state(8, np.uint32)
     random.seed(words[:4].tobytes())
     np.random.seed(words[4:6])
     # torch.manual_seed would seed the GPUs too, whose state is not restored here.

@@ -296,10 +296,10 @@ class VideoWriter:
 class PredictionWriter:
     """Collects predictions and writes them as two COCO files, atomically.
 
-    ``predictions.json`` is a list in COCO's result format: image_id, category_id (that of the data
-    set), bbox (x, y, width, height in pixels), score, and segmentation (RLE) where there are masks.
-    ``images.json`` says which file, and which frame of a video, an image_id stands for; it has the
-    shape of an annotation file without annotations, so that
+    ``predictions.json`` is a list in COCO's result format: image_id, category_id (that of the
+    dataset), bbox (x, y, width, height in pixels), score, and segmentation (RLE) where there are
+    masks. ``images.json`` says which file, and which frame of a video, an image_id stands for; it
+    has the shape of an annotation file without annotations, so that
     ``COCO("images.json").loadRes("predictions.json")`` works.
 
     A context manager: the files are written at its end, after an exception too, so that what was
@@ -310,7 +310,7 @@ class PredictionWriter:
         """
         Args:
             folder: where the two files go.
-            metadata: detectron2's metadata of the data set that the model was trained on, for
+            metadata: detectron2's metadata of the dataset that the model was trained on, for
                 ``thing_dataset_id_to_contiguous_id`` and ``thing_classes``; without the first,
                 category ids are class indices.
         """
@@ -337,7 +337,7 @@ class PredictionWriter:
             The image_id: images are numbered from 1 in the order in which they come.
 
         Raises:
-            ValueError: a predicted class is not one of the data set.
+            ValueError: a predicted class is not one of the dataset.
         """
         image_id = len(self._images) + 1
         height, width = instances.image_size
@@ -376,8 +376,8 @@ class PredictionWriter:
             return index
         if index not in self._category_ids:
             raise ValueError(
-                f"the model predicts class {index}, but its data set has {len(self._category_ids)} "
-                f"classes; name the data set that it was trained on"
+                f"the model predicts class {index}, but its dataset has {len(self._category_ids)} "
+                f"classes; name the dataset that it was trained on"
             )
         return self._category_ids[index]
 

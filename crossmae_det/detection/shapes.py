@@ -1,13 +1,13 @@
-"""Drawing the images of the built-in data set: textured shapes, and which pixel belongs to which.
+"""Drawing the images of the built-in dataset: textured shapes, and which pixel belongs to which.
 
-Classes differ in outline only: size, rotation, colour and texture are drawn alike for all of them.
-Later shapes hide earlier ones. A shape that would make itself or another one hard to recognise is
+Classes differ in outline only: size, rotation, color and texture are drawn alike for all of them.
+Later shapes hide earlier ones. A shape that would make itself or another one hard to recognize is
 not drawn.
 
 Legend: H x W pixels of an image or of a window in it. Pixel i reaches from i to i + 1. Windows are
 (x0, y0, x1, y1), the ends excluded.
 
-The built-in data set: textured shapes with exact masks, generated once, in COCO format.
+The built-in dataset: textured shapes with exact masks, generated once, in COCO format.
 
 One variant is one folder, whose name holds the version of the generator and every parameter, so
 that variants lie side by side. A folder that is there is complete:
@@ -89,13 +89,13 @@ class Scene:
 
 
 def render(split: str, number: int, *, image_size: int = 128, seed: int = 0) -> Scene:
-    """Draw one image of the data set.
+    """Draw one image of the dataset.
 
     Args:
         split: ``"train"`` or ``"val"``.
         number: the image's number, from 1.
         image_size: H = W in pixels.
-        seed: that of the data set.
+        seed: that of the dataset.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), number]))
     whole = (0, 0, image_size, image_size)
@@ -218,7 +218,7 @@ def _coverage(outline: Outline, window: Window) -> Array:
     x0, y0, x1, y1 = window
     fine = np.zeros(((y1 - y0) * _SUPERSAMPLING, (x1 - x0) * _SUPERSAMPLING), np.uint8)
     fraction_bits = 4
-    # OpenCV puts the centre of pixel i at i.
+    # OpenCV puts the center of pixel i at i.
     points = [
         np.round(((part - (x0, y0)) * _SUPERSAMPLING - 0.5) * 2**fraction_bits).astype(np.int32)
         for part in outline
@@ -237,7 +237,7 @@ def _shadow(alpha: Array, angle: float, side: float) -> Array:
 
 
 def _texture(rng: np.random.Generator, window: Window, image_size: int) -> Array:
-    """A pattern for the window: (H, W) float32 in [0, 1], the share of the second colour."""
+    """A pattern for the window: (H, W) float32 in [0, 1], the share of the second color."""
     x0, y0, x1, y1 = window
     angle = rng.uniform(0, 2 * math.pi)
     x = np.arange(x0, x1, dtype=np.float32)[None, :] / image_size - 0.5
@@ -271,8 +271,8 @@ def _color_pair(
     value: tuple[float, float],
     away_from: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Two related RGB colours in [0, 1], the mean of which stands out from ``away_from``."""
-    # A bounded search: a colour that stands out is found in a few draws, whatever the ground.
+    """Two related RGB colors in [0, 1], the mean of which stands out from ``away_from``."""
+    # A bounded search: a color that stands out is found in a few draws, whatever the ground.
     for _ in range(20):
         hue = rng.random()
         first = _rgb(hue, rng.uniform(*saturation), rng.uniform(*value))
@@ -358,7 +358,7 @@ def build(
     image_size: int = 128,
     seed: int = 0,
 ) -> Path:
-    """Write the data set, unless it is there already.
+    """Write the dataset, unless it is there already.
 
     It is written to a hidden folder beside its own and renamed, so that a build that is killed or
     fails leaves nothing under its name. Processes that build the same variant at once wait for the
@@ -389,7 +389,7 @@ def build(
                 _build(target, variant)
     except OSError as error:
         raise OSError(
-            f"{target}: cannot write the built-in data set here ({error.strerror or error}); "
+            f"{target}: cannot write the built-in dataset here ({error.strerror or error}); "
             "choose a data folder that can be written (environment variable DETECTRON2_DATASETS)"
         ) from error
     return target
@@ -418,7 +418,7 @@ def register(root: str | os.PathLike[str] | None = None, **parameters: int) -> t
     for name in names:
         if name in DatasetCatalog and getattr(DatasetCatalog[name], "func", None) is not _load:
             raise ValueError(
-                f"{name}: a data set of this name is registered already; give it another name"
+                f"{name}: a dataset of this name is registered already; give it another name"
             )
     for name, split in zip(names, SPLITS, strict=True):
         if name in DatasetCatalog:
@@ -471,7 +471,7 @@ def _is_built(target: Path, variant: _Variant) -> bool:
         found = None
     if found != variant.description:
         raise FileExistsError(
-            f"{target}: not the built-in data set of this name; move it away, and it is built again"
+            f"{target}: not the built-in dataset of this name; move it away, and it is built again"
         )
     return True
 
@@ -482,7 +482,7 @@ def _build(target: Path, variant: _Variant) -> None:
     if partial_folder.exists():  # left by a build that was killed
         shutil.rmtree(partial_folder)
     total = variant.num_train + variant.num_val
-    logger.info("Building the shapes data set of %d images at %s", total, target)
+    logger.info("Building the shapes dataset of %d images at %s", total, target)
     start = time.perf_counter()
     try:
         (partial_folder / "annotations").mkdir(parents=True)
@@ -505,7 +505,7 @@ def _write_split(images: Path, split: str, count: int, variant: _Variant) -> dic
     for number in range(1, count + 1):
         scene = render(split, number, image_size=variant.image_size, seed=variant.seed)
         name = f"{number:06d}.jpg"
-        # Full colour resolution: halved, it would blur the edges that the masks are exact about.
+        # Full color resolution: halved, it would blur the edges that the masks are exact about.
         Image.fromarray(scene.image).save(images / name, quality=_JPEG_QUALITY, subsampling=0)
         size = variant.image_size
         records.append({"id": number, "file_name": name, "height": size, "width": size})

@@ -43,10 +43,10 @@ class PredictionVisualizer:
     Args:
         output_dir: the run's folder.
         data_loader: detectron2's test loader.
-        dataset_name: the registered name of its data set, or ``JSON:IMAGE_FOLDER``.
+        dataset_name: the registered name of its dataset, or ``JSON:IMAGE_FOLDER``.
         count: number of images: the first ones with annotations.
         score_threshold: predictions below it are not drawn; in [0, 1].
-        categories: id -> name in the order of the model's classes; None: those of the data set.
+        categories: id -> name in the order of the model's classes; None: those of the dataset.
     """
 
     period = 0  # after the last iteration only
@@ -112,7 +112,7 @@ def class_color(index: int, metadata: Any) -> tuple[float, float, float]:
     Args:
         index: contiguous class index.
         metadata: its ``thing_colors`` are used where there is one for the class; otherwise hues are
-            spread by the golden ratio, which keeps neighbouring indices apart for any number of
+            spread by the golden ratio, which keeps neighboring indices apart for any number of
             classes.
     """
     colors = metadata.get("thing_colors") or ()
@@ -182,8 +182,8 @@ def draw_predictions(
         image_bgr: (H, W, 3) uint8, BGR.
         instances: of image size (H, W), on any device, with ``pred_boxes``, ``pred_classes``, and
             perhaps ``scores`` and ``pred_masks`` (D, H, W) bool.
-        metadata: detectron2's metadata of the data set, for ``thing_classes`` and ``thing_colors``;
-            without them, classes are numbered and coloured by their index.
+        metadata: detectron2's metadata of the dataset, for ``thing_classes`` and ``thing_colors``;
+            without them, classes are numbered and colored by their index.
         score_threshold: instances of a lower score are left out. In [0, 1].
         scale: size of the picture relative to the image. None: 1, but an image whose short side is
             less than 480 pixels is enlarged to 480 (at most to 1600 on the long side), so that its

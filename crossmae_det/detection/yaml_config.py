@@ -23,7 +23,7 @@ IMAGE_SIZE = 1024  # ViTDet's; where INPUT.IMAGE_SIZE is None
 
 
 def add_crossmae_config(cfg: CfgNode) -> None:
-    """Add the keys of the trunk, the pyramid and the training recipe to a detectron2 config.
+    """Add the keys of the backbone, the pyramid and the training recipe to a detectron2 config.
 
     A value of 0 (or "" or an empty list) means "follows from other keys"; each such key says from
     which. The rules are those of the lazy configs.
@@ -70,7 +70,7 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     solver.WEIGHT_DECAY_NORM = 0.0  # of norms in the ViT
     solver.WEIGHT_DECAY_CHANNEL_NORM = None  # of norms in pyramid and heads
     solver.WEIGHT_DECAY_POS_EMBED = 0.0
-    solver.LR_DECAY = 0.7  # from one layer of the trunk to the one below
+    solver.LR_DECAY = 0.7  # from one layer of the backbone to the one below
     solver.STEPS = ()  # 8/9 and 26/27 of MAX_ITER
     solver.WARMUP_ITERS = 250
     solver.IMS_PER_BATCH = 64
@@ -80,7 +80,7 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     # As in the lazy configs' `train`.
     solver.AMP.ENABLED = True
     solver.AMP.DTYPE = "auto"
-    solver.ACCUMULATION = 1
+    solver.GRADIENT_ACCUMULATION_STEPS = 1
     solver.CLIP_GRADIENTS.CLIP_TYPE = "norm"
     solver.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9999})
     solver.COMPILE = CfgNode({"ENABLED": False})
@@ -106,7 +106,7 @@ KEYS = {
     "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
     "SOLVER.AMP.ENABLED": "train.amp.enabled",
     "SOLVER.AMP.DTYPE": "train.amp.dtype",
-    "SOLVER.ACCUMULATION": "train.accumulation",
+    "SOLVER.GRADIENT_ACCUMULATION_STEPS": "train.gradient_accumulation_steps",
     "SOLVER.EMA.ENABLED": "train.ema.enabled",
     "SOLVER.EMA.DECAY": "train.ema.decay",
     "SOLVER.COMPILE.ENABLED": "train.compile.enabled",

@@ -48,7 +48,7 @@ RANGES: Sequence[tuple[str, float, bool]] = (
     ("train.log_period", 1, True),
     ("train.checkpointer.period", 1, True),
     ("train.checkpointer.max_to_keep", 1, True),
-    ("train.accumulation", 1, True),
+    ("train.gradient_accumulation_steps", 1, True),
     ("train.seed", 0, True),
     ("train.early_stopping.patience", 1, True),
     ("train.clip_grad.max_norm", 0, False),

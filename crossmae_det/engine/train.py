@@ -153,7 +153,7 @@ def evaluate(
     evaluator_cfg.output_dir = os.path.join(cfg.train.output_dir, name)
     if "context" in evaluator_cfg:
         evaluator_cfg.context = context
-    # The loader first: it registers the data set that the evaluator looks up.
+    # The loader first: it registers the dataset that the evaluator looks up.
     data_loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(evaluator_cfg)
     device = next(model.parameters()).device
@@ -215,7 +215,7 @@ def train(
         optimizer,
         seed=options.seed,
         amp_dtype=precision,
-        accumulation=options.accumulation,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
         clip_norm=options.clip_grad.max_norm if options.clip_grad.enabled else None,
     )
     ema = ModelEMA(model, options.ema.decay) if options.ema.enabled else None
@@ -297,7 +297,7 @@ def train(
     try:
         trainer.train(start_iter, options.max_iter)
     except NonFiniteError as error:
-        # The weights are those before this iteration: it stopped ahead of the optimiser's step.
+        # The weights are those before this iteration: it stopped ahead of the optimizer's step.
         trainer.iter -= 1
         name = "model_before_nonfinite"
         checkpointer.save(name, tag=False, iteration=trainer.iter)

@@ -170,8 +170,8 @@ class Trainer(SimpleTrainer):
         optimizer: over the model's parameters.
         seed: non-negative.
         amp_dtype: "bf16", "fp16" or None.
-        accumulation: number of parts that a batch is processed in, for memory; the gradient is the
-            mean of those of the parts, as between so many processes.
+        gradient_accumulation_steps: number of parts that a batch is processed in, for memory; the
+            gradient is the mean of those of the parts, as between so many processes.
         clip_norm: largest norm of the gradient; None does not clip.
 
     Raises:
@@ -186,19 +186,22 @@ class Trainer(SimpleTrainer):
         *,
         seed: int = 0,
         amp_dtype: str | None = None,
-        accumulation: int = 1,
+        gradient_accumulation_steps: int = 1,
         clip_norm: float | None = None,
     ):
         super().__init__(model, data_loader, optimizer)
-        if accumulation < 1:
-            raise ValueError(f"train.accumulation must be at least 1, got {accumulation}")
+        if gradient_accumulation_steps < 1:
+            raise ValueError(
+                "train.gradient_accumulation_steps must be at least 1, got"
+                f" {gradient_accumulation_steps}"
+            )
         if seed < 0:
             raise ValueError(f"train.seed must not be negative, got {seed}")
         if clip_norm is not None and clip_norm <= 0:
             raise ValueError(f"train.clip_grad.max_norm must be positive, got {clip_norm}")
         self.seed = seed
         self.amp_dtype = amp_dtype
-        self.accumulation = accumulation
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.clip_norm = clip_norm
         self.batch_size: int | None = getattr(data_loader, "total_batch_size", None)
         # Images that the run has seen beyond iteration x batch size, from other batch sizes.
@@ -231,16 +234,16 @@ class Trainer(SimpleTrainer):
                 self.after_train()
 
     def run_step(self) -> None:
-        """One iteration: all parts of a batch forward and backward, then one optimiser step."""
+        """One iteration: all parts of a batch forward and backward, then one optimizer step."""
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        entropy = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()])
-        seed_all_rng(int(entropy.generate_state(1)[0]))
+        seed_sequence = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()])
+        seed_all_rng(int(seed_sequence.generate_state(1)[0]))
 
         self.optimizer.zero_grad()
         losses: dict[str, Tensor] = {}
-        parts = split_batch(batch, self.accumulation)
+        parts = split_batch(batch, self.gradient_accumulation_steps)
         for index, part in enumerate(parts):
             share = len(part) / len(batch)
             last = index == len(parts) - 1

@@ -193,7 +193,7 @@ def window_unpartition(windows: Tensor, size: int, grid: tuple[int, int]) -> Ten
     return _unpartition(windows, size, *grid)
 
 
-# Sizes that are kept: images of one data set have a few.
+# Sizes that are kept: images of one dataset have a few.
 CAPACITY = 8
 
 

@@ -1,4 +1,4 @@
-"""The transformer block of the trunk, and the block of a cross-attention decoder.
+"""The transformer block of the ViT, and the block of a cross-attention decoder.
 
 Legend: N images, H x W patches, L tokens, C channels. In the decoder: Q queries of C channels, K
 memory tokens of E channels.
@@ -64,7 +64,7 @@ class Block(nn.Module):
 class CrossAttentionBlock(nn.Module):
     """Pre-norm decoder block: the queries attend to a memory, then an MLP.
 
-    The memory is taken as it is: whoever calls normalises it. Without ``self_attention`` every
+    The memory is taken as it is: whoever calls normalizes it. Without ``self_attention`` every
     query is transformed on its own, whatever the other queries are.
 
     Args:
@@ -101,7 +101,7 @@ class CrossAttentionBlock(nn.Module):
 
         Args:
             queries: (N, Q, C).
-            memory: (N, K, E), normalised.
+            memory: (N, K, E), normalized.
 
         Returns:
             (N, Q, C).

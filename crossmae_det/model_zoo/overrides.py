@@ -45,7 +45,7 @@ SYNONYMS = {
     "train.device": "gpu cuda",
     "train.seed": "random_seed",
     "train.amp.enabled": "fp16 bf16 mixed_precision precision half use_amp",
-    "train.accumulation": "accum_iter accum grad_accum gradient_accumulation_steps accumulate",
+    "train.gradient_accumulation_steps": "accum_iter accum grad_accum accumulation accumulate",
     "optimizer.betas": "momentum beta1 beta2 adam_beta1 adam_beta2",
     "train.clip_grad.max_norm": "clip max_grad_norm clip_norm grad_clip gradient_clip_val",
     "train.ema.enabled": "model_ema use_ema",

@@ -35,7 +35,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "measured": ("machines", "tables", "costs"),
 }
 
-CHECKPOINT_KEYS = ("name", "config", "holds", "licence", "url", "origin")
+CHECKPOINT_KEYS = ("name", "config", "holds", "license", "url", "origin")
 
 
 def read_records(name: str, folder: Path = FOLDER) -> dict[str, Any]:
@@ -118,5 +118,5 @@ def _check_row(
     for column in columns:
         if column not in row:
             raise ValueError(f"{where} has no '{column}'")
-    if "licence" in columns and not row["licence"]:
-        raise ValueError(f"{where} does not say its licence")
+    if "license" in columns and not row["license"]:
+        raise ValueError(f"{where} does not say its license")

@@ -19,7 +19,7 @@ from crossmae_det.pretraining import find_images
 Names = str | Sequence[str]
 
 
-# Image folders by name, beside the data sets of detectron2: the path under DETECTRON2_DATASETS, and
+# Image folders by name, beside the datasets of detectron2: the path under DETECTRON2_DATASETS, and
 # the number of images, for a config that is looked at where they are not.
 IMAGE_FOLDERS = {"imagenet_train": ("imagenet/train", 1_281_167)}
 
@@ -106,15 +106,15 @@ def iterations(epochs: float, dataset: DictConfig, batch_size: int, *, _root_: D
 
 
 def image_set(name: str) -> str:
-    """The images of a data set, as :func:`crossmae_det.pretraining.find_images` takes them.
+    """The images of a dataset, as :func:`crossmae_det.pretraining.find_images` takes them.
 
     Args:
-        name: a name in :data:`IMAGE_FOLDERS` or of a data set registered in detectron2 (the
+        name: a name in :data:`IMAGE_FOLDERS` or of a dataset registered in detectron2 (the
             built-in one is written on first use); anything else is taken as it is.
 
     Raises:
-        ValueError: a registered data set that is not one of a COCO json and an image folder.
-        FileNotFoundError: a registered data set whose json is absent.
+        ValueError: a registered dataset that is not one of a COCO json and an image folder.
+        FileNotFoundError: a registered dataset whose json is absent.
     """
     if name in IMAGE_FOLDERS:
         root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
@@ -124,14 +124,14 @@ def image_set(name: str) -> str:
     metadata = MetadataCatalog.get(name)
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     if not json_file or not image_root:
-        raise ValueError(f"data set '{name}' has no image folder; name the folder itself")
+        raise ValueError(f"dataset '{name}' has no image folder; name the folder itself")
     if not os.path.isfile(json_file):
         DatasetCatalog.get(name)  # a loader may make its files when called; others say what lacks
     return f"{json_file}:{image_root}"
 
 
 def image_iterations(epochs: float, name: str, batch_size: int, *, _root_: DictConfig) -> int:
-    """Iterations of ``epochs`` passes over a set of unlabelled images, rounded; at least one."""
+    """Iterations of ``epochs`` passes over a set of unlabeled images, rounded; at least one."""
     _check_schedule(epochs, batch_size)
     return max(1, round(epochs * _count_images(name, _root_) / batch_size))
 

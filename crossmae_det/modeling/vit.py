@@ -1,10 +1,10 @@
 """The one table of model sizes.
 
-The plain Vision Transformer: one trunk for pretraining, detection and classification.
+The plain Vision Transformer: one ViT for pretraining, detection and classification.
 
 Legend: N images, H x W patches, L = H * W, P patch side in pixels, C channels.
 
-The trunk of a size.
+The ViT of a size.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def spread_global_blocks(depth: int, count: int = 4) -> list[int]:
 
 @dataclass(frozen=True)
 class Size:
-    """Width, depth and heads of a trunk, and its patch side in pixels as pretrained."""
+    """Width, depth and heads of a ViT, and its patch side in pixels as pretrained."""
 
     embed_dim: int
     depth: int
@@ -162,7 +162,7 @@ class ViT(nn.Module):
                     attention_backend=attention_backend,
                 )
             )
-        self._initialise()
+        self._initialize()
         self._freeze()
 
     def _grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -180,13 +180,11 @@ class ViT(nn.Module):
             return set(spread_global_blocks(depth))
         for index in global_blocks:
             if not -depth <= index < depth:
-                raise ValueError(
-                    f"global block {index} does not exist in a trunk of {depth} blocks"
-                )
+                raise ValueError(f"global block {index} does not exist in a ViT of {depth} blocks")
         return {index % depth for index in global_blocks}
 
-    def _initialise(self) -> None:
-        """MAE's initialisation: Xavier for every linear map, the patch embedding seen as one."""
+    def _initialize(self) -> None:
+        """MAE's initialization: Xavier for every linear map, the patch embedding seen as one."""
         weight = self.patch_embed.proj.weight
         nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
         for module in self.blocks.modules():
@@ -228,7 +226,7 @@ class ViT(nn.Module):
         """Encode images as tokens: global attention, no windows, no relative position.
 
         Args:
-            images: (N, B, H * P, W * P), normalised.
+            images: (N, B, H * P, W * P), normalized.
             visible: (N, L_visible) int64 indices of the patches to encode; None encodes all L.
 
         Returns:
@@ -236,10 +234,10 @@ class ViT(nn.Module):
             block, then the output of every block.
 
         Raises:
-            ValueError: the trunk has no class token, or the patch does not divide the image.
+            ValueError: the ViT has no class token, or the patch does not divide the image.
         """
         if self.cls_token is None:
-            raise ValueError("token mode needs a trunk with class_token=True")
+            raise ValueError("token mode needs a ViT with class_token=True")
         height, width = images.shape[-2:]
         if height % self.patch_size[0] or width % self.patch_size[1]:
             raise ValueError(
@@ -263,7 +261,7 @@ class ViT(nn.Module):
         configured.
 
         Args:
-            images: (N, B, height, width), normalised. A side that the patch does not divide is
+            images: (N, B, height, width), normalized. A side that the patch does not divide is
                 padded with zeros at the bottom or on the right.
 
         Returns:
@@ -290,7 +288,7 @@ class ViT(nn.Module):
 
 
 def size_arguments(size: str, **overrides: Any) -> dict[str, Any]:
-    """Arguments of a trunk of the size table.
+    """Arguments of a ViT of the size table.
 
     Args:
         size: a name in :data:`crossmae_det.modeling.SIZES`.
@@ -307,5 +305,5 @@ def size_arguments(size: str, **overrides: Any) -> dict[str, Any]:
 
 
 def build_vit(size: str = "base", **overrides: Any) -> ViT:
-    """A trunk of the size table: :class:`ViT` with :func:`size_arguments`."""
+    """A ViT of the size table: :class:`ViT` with :func:`size_arguments`."""
     return ViT(**size_arguments(size, **overrides))

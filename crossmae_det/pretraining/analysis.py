@@ -1,12 +1,12 @@
 """What a trained decoder looks at: the analysis that CrossMAE rests on (arXiv 2401.14391).
 
 Of an MAE, how much of the mask tokens' self-attention goes to visible patches and how much to other
-masked ones (the paper's introduction and figure 1). Of a CrossMAE, which features of the trunk each
-decoder block reads (its section on inter-block attention).
+masked ones (the paper's introduction and figure 1). Of a CrossMAE, which features of the encoder
+each decoder block reads (its section on inter-block attention).
 
 Legend: N images, L patches of which V are visible and Q = L - V masked, T = 1 + L tokens of MAE's
-decoder, M heads, D channels per head, K features of the trunk that CrossMAE's decoder reads, depth
-blocks of a decoder.
+decoder, M heads, D channels per head, K features of the encoder that CrossMAE's decoder reads,
+depth blocks of a decoder.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from crossmae_det.layers.attention import Attention, by_head
 from crossmae_det.pretraining.crossmae import CrossAttentionDecoder
 from crossmae_det.pretraining.mae import SelfAttentionDecoder
-from crossmae_det.pretraining.masked_image_model import MaskedAutoencoder, Masking, mask_patches
+from crossmae_det.pretraining.masked_image_model import MaskedImageModel, Masking, mask_patches
 
 # What the mask tokens of an MAE attend to, in the order of the columns.
 KEY_GROUPS = ("visible", "masked", "class token")
@@ -164,7 +164,7 @@ class FeatureUsage:
     Attributes:
         weights: (depth, K), as learnt, with their signs.
         deviation: (K,), of the features: what a weight is multiplied with.
-        names: of the K features: "input" (of the trunk's first block), "block 0", ...
+        names: of the K features: "input" (of the encoder's first block), "block 0", ...
         num_images: images averaged over.
     """
 
@@ -207,7 +207,7 @@ class FeatureUsage:
 
 @torch.no_grad()
 def decoder_attention(
-    model: MaskedAutoencoder, images: Tensor, noise: Tensor | None = None
+    model: MaskedImageModel, images: Tensor, noise: Tensor | None = None
 ) -> DecoderAttention:
     """Measure where the mask tokens of an MAE's decoder attend.
 
@@ -222,7 +222,7 @@ def decoder_attention(
 
     Args:
         model: an MAE in evaluation mode.
-        images: (N, B, H * P, W * P), N at least 1, as for :meth:`MaskedAutoencoder.predict`.
+        images: (N, B, H * P, W * P), N at least 1, as for :meth:`MaskedImageModel.predict`.
         noise: (N, L) on the model's device, decides the masking; None draws it uniformly, the same
             in every call.
 
@@ -260,9 +260,9 @@ def decoder_attention(
 
 @torch.no_grad()
 def feature_usage(
-    model: MaskedAutoencoder, images: Tensor, noise: Tensor | None = None
+    model: MaskedImageModel, images: Tensor, noise: Tensor | None = None
 ) -> FeatureUsage:
-    """Measure which features of the trunk each decoder block of a CrossMAE reads.
+    """Measure which features of the encoder each decoder block of a CrossMAE reads.
 
     A decoder block attends to the LayerNorm of a weighted sum of the features. That norm takes away
     each token's mean over the channels and divides by the deviation of the sum: of a block's
@@ -271,13 +271,13 @@ def feature_usage(
     over images, tokens (visible ones and the class token) and channels, over the sum of the
     same for all features of the block.
 
-    Features of neighbouring blocks are alike, since each is the one before plus something: weights
+    Features of neighboring blocks are alike, since each is the one before plus something: weights
     of opposite sign take the difference, which contributions, without signs, do not show. Look at
     both.
 
     Args:
         model: a CrossMAE in evaluation mode.
-        images: (N, B, H * P, W * P), N at least 1, as for :meth:`MaskedAutoencoder.predict`.
+        images: (N, B, H * P, W * P), N at least 1, as for :meth:`MaskedImageModel.predict`.
         noise: (N, L) on the model's device, decides the masking; None draws it uniformly, the same
             in every call.
 
@@ -344,7 +344,7 @@ def _sum_by_group(weights: Tensor, masking: Masking) -> Tensor:
 
 
 def _batches(
-    model: MaskedAutoencoder, images: Tensor, noise: Tensor | None
+    model: MaskedImageModel, images: Tensor, noise: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts of the images with their noise; without one, noise that is the same in every call."""
     if noise is None:

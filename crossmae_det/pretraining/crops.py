@@ -1,13 +1,13 @@
-"""Random crops of unlabelled images, as bytes: what the trunk is pretrained on.
+"""Random crops of unlabeled images, as bytes: what the encoder is pretrained on.
 
-Legend: N images of a batch, H x W pixels of a crop, all colours in the order RGB.
+Legend: N images of a batch, H x W pixels of a crop, all colors in the order RGB.
 
 The crops are those of the published recipe (torchvision's ``RandomResizedCrop``), made faster: a
 JPEG that is far larger than what is needed of it is decoded at a half, a quarter or an eighth of
-its size, only the crop is resized, and what leaves the loader is uint8. The model normalises it, on
+its size, only the crop is resized, and what leaves the loader is uint8. The model normalizes it, on
 its own device. Crops are drawn of the upright image.
 
-Unlabelled images that are held out, for the reconstruction loss on them.
+Unlabeled images that are held out, for the reconstruction loss on them.
 
 Legend: N images of a batch, H x W pixels.
 """
@@ -229,12 +229,12 @@ class RandomCrops:
         self.scale = tuple(scale)
         self.flip = flip
 
-    def __call__(self, image: StoredImage, entropy: Sequence[int]) -> Tensor:
+    def __call__(self, image: StoredImage, seed_sequence: Sequence[int]) -> Tensor:
         """Make a crop.
 
         Args:
             image: where the image is.
-            entropy: numbers that decide the crop.
+            seed_sequence: numbers that decide the crop.
 
         Returns:
             (3, H, W) uint8.
@@ -244,7 +244,7 @@ class RandomCrops:
         """
         # The seed is a string because the hash of one is the same everywhere. NumPy's generator
         # takes ten times as long for a few numbers.
-        rng = random.Random(" ".join(map(str, entropy)))
+        rng = random.Random(" ".join(map(str, seed_sequence)))
         part = read_part(
             image,
             lambda height, width: random_crop(height, width, self.scale, rng),

@@ -1,7 +1,7 @@
 """CrossMAE: a decoder of cross-attention only (https://arxiv.org/abs/2401.14391).
 
-Legend: N images, L patches on a grid of H x W, T = 1 + L_visible tokens of the trunk, C channels of
-the trunk, D channels of the decoder, K features of the trunk that the decoder reads.
+Legend: N images, L patches on a grid of H x W, T = 1 + L_visible tokens of the encoder, C channels
+of the encoder, D channels of the decoder, K features of the encoder that the decoder reads.
 """
 
 import logging
@@ -14,30 +14,30 @@ from crossmae_det.layers.blocks import CrossAttentionBlock
 from crossmae_det.modeling.vit import LAYER_NORM, ViT
 from crossmae_det.pretraining.masked_image_model import (
     DECODER_MLP_RATIO,
-    MaskedAutoencoder,
+    MaskedDecoder,
+    MaskedImageModel,
     Masking,
-    PixelDecoder,
 )
 
 logger = logging.getLogger(__name__)
 
 
-class CrossAttentionDecoder(PixelDecoder):
+class CrossAttentionDecoder(MaskedDecoder):
     """Predicts patches from queries that attend to the visible tokens, and not to each other.
 
     Inter-block attention: each block reads a learnt weighted sum of its own over K features of the
-    trunk (the input of its first block, outputs of its blocks), with a LayerNorm of its own.
+    encoder (the input of its first block, outputs of its blocks), with a LayerNorm of its own.
     ``feature_weights`` is (depth, K): row by decoder block, column by feature, in the order of the
-    trunk.
+    encoder.
 
     Args:
-        encoder: the trunk that is decoded.
+        encoder: the encoder that is decoded.
         dim: channels D.
         depth: number of blocks.
         num_heads: attention heads; must divide ``dim``.
-        feature_blocks: indices of the trunk's blocks whose outputs are read, negative ones counted
-            from the end; None for all.
-        use_input_feature: read the input of the trunk's first block as well.
+        feature_blocks: indices of the encoder's blocks whose outputs are read, negative ones
+            counted from the end; None for all.
+        use_input_feature: read the input of the encoder's first block as well.
         self_attention: let the queries attend to each other in every block: the paper's ablation.
 
     Raises:
@@ -73,7 +73,7 @@ class CrossAttentionDecoder(PixelDecoder):
             )
             for _ in range(depth)
         )
-        self.initialise()
+        self.initialize()
         nn.init.normal_(self.feature_weights, std=count**-0.5)
 
     def forward(
@@ -82,7 +82,7 @@ class CrossAttentionDecoder(PixelDecoder):
         """Predict patches.
 
         Args:
-            features: depth + 1 tensors (N, T, C) of the trunk, class token first.
+            features: depth + 1 tensors (N, T, C) of the encoder, class token first.
             masking: which patches are predicted.
             grid: (H, W).
 
@@ -98,11 +98,11 @@ class CrossAttentionDecoder(PixelDecoder):
         return self.pred(self.norm(x))
 
 
-class CrossMAE(MaskedAutoencoder):
-    """CrossMAE on a trunk.
+class CrossMAE(MaskedImageModel):
+    """CrossMAE on an encoder.
 
     Args:
-        encoder: the trunk, with a class token; its position embedding is kept fixed.
+        encoder: the encoder, with a class token; its position embedding is kept fixed.
         decoder_dim: channels of the decoder, a multiple of 4.
         decoder_depth: blocks of the decoder.
         decoder_num_heads: attention heads; must divide ``decoder_dim``.
@@ -113,7 +113,7 @@ class CrossMAE(MaskedAutoencoder):
             from the end; None for all. Blocks after the last of them are frozen.
         use_input_feature: the decoder also reads the input of the first encoder block.
         decoder_self_attention: the paper's ablation: queries attend to each other, too.
-        norm_pix_loss: predict each patch normalised by its own mean and deviation, not raw.
+        norm_pix_loss: predict each patch normalized by its own mean and deviation, not raw.
 
     Raises:
         ValueError: a ratio, a size or an index out of range.
@@ -165,11 +165,13 @@ class CrossMAE(MaskedAutoencoder):
 def _feature_indices(
     depth: int, feature_blocks: Sequence[int] | None, use_input_feature: bool
 ) -> list[int]:
-    """Ascending indices into the depth + 1 features of a trunk: 0 is the input of block 0."""
+    """Ascending indices into the depth + 1 features of an encoder: 0 is the input of block 0."""
     chosen = range(depth) if feature_blocks is None else feature_blocks
     for index in chosen:
         if not -depth <= index < depth:
-            raise ValueError(f"feature block {index} does not exist in a trunk of {depth} blocks")
+            raise ValueError(
+                f"feature block {index} does not exist in an encoder of {depth} blocks"
+            )
     blocks = sorted({index % depth for index in chosen})
     if not blocks:
         raise ValueError("feature_blocks is empty: the decoder must read at least one block")

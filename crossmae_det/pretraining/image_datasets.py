@@ -228,7 +228,7 @@ def _listed_images(path: str) -> ImageFiles:
         folder, name = os.path.split(path)
         return ImageFiles(folder, [name])
     if path.lower().endswith(".json"):
-        raise ValueError(f"data set '{path}': add the image folder, as in {path}:FOLDER")
+        raise ValueError(f"dataset '{path}': add the image folder, as in {path}:FOLDER")
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file if line.strip()]

@@ -1,7 +1,7 @@
 """MAE, the baseline: a decoder of self-attention over all patches (arXiv 2111.06377).
 
-Legend: N images, L patches on a grid of H x W, T = 1 + L_visible tokens of the trunk, C channels of
-the trunk, D channels of the decoder.
+Legend: N images, L patches on a grid of H x W, T = 1 + L_visible tokens of the encoder, C channels
+of the encoder, D channels of the decoder.
 """
 
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from crossmae_det.layers.blocks import Block
 from crossmae_det.modeling.vit import LAYER_NORM, ViT
 from crossmae_det.pretraining.masked_image_model import (
     DECODER_MLP_RATIO,
-    MaskedAutoencoder,
+    MaskedDecoder,
+    MaskedImageModel,
     Masking,
-    PixelDecoder,
 )
 
 
-class SelfAttentionDecoder(PixelDecoder):
+class SelfAttentionDecoder(MaskedDecoder):
     """Predicts patches by self-attention over visible tokens and mask tokens together.
 
-    MAE's encoder ends with a norm, which the trunk has not: it is kept here, as ``encoder_norm``,
-    so that ``encoder.*`` of a pretraining state dict is the trunk and nothing else.
+    MAE's encoder ends with a norm, which the encoder has not: it is kept here, as ``encoder_norm``,
+    so that ``encoder.*`` of a pretraining state dict is the encoder and nothing else.
 
     Args:
-        encoder: the trunk that is decoded.
+        encoder: the encoder that is decoded.
         dim: channels D.
         depth: number of blocks.
         num_heads: attention heads; must divide ``dim``.
@@ -49,7 +49,7 @@ class SelfAttentionDecoder(PixelDecoder):
             )
             for _ in range(depth)
         )
-        self.initialise()
+        self.initialize()
 
     def forward(
         self, features: Sequence[Tensor], masking: Masking, grid: tuple[int, int]
@@ -57,7 +57,8 @@ class SelfAttentionDecoder(PixelDecoder):
         """Predict patches.
 
         Args:
-            features: depth + 1 tensors (N, T, C) of the trunk, class token first; the last is read.
+            features: depth + 1 tensors (N, T, C) of the encoder, class token first; the last is
+                read.
             masking: which patches are visible, and which are predicted.
             grid: (H, W).
 
@@ -77,16 +78,16 @@ class SelfAttentionDecoder(PixelDecoder):
         return self.pred(self.norm(predicted))
 
 
-class MAE(MaskedAutoencoder):
-    """MAE on a trunk; every masked patch is predicted.
+class MAE(MaskedImageModel):
+    """MAE on an encoder; every masked patch is predicted.
 
     Args:
-        encoder: the trunk, with a class token; its position embedding is kept fixed.
+        encoder: the encoder, with a class token; its position embedding is kept fixed.
         decoder_dim: channels of the decoder, a multiple of 4.
         decoder_depth: blocks of the decoder.
         decoder_num_heads: attention heads; must divide ``decoder_dim``.
         mask_ratio: fraction of all patches that the encoder does not see, in (0, 1).
-        norm_pix_loss: predict each patch normalised by its own mean and deviation, not raw.
+        norm_pix_loss: predict each patch normalized by its own mean and deviation, not raw.
 
     Raises:
         ValueError: a ratio or a size out of range.

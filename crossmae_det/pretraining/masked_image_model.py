@@ -5,7 +5,7 @@ Legend: N images, L patches.
 What CrossMAE and MAE share: masking, targets and loss, and the ends of a decoder.
 
 Legend: N images, L patches on a grid of H x W, P patch side in pixels, B channels of an image,
-F = P * P * B values of a patch, C channels of the trunk, D channels of the decoder.
+F = P * P * B values of a patch, C channels of the encoder, D channels of the decoder.
 """
 
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class Masking(NamedTuple):
 
     visible: Tensor
     predicted: Tensor
-    unseen: Tensor
+    ignored: Tensor
 
 
 def check_ratios(mask_ratio: float, prediction_ratio: float) -> None:
@@ -54,10 +54,10 @@ def check_ratios(mask_ratio: float, prediction_ratio: float) -> None:
 
 
 def count_patches(length: int, mask_ratio: float, prediction_ratio: float) -> tuple[int, int, int]:
-    """Numbers of visible, predicted and unseen patches.
+    """Numbers of visible, predicted and ignored patches.
 
     They are rounded as in the published implementation, in floats: ``int(L * (1 - mask_ratio))``
-    visible, ``int(L * (mask_ratio - prediction_ratio))`` unseen, and the rest predicted, so that
+    visible, ``int(L * (mask_ratio - prediction_ratio))`` ignored, and the rest predicted, so that
     the three add up to L whatever the rounding did. A product that a float holds just below a
     whole number is one patch less, there and here: 20 * (1 - 0.9) is 1 visible patch, not 2.
 
@@ -67,15 +67,15 @@ def count_patches(length: int, mask_ratio: float, prediction_ratio: float) -> tu
         prediction_ratio: fraction of all patches that the decoder predicts.
 
     Returns:
-        (visible, predicted, unseen).
+        (visible, predicted, ignored).
 
     Raises:
         ValueError: a ratio is out of range, or no patch is left visible or predicted.
     """
     check_ratios(mask_ratio, prediction_ratio)
     visible = int(length * (1 - mask_ratio))
-    unseen = int(length * (mask_ratio - prediction_ratio))
-    predicted = length - visible - unseen
+    ignored = int(length * (mask_ratio - prediction_ratio))
+    predicted = length - visible - ignored
     if not visible:
         raise ValueError(
             f"mask_ratio {mask_ratio} leaves none of {length} patches visible;"
@@ -86,7 +86,7 @@ def count_patches(length: int, mask_ratio: float, prediction_ratio: float) -> tu
             f"prediction_ratio {prediction_ratio} leaves none of {length} patches predicted;"
             " raise it, or take larger images"
         )
-    return visible, predicted, unseen
+    return visible, predicted, ignored
 
 
 def mask_patches(noise: Tensor, mask_ratio: float, prediction_ratio: float) -> Masking:
@@ -105,35 +105,35 @@ def mask_patches(noise: Tensor, mask_ratio: float, prediction_ratio: float) -> M
     Raises:
         ValueError: a ratio is out of range, or no patch is left visible or predicted.
     """
-    visible, predicted, unseen = count_patches(noise.shape[1], mask_ratio, prediction_ratio)
+    visible, predicted, ignored = count_patches(noise.shape[1], mask_ratio, prediction_ratio)
     order = noise.argsort(dim=1, stable=True)
     first, middle, last = (
-        part.sort(dim=1).values for part in order.split([visible, unseen, predicted], dim=1)
+        part.sort(dim=1).values for part in order.split([visible, ignored, predicted], dim=1)
     )
-    return Masking(visible=first, predicted=last, unseen=middle)
+    return Masking(visible=first, predicted=last, ignored=middle)
 
 
 # Hidden width of a decoder's MLPs over its width, in every published decoder.
 DECODER_MLP_RATIO = 4.0
 
 
-# ImageNet's colours, RGB in 0 to 255: what every published model normalises with.
+# ImageNet's colors, RGB in 0 to 255: what every published model normalizes with.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
-class PixelDecoder(nn.Module):
+class MaskedDecoder(nn.Module):
     """The ends of a decoder: mask token and positions, final norm and the linear map to pixels.
 
-    A subclass has ``forward(features, masking, grid)``, from the trunk's tokens (depth + 1 tensors
-    (N, 1 + L_visible, C)), the :class:`Masking` and (H, W) to (N, L_predicted, F).
+    A subclass has ``forward(features, masking, grid)``, from the encoder's tokens (depth + 1
+    tensors (N, 1 + L_visible, C)), the :class:`Masking` and (H, W) to (N, L_predicted, F).
 
-    The positions are a fixed sine-cosine table, a buffer made for the trunk's own grid. On another
-    grid it is resampled, as the trunk's table is, so that both mean the same places.
+    The positions are a fixed sine-cosine table, a buffer made for the encoder's own grid. On
+    another grid it is resampled, as the encoder's table is, so that both mean the same places.
 
     Args:
-        encoder: the trunk that is decoded.
+        encoder: the encoder that is decoded.
         dim: channels D.
         depth: number of blocks.
         num_heads: attention heads; must divide ``dim``.
@@ -157,8 +157,8 @@ class PixelDecoder(nn.Module):
         self.norm = LAYER_NORM(dim)
         self.pred = nn.Linear(dim, patch_h * patch_w * encoder.patch_embed.proj.in_channels)
 
-    def initialise(self) -> None:
-        """MAE's initialisation, for a subclass to call when it is built."""
+    def initialize(self) -> None:
+        """MAE's initialization, for a subclass to call when it is built."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -170,24 +170,24 @@ class PixelDecoder(nn.Module):
         return resample_position_embedding(self.pos_embed, self.pos_grid, grid)
 
 
-class MaskedAutoencoder(nn.Module):
-    """A trunk that sees some of the patches, and a decoder that predicts others.
+class MaskedImageModel(nn.Module):
+    """An encoder that sees some of the patches, and a decoder that predicts others.
 
-    Its state dict is ``encoder.*``, the trunk's own, and ``decoder.*``. The trunk's position
+    Its state dict is ``encoder.*``, the encoder's own, and ``decoder.*``. The encoder's position
     embedding is kept fixed (it gets no gradient), as in MAE.
 
     ``mask_ratio`` and ``prediction_ratio`` may be set on a model that is built: no weight depends
-    on them. Images are normalised by the model where they come as bytes: see :meth:`normalise`.
+    on them. Images are normalized by the model where they come as bytes: see :meth:`normalize`.
 
     Args:
-        encoder: the trunk, with a class token.
-        decoder: predicts pixels from the trunk's tokens.
+        encoder: the encoder, with a class token.
+        decoder: predicts pixels from the encoder's tokens.
         mask_ratio: fraction of all patches that the encoder does not see, in (0, 1).
         prediction_ratio: fraction of all patches that are predicted, in (0, mask_ratio].
-        norm_pix_loss: predict each patch normalised by its own mean and deviation, not raw.
+        norm_pix_loss: predict each patch normalized by its own mean and deviation, not raw.
 
     Raises:
-        ValueError: a ratio is out of range, or the trunk has no class token.
+        ValueError: a ratio is out of range, or the encoder has no class token.
     """
 
     pixel_mean: Tensor
@@ -196,7 +196,7 @@ class MaskedAutoencoder(nn.Module):
     def __init__(
         self,
         encoder: ViT,
-        decoder: PixelDecoder,
+        decoder: MaskedDecoder,
         *,
         mask_ratio: float,
         prediction_ratio: float,
@@ -205,7 +205,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         check_ratios(mask_ratio, prediction_ratio)
         if encoder.cls_token is None:
-            raise ValueError("pretraining needs a trunk with class_token=True")
+            raise ValueError("pretraining needs an encoder with class_token=True")
         self.mask_ratio = mask_ratio
         self.prediction_ratio = prediction_ratio
         self.norm_pix_loss = norm_pix_loss
@@ -216,12 +216,12 @@ class MaskedAutoencoder(nn.Module):
             buffer = torch.tensor(values).view(-1, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Normalise images that are bytes, on the model's device; others are taken as they are.
+    def normalize(self, images: Tensor) -> Tensor:
+        """Normalize images that are bytes, on the model's device; others are taken as they are.
 
         Args:
             images: (N, 3, height, width) uint8 in RGB on any device, or (N, B, height, width)
-                floats, normalised already.
+                floats, normalized already.
 
         Returns:
             Floats of the same shape; of bytes, with ImageNet's mean 0 and standard deviation 1.
@@ -243,20 +243,20 @@ class MaskedAutoencoder(nn.Module):
         loss = F.mse_loss(result.pred.float(), result.target.float())
         return {"loss_reconstruction": loss}
 
-    def denormalise(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`normalise`: (N, 3, height, width) floats -> uint8 in RGB."""
+    def denormalize(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize`: (N, 3, height, width) floats -> uint8 in RGB."""
         return (images * self.pixel_std + self.pixel_mean).round().clamp(0, 255).to(torch.uint8)
 
     def features(self, images: Tensor) -> Tensor:
         """One feature of each image: the mean of its patch tokens after the last block, unmasked.
 
         Args:
-            images: (N, B, H * P, W * P), see :meth:`normalise`.
+            images: (N, B, H * P, W * P), see :meth:`normalize`.
 
         Returns:
             (N, C).
         """
-        return self.encoder.forward_tokens(self.normalise(images))[-1][:, 1:].mean(dim=1)
+        return self.encoder.forward_tokens(self.normalize(images))[-1][:, 1:].mean(dim=1)
 
     def fixed_noise(self, images: Tensor, seed: int = 0) -> Tensor:
         """Noise that is the same in every call and on any device, for a masking to compare by.
@@ -279,23 +279,23 @@ class MaskedAutoencoder(nn.Module):
         """Predict every masked patch, whatever the ``prediction_ratio``, and make pictures of it.
 
         Args:
-            images: (N, 3, H * P, W * P), see :meth:`normalise`.
+            images: (N, 3, H * P, W * P), see :meth:`normalize`.
             noise: (N, L), see :meth:`predict`.
 
         Returns:
-            Pictures on the model's device. Where the targets are normalised, a predicted patch has
+            Pictures on the model's device. Where the targets are normalized, a predicted patch has
             the mean and the deviation of the true one: the model does not predict them.
 
         Raises:
             ValueError: as :meth:`predict`.
         """
-        images = self.normalise(images)
+        images = self.normalize(images)
         result = self.predict(images, noise, prediction_ratio=self.mask_ratio)
         size = self.encoder.patch_size
-        original = self.denormalise(images)
+        original = self.denormalize(images)
         masked = masked_images(images, result.visible, size)
         predicted, pasted = (
-            self.denormalise(
+            self.denormalize(
                 reconstructed_images(
                     images,
                     result,
@@ -310,7 +310,7 @@ class MaskedAutoencoder(nn.Module):
         hidden = masked_images(ones, result.visible, size) == 0
         return Panels(
             original=original,
-            masked=self.denormalise(masked),
+            masked=self.denormalize(masked),
             predicted=predicted,
             pasted=pasted,
             psnr=psnr(pasted, original, hidden),
@@ -323,7 +323,7 @@ class MaskedAutoencoder(nn.Module):
         """Mask images, encode what is visible and predict patches that are not.
 
         Args:
-            images: (N, B, H * P, W * P), bytes or normalised: see :meth:`normalise`; any H and W.
+            images: (N, B, H * P, W * P), bytes or normalized: see :meth:`normalize`; any H and W.
             noise: (N, L), decides the masking (see :func:`mask_patches`); None draws it uniformly.
             prediction_ratio: fraction of all patches that are predicted; None for the model's own.
 
@@ -334,7 +334,7 @@ class MaskedAutoencoder(nn.Module):
             ValueError: the patch does not divide the image, the noise does not fit it, or the
                 ratios leave no patch visible or predicted.
         """
-        images = self.normalise(images)
+        images = self.normalize(images)
         patches = patchify(images, self.encoder.patch_size)
         if noise is None:
             noise = torch.rand(patches.shape[:2], device=images.device)

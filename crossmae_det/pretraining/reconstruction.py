@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossmae_det.layers.patches import patchify, unpatchify
 
-# Keeps a patch of one colour finite, as in MAE.
+# Keeps a patch of one color finite, as in MAE.
 VARIANCE_EPSILON = 1e-6
 
 
@@ -38,8 +38,8 @@ class Panels:
 
     Attributes:
         original: (N, 3, H * P, W * P) uint8 in RGB.
-        masked: the same shape: the visible patches on the mean colour.
-        predicted: the predicted patches on the mean colour.
+        masked: the same shape: the visible patches on the mean color.
+        predicted: the predicted patches on the mean color.
         pasted: the predicted and the visible patches together.
         psnr: (N,) peak signal-to-noise ratio of the predicted patches, in dB; see :func:`psnr`.
         loss: mean squared error of the predictions against the targets.
@@ -92,46 +92,46 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance + VARIANCE_EPSILON).sqrt()
 
 
-def pixels_to_targets(patches: Tensor, normalised: bool) -> Tensor:
+def pixels_to_targets(patches: Tensor, normalized: bool) -> Tensor:
     """The targets of a decoder for patches (N, L, F) of pixels.
 
     Args:
         patches: (N, L, F).
-        normalised: each patch less its mean, over its standard deviation; else the pixels as they
+        normalized: each patch less its mean, over its standard deviation; else the pixels as they
             are.
 
     Returns:
         (N, L, F).
     """
-    if not normalised:
+    if not normalized:
         return patches
     mean, deviation = patch_statistics(patches)
     return (patches - mean) / deviation
 
 
-def targets_to_pixels(values: Tensor, patches: Tensor, normalised: bool) -> Tensor:
+def targets_to_pixels(values: Tensor, patches: Tensor, normalized: bool) -> Tensor:
     """The inverse of :func:`pixels_to_targets`, also for predictions in place of targets.
 
     Args:
         values: (N, L, F), targets or predictions.
-        patches: (N, L, F), the true pixels: a normalised target does not hold the mean and the
+        patches: (N, L, F), the true pixels: a normalized target does not hold the mean and the
             deviation of its patch.
-        normalised: as the targets were made.
+        normalized: as the targets were made.
 
     Returns:
         (N, L, F), pixels.
     """
-    if not normalised:
+    if not normalized:
         return values
     mean, deviation = patch_statistics(patches)
     return values * deviation + mean
 
 
 def masked_images(images: Tensor, visible: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """What the encoder sees: the visible patches, 0 (the mean colour) elsewhere.
+    """What the encoder sees: the visible patches, 0 (the mean color) elsewhere.
 
     Args:
-        images: (N, B, H * P, W * P), normalised.
+        images: (N, B, H * P, W * P), normalized.
         visible: (N, L_visible) int64 patch indices.
         patch_size: (P_h, P_w) in pixels.
 
@@ -154,16 +154,16 @@ def reconstructed_images(
     """The predicted patches as pixels, in their places.
 
     Args:
-        images: (N, B, H * P, W * P), normalised: those that were predicted.
+        images: (N, B, H * P, W * P), normalized: those that were predicted.
         reconstruction: the predictions for ``images``.
         patch_size: (P_h, P_w) in pixels.
-        norm_pix_loss: whether the model predicts normalised patches; they are turned back with the
+        norm_pix_loss: whether the model predicts normalized patches; they are turned back with the
             mean and the deviation of the true patch.
         paste_visible: put the visible patches in as well.
 
     Returns:
-        (N, B, H * P, W * P), normalised as ``images`` are. A patch that was not predicted, and not
-        pasted, is 0: the mean colour.
+        (N, B, H * P, W * P), normalized as ``images`` are. A patch that was not predicted, and not
+        pasted, is 0: the mean color.
     """
     patches = patchify(images, patch_size)
     predicted, visible = reconstruction.predicted, reconstruction.visible

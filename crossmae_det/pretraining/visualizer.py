@@ -17,10 +17,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from crossmae_det.pretraining.masked_image_model import MaskedAutoencoder
+from crossmae_det.pretraining.masked_image_model import MaskedImageModel
 from crossmae_det.pretraining.reconstruction import Panels
 from crossmae_det.utils import atomic_path
-from crossmae_det.utils.plots import picture_grid
+from crossmae_det.utils.plots import image_grid
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class ReconstructionVisualizer:
         self.period = period
         self.seed = seed
 
-    def compute(self, model: MaskedAutoencoder) -> Panels:
+    def compute(self, model: MaskedImageModel) -> Panels:
         """The reconstructions of ``model``; every process takes part in a sharded one."""
         return model.reconstruct(self.images, model.fixed_noise(self.images, self.seed))
 
@@ -55,14 +55,14 @@ class ReconstructionVisualizer:
         """Write them, and their mean PSNR; ``storage`` is a detectron2 ``EventStorage``."""
         captions = [f"PSNR {value:.1f} dB" for value in panels.psnr.tolist()]
         path = os.path.join(self.folder, f"{iteration:07d}.png")
-        picture_grid(panels.columns, captions, path)
+        image_grid(panels.columns, captions, path)
         rows = torch.stack([*panels.columns.values()], dim=1).flatten(0, 1).cpu()
         storage.put_image(self.NAME, make_grid(rows, nrow=len(panels.columns), pad_value=255))
         storage.put_scalar("reconstruction_psnr", panels.psnr.mean().item())
         logger.info("Reconstructions after %d iterations are in %s", iteration, path)
 
 
-# Label, colour and marker of what mask tokens attend to, in the order of the columns.
+# Label, color and marker of what mask tokens attend to, in the order of the columns.
 KEY_GROUPS = (
     ("visible patches", "tab:blue", "o"),
     ("masked patches", "tab:orange", "s"),
@@ -112,7 +112,7 @@ def draw_feature_usage(
     names: Sequence[str],
     png_path: str | os.PathLike[str],
 ) -> None:
-    """Draws which features of the trunk each decoder block of a CrossMAE reads.
+    """Draws which features of the encoder each decoder block of a CrossMAE reads.
 
     Above the learnt weights with their signs, below the contributions in percent; a row by decoder
     block, a column by feature.
@@ -179,7 +179,7 @@ def _draw_mass(axes: Axes, mass: np.ndarray) -> None:
 def _draw_map(
     axes: Axes, values: np.ndarray, number: str, cmap: str, limits: tuple[float, float]
 ) -> None:
-    """Draws a cell for each value, coloured between the limits, with the number in it."""
+    """Draws a cell for each value, colored between the limits, with the number in it."""
     image = axes.imshow(values, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="auto")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

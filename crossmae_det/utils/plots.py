@@ -27,7 +27,7 @@ CELL_INCHES = 2.6
 DOTS_PER_INCH = 100
 
 
-def picture_grid(
+def image_grid(
     columns: Mapping[str, Tensor], captions: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
     """Write pictures that belong together side by side, one row for each image.
@@ -227,7 +227,7 @@ def _draw_losses(axes: Axes, group: Series) -> None:
 
 
 def _draw_precisions(axes: Axes, group: Series) -> None:
-    # One colour per task, so that AP and AP50 of a task belong together.
+    # One color per task, so that AP and AP50 of a task belong together.
     tasks = sorted({name.rpartition("/")[0] for name in group})
     for name, points in group.items():
         task, _, metric = name.rpartition("/")
@@ -279,7 +279,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    # The window shrinks towards the ends and stays centred: no lag at the start, none at the end.
+    # The window shrinks towards the ends and stays centered: no lag at the start, none at the end.
     index = np.arange(len(values))
     reaches = np.minimum(reach, np.minimum(index, len(values) - 1 - index))
     low, high = index - reaches, index + reaches + 1

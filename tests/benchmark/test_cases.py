@@ -45,11 +45,11 @@ def test_a_detector_around_another_backbone_trains():
 
 
 def test_a_checkpoint_is_built_in_its_sizes_and_loaded(tmp_path):
-    trunk = build_vit("tiny", img_size=64)
-    save_checkpoint({"model": trunk.state_dict()}, tmp_path / "a.pth")
+    backbone = build_vit("tiny", img_size=64)
+    save_checkpoint({"model": backbone.state_dict()}, tmp_path / "a.pth")
     model = build(str(tmp_path / "a.pth"), "alone", 64)
     assert len(model.blocks) == 12 and model.embed_dim == 192
-    assert torch.equal(model.blocks[3].mlp.fc1.weight, trunk.blocks[3].mlp.fc1.weight)
+    assert torch.equal(model.blocks[3].mlp.fc1.weight, backbone.blocks[3].mlp.fc1.weight)
     sizes = dict(patch_size=8, img_size=64, depth=8, window_size=4, use_rel_pos=True)
     trained = vit_backbone("tiny", **sizes)
     save_checkpoint({"model": trained.state_dict()}, tmp_path / "windows.pth")

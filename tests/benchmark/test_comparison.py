@@ -168,8 +168,8 @@ def test_the_exponent_of_a_curve():
 
 def block(kind):
     window = 2 if kind == "windowed" else 0
-    trunk = ViT(32, 8, 16, 1, 2, window_size=window, global_blocks=[])
-    return OneBlock(trunk.blocks[0], 16, 8)
+    backbone = ViT(32, 8, 16, 1, 2, window_size=window, global_blocks=[])
+    return OneBlock(backbone.blocks[0], 16, 8)
 
 
 def test_memory_of_the_model_counts_or_does_not():

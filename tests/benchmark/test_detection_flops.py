@@ -1,6 +1,6 @@
 """Counted FLOPs of detectors against sums by hand, part by part.
 
-Legend: C channels of the trunk, P of the pyramid's levels; L patches of the image.
+Legend: C channels of the backbone, P of the pyramid's levels; L patches of the image.
 """
 
 from collections import Counter
@@ -110,7 +110,7 @@ def test_flops_are_those_by_hand(name, box_heads):
 def test_every_parameter_is_counted_in_its_part(name):
     compared = candidate(name)
     parts = {
-        "backbone.net": "trunk",
+        "backbone.net": "backbone",
         "backbone": "pyramid",
         "proposal_generator": "rpn",
         "roi_heads.box": "box_heads",
@@ -131,8 +131,10 @@ def test_without_masks_there_is_no_mask_head():
 
 
 def test_other_models_and_images_are_refused():
-    trunk = Candidate("trunk", lambda: ViT(32, 8, 8, 1, 1), torch.optim.AdamW, 32)
-    with pytest.raises(ValueError, match="trunk: not a detector with a trunk, a pyramid and heads"):
-        detection_cost(trunk)
+    backbone = Candidate("backbone", lambda: ViT(32, 8, 8, 1, 1), torch.optim.AdamW, 32)
+    with pytest.raises(
+        ValueError, match="backbone: not a detector with a backbone, a pyramid and heads"
+    ):
+        detection_cost(backbone)
     with pytest.raises(ValueError, match=r"tiny: the image is not square: \(96, 64\)"):
         detection_cost(replace(candidate(MASK_RCNN), image_size=(96, 64)))

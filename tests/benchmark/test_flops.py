@@ -1,7 +1,7 @@
 """Counted FLOPs against sums by hand, term by term.
 
-Legend: L patches of F values, T = 1 + L_visible tokens of C channels in the trunk; in the decoder D
-channels, Q predicted patches, K features that are read.
+Legend: L patches of F values, T = 1 + L_visible tokens of C channels in the backbone; in the
+decoder D channels, Q predicted patches, K features that are read.
 """
 
 import pytest
@@ -152,5 +152,5 @@ def test_ratios_are_to_the_mae_of_the_same_size():
 
 
 def test_a_model_without_a_decoder_is_refused():
-    with pytest.raises(ValueError, match="trunk: not a pretraining model; it has no decoder"):
-        pretraining_cost(Candidate("trunk", lambda: ViT(32, 8, 8, 1, 1), torch.optim.AdamW, 32))
+    with pytest.raises(ValueError, match="backbone: not a pretraining model; it has no decoder"):
+        pretraining_cost(Candidate("backbone", lambda: ViT(32, 8, 8, 1, 1), torch.optim.AdamW, 32))

@@ -24,8 +24,8 @@ def test_both_go_through_the_same_images_in_turns_on_one_thread(images, monkeypa
     calls = []
 
     def pipeline(name):
-        def crop(image, entropy):
-            calls.append((name, str(image)[-5:], tuple(entropy)))
+        def crop(image, seed_sequence):
+            calls.append((name, str(image)[-5:], tuple(seed_sequence)))
             assert torch.get_num_threads() == cv2.getNumThreads() == 1
 
         return crop

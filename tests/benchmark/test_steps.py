@@ -96,7 +96,7 @@ def test_a_step_trains_and_leaves_no_gradients(kind):
 
 
 def test_the_products_measured_are_those_of_the_largest_maps():
-    # Of 16 patches 4 are visible, and the class token: the MLP of the trunk, for 3 images.
+    # Of 16 patches 4 are visible, and the class token: the MLP of the backbone, for 3 images.
     assert largest_linear_shapes(candidate(), 3) == [Shape(15, 48, 192), Shape(15, 192, 48)]
     assert Shape(15, 48, 192).flops == 2 * 15 * 48 * 192
     rate = GemmRate([Shape(4, 3, 2), Shape(5, 6, 7), Shape(4, 3, 2)], CPU, torch.float32)

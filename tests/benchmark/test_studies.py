@@ -1,6 +1,6 @@
 import pytest
 
-from crossmae_det.benchmark.studies import comparison_table, read_metrics, summarise
+from crossmae_det.benchmark.studies import comparison_table, read_metrics, summarize
 from crossmae_det.detection.evaluator import write_results
 
 RUNS = {
@@ -10,20 +10,20 @@ RUNS = {
 
 
 def test_means_spreads_and_leads():
-    summary = summarise(RUNS)
+    summary = summarize(RUNS)
     assert summary["pretrained"]["box AP"] == 32
     assert summary["pretrained"]["box AP std"] == pytest.approx(8**0.5)
     # The seeds are compared in pairs: 10 and 13.
     assert summary["pretrained"]["box AP lead"] == 11.5
     assert summary["pretrained"]["box AP lead std"] == pytest.approx(4.5**0.5)
     assert summary["random"]["mask AP lead"] == 0
-    one = summarise({name: runs[:1] for name, runs in RUNS.items()})
+    one = summarize({name: runs[:1] for name, runs in RUNS.items()})
     assert one["pretrained"]["box AP std"] == 0 and one["pretrained"]["mask AP lead"] == 5
 
 
 def test_runs_of_other_metrics_cannot_be_compared():
     with pytest.raises(ValueError, match="the runs have different metrics"):
-        summarise({"boxes": [{"box AP": 1.0}], "masks": [{"box AP": 1.0, "mask AP": 1.0}]})
+        summarize({"boxes": [{"box AP": 1.0}], "masks": [{"box AP": 1.0, "mask AP": 1.0}]})
 
 
 def test_the_table_has_a_row_for_each_start_and_its_lead():

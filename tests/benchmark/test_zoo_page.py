@@ -118,15 +118,15 @@ def test_rows_of_results_and_costs_link_to_configs(sections, targets):
                         assert targets[label].startswith("configs/"), row
 
 
-def test_every_checkpoint_states_its_licence(sections):
+def test_every_checkpoint_states_its_license(sections):
     files = tables(sections["Checkpoints"])
     assert sum(len(rows) - 1 for rows in files) == len(checkpoints())
     for headers, *rows in files:
         for row in rows:
-            licence = row[headers.index("licence")]
-            assert "CC BY-NC 4.0" in licence, row
+            license = row[headers.index("license")]
+            assert "CC BY-NC 4.0" in license, row
             if "CrossMAE" in row[0]:
-                assert licence == "CC BY-NC 4.0", row
+                assert license == "CC BY-NC 4.0", row
 
 
 def test_the_costs_are_those_of_every_config():
@@ -146,7 +146,7 @@ def test_costs_counted_anew_are_those_of_the_records(name, tmp_path, monkeypatch
     (row,) = (row for row in rows if name in row["configs"] and not row["overrides"])
     cost = measure(name)
     assert cost.items() <= row.items() and row.keys() - cost.keys() == {"configs", "overrides"}
-    assert not list(tmp_path.iterdir())  # no data set was drawn for it
+    assert not list(tmp_path.iterdir())  # no dataset was drawn for it
 
 
 @pytest.mark.parametrize(

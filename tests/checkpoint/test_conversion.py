@@ -19,8 +19,8 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_head
 
 @pytest.fixture
 def model():
-    trunk = ViT(**SIZES)
-    return CrossMAE(trunk, decoder_dim=8, decoder_depth=1, decoder_num_heads=2)
+    backbone = ViT(**SIZES)
+    return CrossMAE(backbone, decoder_dim=8, decoder_depth=1, decoder_num_heads=2)
 
 
 @pytest.fixture
@@ -62,10 +62,10 @@ def test_timm_loads_it_strictly(model, source, tmp_path):
 
 
 class Detector(torch.nn.Module):
-    def __init__(self, trunk):
+    def __init__(self, backbone):
         super().__init__()
         self.backbone = torch.nn.Module()
-        self.backbone.net = trunk
+        self.backbone.net = backbone
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
@@ -119,16 +119,16 @@ def test_huggingface_of_mae(tmp_path):
     ],
 )
 def test_what_cannot_be_written_is_refused_before(tmp_path, output, to, message):
-    trunk = ViT(**SIZES, class_token=False)
-    save_checkpoint({"model": trunk.state_dict()}, tmp_path / "a.pth")
+    backbone = ViT(**SIZES, class_token=False)
+    save_checkpoint({"model": backbone.state_dict()}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "a.pth", tmp_path / output, to)
     assert not (tmp_path / output).exists()
 
 
 def test_what_a_user_knows_about(tmp_path):
-    trunk = ViTBackbone(**SIZES, use_rel_pos=True)
-    state = {f"backbone.net.{name}": tensor for name, tensor in trunk.state_dict().items()}
+    backbone = ViTBackbone(**SIZES, use_rel_pos=True)
+    state = {f"backbone.net.{name}": tensor for name, tensor in backbone.state_dict().items()}
     save_checkpoint({"model": state}, tmp_path / "a.pth")
     report = convert(
         tmp_path / "a.pth",

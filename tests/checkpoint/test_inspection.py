@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from crossmae_det.checkpoint import inspect, to_published
-from crossmae_det.checkpoint.conversion import describe_trunk, format_facts
+from crossmae_det.checkpoint.conversion import describe_backbone, format_facts
 from crossmae_det.detection import vit_backbone
 from crossmae_det.modeling import build_vit
 from crossmae_det.pretraining import MAE, CrossMAE
@@ -45,26 +45,28 @@ def test_a_pretraining_model(tmp_path):
     assert re.search(r"class token +yes\n", format_facts(got))
 
 
-def test_mae_and_a_trunk_alone(tmp_path):
-    trunk = build_vit("tiny", img_size=32, patch_size=8, depth=2)
-    model = MAE(trunk, decoder_dim=32, decoder_depth=1)
+def test_mae_and_a_backbone_alone(tmp_path):
+    backbone = build_vit("tiny", img_size=32, patch_size=8, depth=2)
+    model = MAE(backbone, decoder_dim=32, decoder_depth=1)
     got = facts(tmp_path, model.state_dict())
     assert (got["decoder"], got["decoder depth"], got["size"]) == ("MAE", 1, "none of the usual")
     assert "heads" not in got  # no weight tells
-    got = facts(tmp_path, trunk.state_dict())
+    got = facts(tmp_path, backbone.state_dict())
     assert got["decoder"] == "none" and got["format"].startswith("timm ViT")
-    assert got["parameters of the trunk"] == got["parameters"]
+    assert got["parameters of the backbone"] == got["parameters"]
 
 
 def test_a_detector(tmp_path):
-    trunk = vit_backbone("tiny", img_size=64, window_size=2, use_rel_pos=True, pretrain_img_size=32)
-    state = {f"backbone.net.{name}": tensor for name, tensor in trunk.state_dict().items()}
+    backbone = vit_backbone(
+        "tiny", img_size=64, window_size=2, use_rel_pos=True, pretrain_img_size=32
+    )
+    state = {f"backbone.net.{name}": tensor for name, tensor in backbone.state_dict().items()}
     state["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(5, 8)
     got = facts(tmp_path, state)
     assert got["format"].startswith("detectron2 ViTDet")
     assert got["heads"] == 3 and got["sides of relative positions"] == [2, 4]
     assert got["image size"] == [32, 32] and not got["class token"]
-    assert got["rows of the classifier"] == 5 and got["parts beside the trunk"] == ["roi_heads"]
+    assert got["rows of the classifier"] == 5 and got["parts beside the backbone"] == ["roi_heads"]
 
 
 def test_the_published_training_checkpoint(fixtures):
@@ -79,6 +81,6 @@ def test_what_is_no_vit_is_refused(tmp_path):
         facts(tmp_path, {"conv1.weight": torch.zeros(1)})
 
 
-def test_a_trunk_in_words():
-    trunk = build_vit("tiny")
-    assert describe_trunk(trunk.state_dict()) == "ViT-T, 192 wide with 12 blocks"
+def test_a_backbone_in_words():
+    backbone = build_vit("tiny")
+    assert describe_backbone(backbone.state_dict()) == "ViT-T, 192 wide with 12 blocks"

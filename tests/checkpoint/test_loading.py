@@ -16,14 +16,14 @@ def test_a_whole_model_comes_back_exactly(tmp_path):
     report = load(target, save(tmp_path, source.state_dict(), iteration=3), whole=True)
     assert equal(values(source), values(target))
     assert report.loaded == list(source.state_dict())
-    assert not (report.resampled or report.initialised or report.dropped)
+    assert not (report.resampled or report.initialized or report.dropped)
 
 
 @pytest.mark.parametrize("prefix", ["", "encoder.", "backbone.net."])
-def test_a_trunk_goes_into_a_detector_and_all_is_accounted_for(tmp_path, prefix):
-    trunk = ViT(**SIZES)
-    state = {prefix + name: tensor for name, tensor in trunk.state_dict().items()}
-    # What is after the trunk: a classifier's head, a decoder, a detector's.
+def test_a_backbone_goes_into_a_detector_and_all_is_accounted_for(tmp_path, prefix):
+    backbone = ViT(**SIZES)
+    state = {prefix + name: tensor for name, tensor in backbone.state_dict().items()}
+    # What is after the backbone: a classifier's head, a decoder, a detector's.
     beside = {
         "": "head.bias",
         "encoder.": "decoder.mask_token",
@@ -34,17 +34,17 @@ def test_a_trunk_goes_into_a_detector_and_all_is_accounted_for(tmp_path, prefix)
     before = values(model)
     report = load(model, save(tmp_path, state))
     after = values(model)
-    for name, tensor in trunk.state_dict().items():
+    for name, tensor in backbone.state_dict().items():
         if name != "cls_token":
             assert torch.equal(after[f"backbone.net.{name}"], tensor)
-    assert set(report.initialised) == {n for n in after if "rel_pos" in n or ".simfp" in n}
-    assert all(torch.equal(after[name], before[name]) for name in report.initialised)
+    assert set(report.initialized) == {n for n in after if "rel_pos" in n or ".simfp" in n}
+    assert all(torch.equal(after[name], before[name]) for name in report.initialized)
     assert sorted(report.dropped) == sorted([prefix + "cls_token", beside[prefix]])
-    assert len(report.loaded) + len(report.initialised) == len(after)
+    assert len(report.loaded) + len(report.initialized) == len(after)
 
 
-def test_a_trunk_without_a_class_token_has_its_row_all_the_same(tmp_path):
-    """As detectron2's ViT and a trunk for maps: 17 rows are 4 x 4 and the class token's."""
+def test_a_backbone_without_a_class_token_has_its_row_all_the_same(tmp_path):
+    """As detectron2's ViT and a backbone for maps: 17 rows are 4 x 4 and the class token's."""
     source, target = Detector().backbone.net, Detector()
     report = load(target, save(tmp_path, source.state_dict()))
     assert not report.resampled and "backbone.net.pos_embed" in report.loaded
@@ -52,11 +52,11 @@ def test_a_trunk_without_a_class_token_has_its_row_all_the_same(tmp_path):
 
 
 def test_a_position_embedding_of_another_grid_is_resampled(tmp_path):
-    trunk = ViT(**(SIZES | {"img_size": 64}))
+    backbone = ViT(**(SIZES | {"img_size": 64}))
     model = ViT(**(SIZES | {"img_size": (32, 48)}))
-    report = load(model, save(tmp_path, trunk.state_dict()))
+    report = load(model, save(tmp_path, backbone.state_dict()))
     assert report.resampled == ["pos_embed"]
-    grid = trunk.pos_embed[:, 1:].view(1, 8, 8, 16).permute(0, 3, 1, 2)
+    grid = backbone.pos_embed[:, 1:].view(1, 8, 8, 16).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(grid, size=(4, 6), mode="bicubic")
     torch.testing.assert_close(model.pos_embed[:, 1:], expected.flatten(2).transpose(1, 2))
 
@@ -73,16 +73,16 @@ def test_relative_positions_of_another_size_are_resampled(tmp_path):
     torch.testing.assert_close(target.backbone.net.blocks[1].attn.rel_pos_h.detach(), expected)
 
 
-def test_a_published_training_checkpoint_gives_its_trunk(fixtures):
+def test_a_published_training_checkpoint_gives_its_backbone(fixtures):
     path = fixtures / "crossmae_tiny_training_checkpoint.pth"
     state = torch.load(fixtures / "crossmae_tiny.pt", weights_only=True)
     config, published = state["config"], state["state_dict"]
     sizes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
-    trunk = ViT(**{name: config[name] for name in sizes})
-    report = load(trunk, path)
-    assert sorted(report.loaded) == sorted(trunk.state_dict())
+    backbone = ViT(**{name: config[name] for name in sizes})
+    report = load(backbone, path)
+    assert sorted(report.loaded) == sorted(backbone.state_dict())
     assert {"mask_token", "wfm.linear.weight"} <= set(report.dropped)
-    for name, tensor in trunk.state_dict().items():
+    for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, published[name]), name
 
 
@@ -104,7 +104,7 @@ def test_a_detector_fine_tunes_on_other_classes(tmp_path):
     before = values(target)
     report = load(target, save(tmp_path, source.state_dict()))
     last = ["roi_heads.box_predictor.cls_score.weight", "roi_heads.box_predictor.cls_score.bias"]
-    assert report.initialised == report.dropped == last
+    assert report.initialized == report.dropped == last
     after = values(target)
     for name, tensor in source.state_dict().items():
         assert torch.equal(after[name], before[name] if name in last else tensor)
@@ -170,7 +170,7 @@ def broken(kind):
         ),
         (
             "unexpected",
-            r"the model has no place for 'blocks.2.norm1.bias' \(16,\); the file's trunk is 16 wide"
+            r"'blocks.2.norm1.bias' \(16,\); the file's backbone is 16 wide"
             " with 3 blocks and the model's 16 wide with 2 blocks: make the model of that size",
         ),
         ("position", r"'pos_embed' is \(1, 12, 16\) in the file and \(1, 17, 16\) in the model"),
@@ -202,7 +202,7 @@ def test_the_report_counts_and_groups(tmp_path):
     lines = str(report).splitlines()
     assert lines[0].startswith("weights from ")
     counts = {line.split()[0]: int(line.split()[1]) for line in lines[3:]}
-    expected = {"loaded": 27, "resampled": 0, "initialised": 16, "dropped": 1, "unexpected": 0}
+    expected = {"loaded": 27, "resampled": 0, "initialized": 16, "dropped": 1, "unexpected": 0}
     assert counts == expected
     whole = json.loads(json.dumps(report.to_dict()))
     assert {kind: len(whole[kind]) for kind in expected} == expected
@@ -248,7 +248,7 @@ def test_what_a_user_knows_about_is_let_pass(tmp_path):
         allow_unexpected=["blocks.0.*", "blocks.1.extra"],
     )
     assert sorted(report.unexpected) == ["blocks.0.extra", "blocks.1.extra"]
-    assert {"backbone.net.blocks.1.norm2.bias"} < set(report.initialised)
+    assert {"backbone.net.blocks.1.norm2.bias"} < set(report.initialized)
     after = values(model)
     assert torch.equal(after["backbone.net.blocks.1.norm2.weight"], torch.ones(16))
     assert not torch.equal(

@@ -13,7 +13,7 @@ def test_pretraining_continues_at_another_size(tmp_path):
     source, target = autoencoder(), autoencoder(img_size=(48, 64))
     report = load(target, save(tmp_path, source.state_dict()))
     assert sorted(report.resampled) == ["decoder.pos_embed", "encoder.pos_embed"]
-    assert not report.initialised and not report.dropped
+    assert not report.initialized and not report.dropped
     # Both mean the same places still: the decoder's table is what it would resample to by itself.
     expected = source.decoder.positions((6, 8))
     torch.testing.assert_close(target.decoder.pos_embed, expected)
@@ -34,8 +34,8 @@ def test_a_published_file_of_a_whole_model_loads_as_it_is(tmp_path, format):
 def test_a_file_without_a_decoder_is_refused_by_name(tmp_path):
     model = autoencoder()
     before = values(model)
-    trunk = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
-    for state in (trunk, model.encoder.state_dict()):
+    backbone = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
+    for state in (backbone, model.encoder.state_dict()):
         path = save(tmp_path, state)
         with pytest.raises(ValueError, match="weights.pth .*nothing for 'decoder.*; take the"):
             load(model, path, whole=True)
@@ -47,7 +47,7 @@ def test_the_decoder_of_the_other_method_is_dropped(tmp_path):
     before = values(target)
     report = load(target, save(tmp_path, source.state_dict()))
     assert sorted(report.loaded) == sorted(n for n in before if n.startswith("encoder."))
-    assert sorted(report.initialised) == sorted(n for n in before if n.startswith("decoder."))
+    assert sorted(report.initialized) == sorted(n for n in before if n.startswith("decoder."))
     assert sorted(report.dropped) == sorted(
         n for n in source.state_dict() if n.startswith("decoder.")
     )
@@ -60,7 +60,7 @@ def test_a_decoder_of_another_width_is_left_out_by_name(tmp_path):
         load(target, path)
     report = load(target, path, allow_missing=["decoder.*"], allow_unexpected=["decoder.*"])
     assert {f"encoder.{name}" for name in source.encoder.state_dict()} < set(report.loaded)
-    assert "decoder.mask_token" in report.unexpected and "decoder.mask_token" in report.initialised
+    assert "decoder.mask_token" in report.unexpected and "decoder.mask_token" in report.initialized
 
 
 @pytest.mark.parametrize("method", [CrossMAE, MAE])
@@ -72,11 +72,11 @@ def test_an_encoder_with_its_norm_starts_pretraining(tmp_path, method):
     state = {k: v for k, v in state.items() if "decoder" not in k and k != "mask_token"}
     model = method(ViT(**SIZES), decoder_dim=8, decoder_depth=1, decoder_num_heads=2)
     report = load(model, save(tmp_path, state))
-    trunk = {name for name in model.state_dict() if name.startswith("encoder.")}
+    backbone = {name for name in model.state_dict() if name.startswith("encoder.")}
     norm = {f"decoder.encoder_norm.{last}" for last in ("weight", "bias")}
-    assert set(report.loaded) == (trunk | norm if method is MAE else trunk)
+    assert set(report.loaded) == (backbone | norm if method is MAE else backbone)
     assert report.dropped == ([] if method is MAE else ["norm.weight", "norm.bias"])
-    assert report.initialised
+    assert report.initialized
 
 
 def test_half_a_decoder_is_refused(tmp_path):

@@ -22,8 +22,8 @@ EACH = {"bytes": 2000, "tensors": 500}
 
 
 def build():
-    trunk = ViT(16, 8, embed_dim=8, depth=1, num_heads=2)
-    return CrossMAE(trunk, decoder_dim=4, decoder_depth=1, decoder_num_heads=1, mask_ratio=0.5)
+    backbone = ViT(16, 8, embed_dim=8, depth=1, num_heads=2)
+    return CrossMAE(backbone, decoder_dim=4, decoder_depth=1, decoder_num_heads=1, mask_ratio=0.5)
 
 
 def torch_file(state, **options):
@@ -119,7 +119,7 @@ def test_a_damaged_file_loads_right_or_is_refused(tmp_path, format, damage):
             assert all(torch.equal(now[name], before[name]) for name in before)
             continue
         loaded += 1
-        assert not report.initialised and not report.dropped
+        assert not report.initialized and not report.dropped
         wrong = [name for name in before if not torch.equal(now[name], state[name])]
         if damage == "bytes" and format == "torch":
             assert not wrong  # its checksums tell

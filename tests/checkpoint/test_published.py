@@ -180,9 +180,11 @@ def test_a_vit_of_timm_gives_the_features_that_it_gives_there(kind):
         state["encoder.pos_embed"] = with_class_row(state["encoder.pos_embed"])
     else:
         state = to_native(theirs.state_dict())
-    trunk = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    assert trunk.keys() == ours.state_dict().keys() - ({"cls_token"} if "no c" in kind else set())
-    ours.load_state_dict(trunk, strict=False)
+    backbone = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    assert backbone.keys() == ours.state_dict().keys() - (
+        {"cls_token"} if "no c" in kind else set()
+    )
+    ours.load_state_dict(backbone, strict=False)
     images = torch.randn(2, 3, 32, 32)
     theirs.norm = theirs.fc_norm = torch.nn.Identity()
     expected = theirs.forward_features(images)
@@ -210,7 +212,7 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_our_trunk_in_timm_loads_strictly_and_gives_the_same_features(norm):
+def test_our_backbone_in_timm_loads_strictly_and_gives_the_same_features(norm):
     if norm:  # MAE's encoder ends with one
         ours = MAE(
             ViT(32, 8, embed_dim=16, depth=2, num_heads=2), decoder_dim=8, decoder_num_heads=2
@@ -228,8 +230,8 @@ def test_our_trunk_in_timm_loads_strictly_and_gives_the_same_features(norm):
     got = theirs.forward_features(images)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     back = to_native(theirs.state_dict())
-    trunk = {k: v for k, v in ours.state_dict().items() if k.startswith("encoder.")}
-    assert_same({k: v for k, v in back.items() if k.startswith("encoder.")}, trunk)
+    backbone = {k: v for k, v in ours.state_dict().items() if k.startswith("encoder.")}
+    assert_same({k: v for k, v in back.items() if k.startswith("encoder.")}, backbone)
 
 
 @pytest.mark.parametrize(
@@ -280,8 +282,8 @@ def test_hugging_face_survives_the_round_trip():
     assert_same(to_published(native, format="huggingface"), theirs)
     # The model without its decoder has no "vit." in front.
     alone = {k.removeprefix("vit."): v for k, v in theirs.items() if k.startswith("vit.")}
-    trunk = {k: v for k, v in native.items() if "encoder" in k}
-    assert_same(to_native(alone), trunk)
+    backbone = {k: v for k, v in native.items() if "encoder" in k}
+    assert_same(to_native(alone), backbone)
     # As transformers 5 has them in memory.
     new = {"vit.encoder.layer": "vit.layers", "attention.attention.query": "attention.q_proj"}
     new |= {"attention.attention.key": "attention.k_proj"}
@@ -331,28 +333,28 @@ def test_a_vit_of_detectron2_gives_the_map_that_it_gives_there(class_row):
         global_blocks=[1],
         use_rel_pos=True,
     )
-    # As the trunk of a ViTDet file.
+    # As the backbone of a ViTDet file.
     state = {f"backbone.net.{name}": value for name, value in theirs.state_dict().items()}
     native = to_native(state)
-    trunk = {name.removeprefix("backbone.net."): value for name, value in native.items()}
+    backbone = {name.removeprefix("backbone.net."): value for name, value in native.items()}
     if not class_row:
-        trunk["pos_embed"] = with_class_row(trunk["pos_embed"])
-    ours.load_state_dict(trunk)
+        backbone["pos_embed"] = with_class_row(backbone["pos_embed"])
+    ours.load_state_dict(backbone)
     images = torch.randn(2, 3, 32, 32)
     expected = theirs(images)["last_feat"]
     torch.testing.assert_close(ours(images)["last_feat"], expected, atol=1e-5, rtol=0)
 
 
-def test_a_pretrained_trunk_as_vitdets_and_back():
+def test_a_pretrained_backbone_as_vitdets_and_back():
     native = tiny_state("crossmae")
     vitdet = to_published(native, format="vitdet")
     assert "backbone.net.blocks.1.mlp.fc2.bias" in vitdet
     assert not [name for name in vitdet if "cls_token" in name or "decoder" in name]
-    trunk = to_published(to_native(vitdet), format="timm")
-    for name, value in trunk.items():
+    backbone = to_published(to_native(vitdet), format="timm")
+    for name, value in backbone.items():
         if name != "pos_embed":  # timm's without a class token has no row for it
             assert value is native[f"encoder.{name}"]
-    assert torch.equal(trunk["pos_embed"], native["encoder.pos_embed"][:, 1:])
+    assert torch.equal(backbone["pos_embed"], native["encoder.pos_embed"][:, 1:])
 
 
 def test_a_detector_has_no_class_token_and_relative_positions():

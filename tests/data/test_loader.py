@@ -21,14 +21,14 @@ class Reversed:
         return torch.arange(9, -1, -1).numpy()
 
 
-def load(item, entropy):
+def load(item, seed_sequence):
     if item == 7:
         raise UndecodableImageError("seven", "7.jpg")
-    return torch.tensor([item, *entropy])
+    return torch.tensor([item, *seed_sequence])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_data_set_may_have_an_order_of_its_own(num_workers):
+def test_a_dataset_may_have_an_order_of_its_own(num_workers):
     options = {"num_workers": num_workers, "skip_undecodable": True, "collate": torch.stack}
     loader = ResumableLoader(Reversed(), load, 4, seed=3, **options)
     first, second, third = take(loader, 3)
@@ -54,7 +54,7 @@ def test_one_failure_is_raised_for_its_batch(num_workers):
     assert error.value.file_name == "7.jpg"
 
 
-def test_workers_are_initialised(tmp_path):
+def test_workers_are_initialized(tmp_path):
     def init(worker):
         (tmp_path / f"worker-{worker}").touch()
 

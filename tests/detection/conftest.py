@@ -7,7 +7,7 @@ from detectron2.data.datasets import register_coco_instances
 
 @pytest.fixture
 def register():
-    """Register a data set in detectron2 for one test; ``register.coco`` takes JSON:FOLDER."""
+    """Register a dataset in detectron2 for one test; ``register.coco`` takes JSON:FOLDER."""
     names = []
 
     def register(name, loader, **metadata):

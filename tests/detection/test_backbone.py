@@ -155,10 +155,10 @@ def levels(pyramid, images):
     ],
 )
 def test_impossible_pyramids_are_refused(overrides, message):
-    _, trunk = twins(4)
+    _, backbone = twins(4)
     arguments = {"in_feature": "last_feat", "out_channels": 16, "scale_factors": (2.0, 1.0, 0.5)}
     with pytest.raises(ValueError, match=message):
-        SimpleFeaturePyramid(trunk, **(arguments | overrides))
+        SimpleFeaturePyramid(backbone, **(arguments | overrides))
 
 
 def test_sizes_come_from_the_table_and_can_be_overridden():

@@ -62,7 +62,7 @@ def test_split_takes_the_last_colon_after_an_existing_json(tmp_path):
         (3, "JSON:IMAGE_FOLDER"),
     ],
 )
-def test_what_is_no_data_set_says_what_one_is(spec, text):
+def test_what_is_no_dataset_says_what_one_is(spec, text):
     with pytest.raises(ValueError) as error:
         resolve_name(spec)
     assert text in one_line(error) and str(spec) in one_line(error)
@@ -153,7 +153,7 @@ class Records(Dataset):
         return {"file_name": "x", "image_id": 1 - index, "annotations": [value]}
 
 
-def test_registered_torch_data_set(register):
+def test_registered_torch_dataset(register):
     name = register("records", Records, thing_classes=["a", "b"])
     info = describe(name)
     assert (info.num_images, info.categories, info.has_masks) == (2, {0: "a", 1: "b"}, True)
@@ -228,7 +228,7 @@ def test_several_sets_need_the_same_classes(tmp_path):
         get_dataset_dicts(specs)
     assert all(spec in one_line(error) for spec in specs)
     assert len(get_dataset_dicts([specs[0], specs[0]])) == 4
-    with pytest.raises(ValueError, match="no data set"):
+    with pytest.raises(ValueError, match="no dataset"):
         get_dataset_dicts([])
 
 

@@ -1,4 +1,4 @@
-"""Ground truth in other spellings, with other ids or with classes of a data set's own."""
+"""Ground truth in other spellings, with other ids or with classes of a dataset's own."""
 
 import copy
 import json
@@ -54,7 +54,7 @@ def test_spellings_do_not_change_the_ap(register_json, reference, backend, chang
 
 
 def inputs_of(name):
-    """What an evaluator reads of the records: these data sets have no image files."""
+    """What an evaluator reads of the records: these datasets have no image files."""
     with open(MetadataCatalog.get(name).json_file) as file:
         return [{"image_id": int(image["id"])} for image in json.load(file)["images"]]
 
@@ -109,7 +109,7 @@ def test_names_that_are_missing_or_new_are_named(register_json, classes, parts):
 
 
 def test_two_ids_may_share_a_class(tmp_path):
-    """A data set of one's own that takes classes 3 and 7 of the json for one and leaves out 9."""
+    """A dataset of one's own that takes classes 3 and 7 of the json for one and leaves out 9."""
     content = make_dataset()
     content["annotations"][0]["category_id"] = 9
     path = tmp_path / "shared.json"

@@ -1,4 +1,4 @@
-"""Data sets that lack something, come late or are none."""
+"""Datasets that lack something, come late or are none."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def test_no_ground_truth_at_all_is_nan(register_json, backend):
     assert np.isnan(list(results["bbox"].values())).all()
 
 
-def test_boxes_only_where_model_or_data_set_have_no_masks(register_json):
+def test_boxes_only_where_model_or_dataset_have_no_masks(register_json):
     name = register_json(make_dataset())
     inputs, outputs = perturbed(DatasetCatalog.get(name), masks=False)
     assert set(run(name, inputs, outputs)) == {"bbox"}
@@ -81,7 +81,7 @@ def test_annotations_without_mask_are_left_out_of_mask_ap(register_json, caplog)
     assert "leaves out 1 annotations" in caplog.text
 
 
-def test_data_set_written_when_it_is_first_asked_for(tmp_path):
+def test_dataset_written_when_it_is_first_asked_for(tmp_path):
     """The annotation file and the class names appear only with ``DatasetCatalog.get``."""
     name, path = "test_coco_evaluation_lazy", tmp_path / "lazy.json"
 
@@ -102,7 +102,7 @@ def test_data_set_written_when_it_is_first_asked_for(tmp_path):
         MetadataCatalog.remove(name)
 
 
-def test_data_set_without_a_json_file_is_converted(tmp_path):
+def test_dataset_without_a_json_file_is_converted(tmp_path):
     name = "test_coco_evaluation_dicts"
     record = {"file_name": "a.jpg", "image_id": 1, "height": HEIGHT, "width": WIDTH}
     annotation = {"bbox": [2, 2, 30, 40], "bbox_mode": 1, "category_id": 0}
@@ -122,7 +122,7 @@ def test_no_annotations_to_evaluate_against(register_json, tmp_path):
     name = register_json(content)
     inputs, outputs = perturbed(DatasetCatalog.get(name))
     del content["annotations"]
-    name = register_json(content, "test_coco_evaluation_unlabelled")
+    name = register_json(content, "test_coco_evaluation_unlabeled")
     assert run(name, inputs, outputs, output_dir=str(tmp_path)) == {}
     assert (tmp_path / "coco_instances_results.json").is_file()
 
@@ -135,7 +135,7 @@ def test_users_mistakes_are_named(register_json, tmp_path):
         run(name, inputs[:1], strange)
     with pytest.raises(ValueError, match="image id 99 is not in .*json"):
         run(name, [{"image_id": 99}], outputs[:1])
-    with pytest.raises(ValueError, match="must be one data set"):
+    with pytest.raises(ValueError, match="must be one dataset"):
         COCOEvaluator([name, name])
     with pytest.raises(ValueError, match="tasks may be bbox and segm, not keypoints"):
         COCOEvaluator(name, tasks=["keypoints"])

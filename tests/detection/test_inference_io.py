@@ -235,7 +235,7 @@ def test_predictions_without_masks_or_names(tmp_path):
 
 def test_what_was_predicted_is_kept_after_an_error(tmp_path, metadata):
     with (
-        pytest.raises(ValueError, match="predicts class 2, but its data set has 2 classes"),
+        pytest.raises(ValueError, match="predicts class 2, but its dataset has 2 classes"),
         PredictionWriter(tmp_path, metadata) as writer,
     ):
         writer.add(predicted([0]), "a.jpg")

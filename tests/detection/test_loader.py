@@ -252,7 +252,7 @@ def test_file_errors_of_any_mapper_arrive_in_one_line(records):
 
 @pytest.mark.parametrize("error", [KeyError("a bug"), TwoPartError("does not", "pickle")])
 def test_errors_that_torch_must_report_are_raised_in_the_worker(records, error):
-    def fail(record, entropy):
+    def fail(record, seed_sequence):
         raise error
 
     with pytest.raises(type(error)):

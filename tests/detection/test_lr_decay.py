@@ -16,10 +16,10 @@ from crossmae_det.model_zoo import get_config
 class Detector(nn.Module):
     def __init__(self, depth=3, **overrides):
         super().__init__()
-        trunk = vit_backbone(
+        backbone = vit_backbone(
             "tiny", embed_dim=12, depth=depth, img_size=32, use_rel_pos=True, **overrides
         )
-        self.backbone = SimpleFeaturePyramid(trunk, "last_feat", 4, (1.0, 0.5))
+        self.backbone = SimpleFeaturePyramid(backbone, "last_feat", 4, (1.0, 0.5))
         self.head = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
 
 
@@ -37,9 +37,9 @@ def test_rates_are_those_of_vitdet_for_every_parameter():
         assert group["lr"] == pytest.approx(expected), name
 
 
-def test_the_trunk_may_have_a_rate_of_its_own_and_groups_have_names():
+def test_the_backbone_may_have_a_rate_of_its_own_and_groups_have_names():
     model = Detector(depth=2)
-    groups = layer_decay_param_groups(model, 1.0, lr_decay=0.5, trunk_lr_factor=0.1)
+    groups = layer_decay_param_groups(model, 1.0, lr_decay=0.5, backbone_lr_factor=0.1)
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates == pytest.approx(
         {
@@ -66,7 +66,7 @@ def test_frozen_parameters_are_left_out():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"lr_decay must lie in \(0, 1\], got 1.5"):
         layer_decay_param_groups(Detector(), 0.1, lr_decay=1.5)
-    with pytest.raises(ValueError, match="expected one ViT trunk in Linear, found 0"):
+    with pytest.raises(ValueError, match="expected one ViT backbone in Linear, found 0"):
         layer_decay_param_groups(nn.Linear(2, 2), 0.1)
 
 

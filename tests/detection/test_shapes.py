@@ -1,4 +1,4 @@
-"""The built-in data set: reproducible, exact, loadable, never half-written."""
+"""The built-in dataset: reproducible, exact, loadable, never half-written."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -103,10 +103,10 @@ def test_masks_boxes_and_areas_are_exact(built, split):
 
 def test_the_mask_is_where_the_shape_is_drawn(monkeypatch):
     """With flat paint and no shadow, light or noise, the pixels tell the mask."""
-    red, grey = np.array([1, 0, 0], np.float32), np.array([0.5] * 3, np.float32)
+    red, gray = np.array([1, 0, 0], np.float32), np.array([0.5] * 3, np.float32)
 
     def flat(*_, away_from=None, **__):
-        return (grey, grey) if away_from is None else (red, red)
+        return (gray, gray) if away_from is None else (red, red)
 
     monkeypatch.setattr(shapes, "_color_pair", flat)
     monkeypatch.setattr(shapes, "_shadow", lambda alpha, *_: np.zeros_like(alpha))
@@ -263,7 +263,7 @@ def test_data_of_others_is_not_replaced(catalog, tmp_path):
     shapes.register(tmp_path, **SMALL)
     DatasetCatalog.remove("shapes_val")
     DatasetCatalog.register("shapes_val", list)
-    with pytest.raises(ValueError, match="shapes_val: a data set of this name"):
+    with pytest.raises(ValueError, match="shapes_val: a dataset of this name"):
         shapes.register(tmp_path, **SMALL)
     assert DatasetCatalog.get("shapes_val") == []
 
@@ -294,7 +294,7 @@ def test_unknown_parameter(tmp_path):
 def test_root_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match="cannot write the built-in data set here [^\n]*$"):
+        with pytest.raises(OSError, match="cannot write the built-in dataset here [^\n]*$"):
             shapes.build(root, **SMALL)
 
 
@@ -305,6 +305,6 @@ def test_something_else_of_that_name(tmp_path, content):
     if content is not None:
         (target / "shapes.json").write_text(content)
     before = files(tmp_path)
-    with pytest.raises(OSError, match=f"{target.name}: not the built-in data set [^\n]*$"):
+    with pytest.raises(OSError, match=f"{target.name}: not the built-in dataset [^\n]*$"):
         shapes.build(tmp_path, **SMALL)
     assert files(tmp_path) == before

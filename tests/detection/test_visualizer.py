@@ -16,7 +16,7 @@ from crossmae_det.detection.visualizer import (
 )
 
 SIZE = (500, 600)  # large enough to be drawn as it is
-GREY = 90
+GRAY = 90
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def metadata():
     return Metadata(name="test_drawing", thing_classes=["cat", "dog", "a$b$"])
 
 
-def grey(size=SIZE):
-    return np.full((*size, 3), GREY, dtype=np.uint8)
+def gray(size=SIZE):
+    return np.full((*size, 3), GRAY, dtype=np.uint8)
 
 
 def instances(boxes, classes, scores=None, size=SIZE, masks=False):
@@ -87,15 +87,15 @@ def test_a_picture_without_objects_says_so(metadata):
     # The note fits a small picture that is not enlarged.
     for size in ((8, 9), (400, 20), (20, 400)):
         found = instances([], [], [], size)
-        assert draw_predictions(grey(size), found, metadata, scale=1).shape == (*size, 3)
+        assert draw_predictions(gray(size), found, metadata, scale=1).shape == (*size, 3)
 
 
 def test_objects_of_one_class_have_shades_of_its_color(metadata):
     boxes = [[20, 40, 180, 200], [200, 40, 380, 200], [400, 40, 580, 200], [20, 260, 180, 420]]
     found = instances(boxes, [1] * 4, [0.9, 0.8, 0.7, 0.6], masks=True)
-    picture = draw_predictions(grey(), found, metadata)
+    picture = draw_predictions(gray(), found, metadata)
     tints = [inside(picture, x, y) for x, y in ((100, 120), (290, 120), (490, 120), (100, 340))]
-    colors = (np.array(tints) - 0.55 * GREY) / 0.45 / 255  # what was laid over the image, BGR
+    colors = (np.array(tints) - 0.55 * GRAY) / 0.45 / 255  # what was laid over the image, BGR
     np.testing.assert_allclose(255 * colors[0], bgr(1, metadata), atol=4)
     for index, color in enumerate(colors):
         assert all(np.abs(color - other).max() > 0.05 for other in colors[:index])
@@ -106,30 +106,30 @@ def test_objects_of_one_class_have_shades_of_its_color(metadata):
         for box in boxes
         for x0, y0, x1, y1 in [box]
     ]
-    drawn = draw_ground_truth(grey(), record(truth), metadata)
+    drawn = draw_ground_truth(gray(), record(truth), metadata)
     for (x, y), tint in zip(((100, 120), (290, 120), (490, 120)), tints, strict=False):
         np.testing.assert_allclose(inside(drawn, x, y), tint, atol=2)
 
 
-def test_masks_are_tinted_with_the_colour_of_the_class(metadata):
+def test_masks_are_tinted_with_the_color_of_the_class(metadata):
     found = instances([[50, 50, 250, 250], [300, 50, 550, 250]], [0, 1], [0.9, 0.8], masks=True)
-    picture = draw_predictions(grey(), found, metadata)
+    picture = draw_predictions(gray(), found, metadata)
     assert picture.shape == (*SIZE, 3)
     assert picture.dtype == np.uint8
     for x, index in ((150, 0), (425, 1)):
-        expected = 0.55 * GREY + 0.45 * bgr(index, metadata)
+        expected = 0.55 * GRAY + 0.45 * bgr(index, metadata)
         np.testing.assert_allclose(inside(picture, x, 180), expected, atol=3)
-    np.testing.assert_array_equal(inside(picture, 275, 400), [GREY] * 3)
+    np.testing.assert_array_equal(inside(picture, 275, 400), [GRAY] * 3)
 
 
-def test_predictions_and_ground_truth_share_colours(metadata):
+def test_predictions_and_ground_truth_share_colors(metadata):
     truth = draw_ground_truth(
-        grey(),
+        gray(),
         record([annotation([50, 50, 250, 250], 1, segmentation=[[50, 50, 250, 50, 250, 250]])]),
         metadata,
     )
     found = draw_predictions(
-        grey(), instances([[50, 50, 250, 250]], [1], [0.9], masks=True), metadata
+        gray(), instances([[50, 50, 250, 250]], [1], [0.9], masks=True), metadata
     )
     np.testing.assert_allclose(inside(truth, 200, 150), inside(found, 200, 150), atol=1)
 
@@ -144,18 +144,18 @@ def test_polygons_and_every_kind_of_rle_fill_the_same_pixels(metadata):
     uncompressed = {"size": list(SIZE), "counts": counts}
     pictures = [
         draw_ground_truth(
-            grey(), record([annotation([99, 99, 301, 261], segmentation=s)]), metadata
+            gray(), record([annotation([99, 99, 301, 261], segmentation=s)]), metadata
         )
         for s in ([polygon], compressed, as_text, uncompressed)
     ]
     for picture in pictures[1:]:
         np.testing.assert_array_equal(picture, pictures[0])
-    assert np.abs(inside(pictures[0], 200, 200) - GREY).max() > 20
+    assert np.abs(inside(pictures[0], 200, 200) - GRAY).max() > 20
 
 
 def test_boxes_only_draws_the_outline(metadata):
-    picture = draw_ground_truth(grey(), record([annotation([100, 100, 300, 260])]), metadata)
-    np.testing.assert_array_equal(inside(picture, 200, 200), [GREY] * 3)
+    picture = draw_ground_truth(gray(), record([annotation([100, 100, 300, 260])]), metadata)
+    np.testing.assert_array_equal(inside(picture, 200, 200), [GRAY] * 3)
     np.testing.assert_allclose(picture[259:261, 200], [bgr(0, metadata)] * 2, atol=20)
     mixed = record(
         [
@@ -163,15 +163,15 @@ def test_boxes_only_draws_the_outline(metadata):
             annotation([350, 100, 500, 260], 1, segmentation=[[350, 100, 500, 100, 500, 260]]),
         ]
     )
-    assert np.abs(inside(draw_ground_truth(grey(), mixed, metadata), 480, 150) - GREY).max() > 20
+    assert np.abs(inside(draw_ground_truth(gray(), mixed, metadata), 480, 150) - GRAY).max() > 20
 
 
 def test_crowds_have_a_dashed_box(metadata):
     def covered(crowd):
         picture = draw_ground_truth(
-            grey(), record([annotation([100, 100, 400, 400], iscrowd=crowd)]), metadata
+            gray(), record([annotation([100, 100, 400, 400], iscrowd=crowd)]), metadata
         )
-        return (np.abs(picture[400, 110:390].astype(int) - GREY).max(axis=1) > 20).mean()
+        return (np.abs(picture[400, 110:390].astype(int) - GRAY).max(axis=1) > 20).mean()
 
     assert covered(0) == 1
     assert 0.4 < covered(1) < 0.9
@@ -180,24 +180,24 @@ def test_crowds_have_a_dashed_box(metadata):
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 3), (16, 3300)])
 def test_pictures_of_unusual_sizes(metadata, size):
     found = instances([[0, 0, size[1], size[0]]], [0], [0.9], size, masks=True)
-    picture = draw_predictions(grey(size), found, metadata, scale=1)
-    assert picture.shape == (*size, 3) and (picture != GREY).any()
+    picture = draw_predictions(gray(size), found, metadata, scale=1)
+    assert picture.shape == (*size, 3) and (picture != GRAY).any()
 
 
 def test_holes_stay_open(metadata):
     found = instances([[100, 100, 300, 300]], [0], [0.9], masks=True)
     found.pred_masks[0, 150:250, 150:250] = False
-    picture = draw_predictions(grey(), found, metadata)
-    np.testing.assert_array_equal(inside(picture, 200, 200), [GREY] * 3)
-    assert np.abs(inside(picture, 120, 200) - GREY).max() > 20
+    picture = draw_predictions(gray(), found, metadata)
+    np.testing.assert_array_equal(inside(picture, 200, 200), [GRAY] * 3)
+    assert np.abs(inside(picture, 120, 200) - GRAY).max() > 20
 
 
 def test_threshold_is_inclusive_and_scores_are_optional(metadata):
     box = [[100, 100, 300, 300]]
-    half = draw_predictions(grey(), instances(box, [0], [0.5]), metadata, score_threshold=0.5)
-    assert (half != GREY).any()
-    unscored = draw_predictions(grey(), instances(box, [0]), metadata)
-    assert (unscored != GREY).any()
+    half = draw_predictions(gray(), instances(box, [0], [0.5]), metadata, score_threshold=0.5)
+    assert (half != GRAY).any()
+    unscored = draw_predictions(gray(), instances(box, [0]), metadata)
+    assert (unscored != GRAY).any()
     # The score is part of the label.
     assert (unscored != half).any()
 
@@ -205,8 +205,8 @@ def test_threshold_is_inclusive_and_scores_are_optional(metadata):
 @pytest.mark.parametrize("box", [[0, 0, 40, 12], [560, 0, 600, 10], [570, 480, 600, 500]])
 def test_labels_stay_within_the_picture(metadata, box):
     """The text at any border is as long as in the middle."""
-    at_border = draw_predictions(grey(), instances([box], [1], [0.99]), metadata)
-    in_middle = draw_predictions(grey(), instances([[200, 200, 240, 212]], [1], [0.99]), metadata)
+    at_border = draw_predictions(gray(), instances([box], [1], [0.99]), metadata)
+    in_middle = draw_predictions(gray(), instances([[200, 200, 240, 212]], [1], [0.99]), metadata)
     assert text_pixels(in_middle) > 50
     assert text_pixels(at_border) > 0.9 * text_pixels(in_middle)
 
@@ -217,46 +217,46 @@ def test_a_label_wider_than_the_picture_shrinks():
     found = instances([[20, 30, 90, 80]], [0], size=size)
     first, second = (
         draw_predictions(
-            grey(size), found, Metadata(name=last, thing_classes=["wide " * 5 + last]), scale=1
+            gray(size), found, Metadata(name=last, thing_classes=["wide " * 5 + last]), scale=1
         )
         for last in "XO"
     )
     assert (first != second).any()
 
 
-def test_labels_of_neighbours_do_not_cover_each_other(metadata):
+def test_labels_of_neighbors_do_not_cover_each_other(metadata):
     boxes = [[200, 200, 330, 330], [204, 202, 334, 332], [208, 204, 338, 334]]
-    one = draw_predictions(grey(), instances(boxes[:1], [1], [0.99]), metadata)
-    three = draw_predictions(grey(), instances(boxes, [1] * 3, [0.99] * 3), metadata)
+    one = draw_predictions(gray(), instances(boxes[:1], [1], [0.99]), metadata)
+    three = draw_predictions(gray(), instances(boxes, [1] * 3, [0.99] * 3), metadata)
     assert text_pixels(three) > 2.7 * text_pixels(one)
 
 
 def test_small_images_are_enlarged_and_long_ones_bounded(metadata):
     none = {"boxes": [], "classes": [], "scores": []}
     assert draw_predictions(
-        grey((128, 160)), instances(size=(128, 160), **none), metadata
+        gray((128, 160)), instances(size=(128, 160), **none), metadata
     ).shape == (480, 600, 3)
-    assert draw_ground_truth(grey((20, 400)), record([], (20, 400)), metadata).shape == (
+    assert draw_ground_truth(gray((20, 400)), record([], (20, 400)), metadata).shape == (
         80,
         1600,
         3,
     )
     assert draw_predictions(
-        grey((128, 160)), instances(size=(128, 160), **none), metadata, scale=1
+        gray((128, 160)), instances(size=(128, 160), **none), metadata, scale=1
     ).shape == (128, 160, 3)
 
 
 def test_drawing_is_repeatable_and_leaves_its_input(metadata):
-    image = grey()
+    image = gray()
     found = instances([[50, 50, 250, 250], [60, 60, 300, 300]], [0, 2], [0.9, 0.8], masks=True)
     first = draw_predictions(image, found, metadata)
     np.testing.assert_array_equal(first, draw_predictions(image, found, metadata))
-    assert (image == GREY).all()
+    assert (image == GRAY).all()
     assert found.pred_masks[0].sum() == 200 * 200
 
 
-def test_colours():
-    own = Metadata(name="test_colours", thing_colors=[(255, 0, 51)])
+def test_colors():
+    own = Metadata(name="test_colors", thing_colors=[(255, 0, 51)])
     assert class_color(0, own) == (1.0, 0.0, 0.2)
     colors = np.array([class_color(i, own) for i in range(1, 13)])
     distances = np.abs(colors[:, None] - colors[None]).max(axis=2)
@@ -266,16 +266,16 @@ def test_colours():
 
 def test_classes_without_names_are_numbered():
     picture = draw_predictions(
-        grey(), instances([[100, 100, 300, 300]], [5], [0.9]), Metadata(name="nameless")
+        gray(), instances([[100, 100, 300, 300]], [5], [0.9]), Metadata(name="nameless")
     )
-    assert (picture != GREY).any()
+    assert (picture != GRAY).any()
 
 
 def test_sizes_must_match(metadata):
     with pytest.raises(ValueError, match="instances: made for an image of 20x10 pixels.*600x500"):
-        draw_predictions(grey(), instances([], [], [], size=(10, 20)), metadata)
+        draw_predictions(gray(), instances([], [], [], size=(10, 20)), metadata)
     with pytest.raises(ValueError, match="7.jpg: made for an image of 20x10 pixels"):
-        draw_ground_truth(grey(), record([], (10, 20)), metadata)
+        draw_ground_truth(gray(), record([], (10, 20)), metadata)
 
 
 @pytest.mark.parametrize(("count", "width", "rows"), [(1, 996, 1), (3, 996, 3), (5, 1980, 3)])
@@ -285,7 +285,7 @@ def test_sheet(metadata, tmp_path, count, width, rows):
     for _ in range(count):
         truth = record([annotation([10, 10, 50, 50], 1)], size)
         found = instances([[10, 10, 50, 50]], [1], [0.9], size, masks=True)
-        cells.append((grey(size), truth, found))
+        cells.append((gray(size), truth, found))
     path = tmp_path / "pictures" / "sheet.png"
     comparison_sheet(cells, metadata, path)
     sheet = cv2.imread(str(path))
@@ -293,8 +293,8 @@ def test_sheet(metadata, tmp_path, count, width, rows):
     assert sheet.shape == (12 + 34 + rows * (320 + 24 + 12), width, 3)
     first = sheet[46 : 46 + 320, 12 : 12 + 480]
     second = sheet[46 : 46 + 320, 504 : 504 + 480]
-    np.testing.assert_array_equal(inside(first, 150, 150), [GREY] * 3)  # the truth has no mask
-    tint = 0.55 * GREY + 0.45 * bgr(1, metadata)
+    np.testing.assert_array_equal(inside(first, 150, 150), [GRAY] * 3)  # the truth has no mask
+    tint = 0.55 * GRAY + 0.45 * bgr(1, metadata)
     np.testing.assert_allclose(inside(second, 150, 180), tint, atol=3)
     for strip in (sheet[12:46], sheet[366:390]):  # titles, captions
         assert (strip < 100).any()
@@ -304,7 +304,7 @@ def test_sheet(metadata, tmp_path, count, width, rows):
 def test_sheet_mistakes(metadata, tmp_path):
     with pytest.raises(ValueError, match="the list of rows is empty"):
         comparison_sheet([], metadata, tmp_path / "sheet.png")
-    row = (grey((8, 8)), record([], (8, 8)), instances([], [], [], (8, 8)))
+    row = (gray((8, 8)), record([], (8, 8)), instances([], [], [], (8, 8)))
     with pytest.raises(ValueError, match="no image format has the suffix '.doc'"):
         comparison_sheet([row], metadata, tmp_path / "sheet.doc")
     assert list(tmp_path.iterdir()) == []

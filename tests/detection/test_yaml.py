@@ -40,7 +40,7 @@ def test_values_given_in_yaml_replace_the_rules():
         [
             *["SOLVER.IMS_PER_BATCH", "16", "SOLVER.EPOCHS", "12", "INPUT.IMAGE_SIZE", "256"],
             *["SOLVER.STEPS", "(100, 200)", "SOLVER.MAX_ITER", "300", "SEED", "7"],
-            *["SOLVER.ACCUMULATION", "4", "SOLVER.EMA.ENABLED", "True"],
+            *["SOLVER.GRADIENT_ACCUMULATION_STEPS", "4", "SOLVER.EMA.ENABLED", "True"],
             *["SOLVER.CLIP_GRADIENTS.ENABLED", "True"],
         ],
     )
@@ -49,7 +49,7 @@ def test_values_given_in_yaml_replace_the_rules():
     assert list(cfg.lr_multiplier.milestones) == pytest.approx([1 / 3, 2 / 3])
     assert cfg.optimizer.lr == pytest.approx(2.5e-5)
     assert cfg.dataloader.train.mapper.augmentations[1].target_width == 256
-    assert cfg.train.accumulation == 4 and cfg.train.ema.enabled is True
+    assert cfg.train.gradient_accumulation_steps == 4 and cfg.train.ema.enabled is True
     assert cfg.train.clip_grad.enabled is True
     assert get_config(f"{B_100}.yaml", ["SOLVER.AMP.ENABLED", "False"]).train.amp.enabled is False
 

@@ -31,7 +31,7 @@ class Model(nn.Module):
         return {"loss": sum((p * x).square().sum() for p in (self.a, self.b, self.c))}
 
 
-def load_number(item, entropy):
+def load_number(item, seed_sequence):
     return item
 
 

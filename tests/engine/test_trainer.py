@@ -69,7 +69,9 @@ def test_a_step_is_the_textbook_step():
 
 @pytest.mark.parametrize("accumulation", [2, 3, 4, 9])
 def test_accumulation_does_not_change_the_result(accumulation):
-    torch.testing.assert_close(weights(train(5)), weights(train(5, accumulation=accumulation)))
+    torch.testing.assert_close(
+        weights(train(5)), weights(train(5, gradient_accumulation_steps=accumulation))
+    )
 
 
 def test_a_resumed_run_ends_with_the_same_bits():
@@ -119,7 +121,7 @@ def test_clipping_bounds_the_gradient():
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_images():
     with pytest.raises(NonFiniteError) as error:
-        train(9, bad=2, accumulation=2)
+        train(9, bad=2, gradient_accumulation_steps=2)
     message = str(error.value)
     assert "iteration 2: loss_a is nan, loss_b is nan" in message
     assert "images: 2_2.jpg, 2_3.jpg)" in message  # the part of the batch that it was in
@@ -155,7 +157,7 @@ def test_a_run_may_resume_in_another_precision():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulation": 0}, "train.accumulation must be at least 1, got 0"),
+        ({"accumulation": 0}, "train.gradient_accumulation_steps must be at least 1, got 0"),
         ({"seed": -1}, "train.seed must not be negative"),
         ({"clip_norm": 0.0}, "train.clip_grad.max_norm must be positive"),
         ({"amp_dtype": "fp8"}, "train.amp.dtype must be one of auto, bf16, fp16, got 'fp8'"),

@@ -13,8 +13,8 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_head
 class Detector(torch.nn.Module):
     def __init__(self, **overrides):
         super().__init__()
-        trunk = ViTBackbone(**(SIZES | {"use_rel_pos": True} | overrides))
-        self.backbone = SimpleFeaturePyramid(trunk, "last_feat", 4, (1.0, 0.5))
+        backbone = ViTBackbone(**(SIZES | {"use_rel_pos": True} | overrides))
+        self.backbone = SimpleFeaturePyramid(backbone, "last_feat", 4, (1.0, 0.5))
 
 
 def save(tmp_path, state, **beside):

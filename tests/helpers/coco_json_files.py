@@ -1,4 +1,4 @@
-"""Small data sets as COCO json, and ways to write them."""
+"""Small datasets as COCO json, and ways to write them."""
 
 import json
 

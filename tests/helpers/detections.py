@@ -1,4 +1,4 @@
-"""A data set of rectangles, detections around them, and their evaluation."""
+"""A dataset of rectangles, detections around them, and their evaluation."""
 
 import numpy as np
 import pycocotools.mask as mask_util

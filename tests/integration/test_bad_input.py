@@ -267,11 +267,11 @@ def test_tools_name_a_config_of_another_task(tool, tmp_path, tiny_overrides):
     demo = ["--config-file", pretraining, "--input", tmp_path, "--output", out]
     cv2.imwrite(str(tmp_path / "image.png"), np.zeros((8, 8, 3), np.uint8))
     assert "detector" in tool("demo", *demo)
-    compare = ["--config-file", pretraining, "--output", out, "--trunks"]
-    assert pretraining in tool("compare_trunks", *compare, "a=")
+    compare = ["--config-file", pretraining, "--output", out, "--backbones"]
+    assert pretraining in tool("compare_backbones", *compare, "a=")
     compare[1] = CONFIG
-    for trunks in (["a=", "a="], ["="], ["a/b="]):
-        assert "--trunks" in tool("compare_trunks", *compare, *trunks)
+    for backbones in (["a=", "a="], ["="], ["a/b="]):
+        assert "--backbones" in tool("compare_backbones", *compare, *backbones)
 
 
 def test_a_checkpoint_is_not_converted_onto_itself(tool, tmp_path):

@@ -1,4 +1,4 @@
-"""k-NN of a trunk as a user starts it."""
+"""k-NN of a backbone as a user starts it."""
 
 import os
 import subprocess
@@ -21,15 +21,15 @@ TINY = ["model.encoder.embed_dim=24", "model.encoder.depth=2", "train.device=cpu
 def knn(repo, tmp_path):
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
-        for name, colour in (("dark", 60), ("light", 190)):
+        for name, color in (("dark", 60), ("light", 190)):
             (tmp_path / split / name).mkdir(parents=True)
             for index in range(5):
-                pixels = rng.normal(colour, 20, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+                pixels = rng.normal(color, 20, (32, 32, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.jpg")
 
     def call(*overrides, train="train"):
-        # Fewer images, so that the default number of neighbours is too many.
-        folders = ["--train", tmp_path / train, "--test", tmp_path / "val", "--neighbours", "3"]
+        # Fewer images, so that the default number of neighbors is too many.
+        folders = ["--train", tmp_path / train, "--test", tmp_path / "val", "--neighbors", "3"]
         command = [sys.executable, repo / "tools" / "knn.py", "--config-file", CONFIG, *folders]
         return subprocess.run(
             [*map(str, command), "--opts", *TINY, *overrides],

@@ -100,8 +100,8 @@ def test_pretraining_shows_its_pictures_and_starts_detectors(
     assert all(0 < float(psnr) < 60 for _, psnr in rows)
     assert cv2.imread(str(tmp_path / "look.png")).std() > 10
 
-    # The trunk goes into a detector of another image size and without a class token.
-    trunk = read_checkpoint(output / "model_final.pth")["model"]
+    # The encoder goes into a detector of another image size and without a class token.
+    encoder = read_checkpoint(output / "model_final.pth")["model"]
     for override in ("train.init_checkpoint=", checkpoint):
         cfg = get_config(
             "coco/mask_rcnn_crossmae_vit_b_100ep.py",
@@ -119,10 +119,12 @@ def test_pretraining_shows_its_pictures_and_starts_detectors(
         run(cfg, Namespace(eval_only=False, resume=False, overwrite=True))
         detector = read_checkpoint(tmp_path / "detector" / "model_final.pth")["model"]
         name = "blocks.3.mlp.fc2.weight"
-        same = torch.allclose(detector[f"backbone.net.{name}"], trunk[f"encoder.{name}"], atol=1e-6)
+        same = torch.allclose(
+            detector[f"backbone.net.{name}"], encoder[f"encoder.{name}"], atol=1e-6
+        )
         assert same == (override == checkpoint)
     log = (tmp_path / "detector" / "log.txt").read_text()
-    assert all(f"\n{word} " in log for word in ("loaded", "resampled", "initialised", "dropped"))
+    assert all(f"\n{word} " in log for word in ("loaded", "resampled", "initialized", "dropped"))
 
 
 def test_killed_pretraining_resumes_to_the_same_bits(repo, options, tmp_path):
@@ -221,11 +223,11 @@ def test_bad_input_is_told_in_one_line(
 def test_reconstruction_needs_a_decoder(repo, options, tmp_path):
     cfg = get_config("pretraining/crossmae_vit_b_800ep.py", options)
     encoder = instantiate(cfg.model).encoder
-    save_checkpoint({"model": encoder.state_dict()}, tmp_path / "trunk.pth")
+    save_checkpoint({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
     process = call(
         *(repo, "visualize_reconstruction.py", "--output", tmp_path / "look.png"),
         *("--config-file", "pretraining/crossmae_vit_b_800ep.py", "--input", "nowhere"),
-        *("--opts", *options, f"train.init_checkpoint={tmp_path}/trunk.pth"),
+        *("--opts", *options, f"train.init_checkpoint={tmp_path}/encoder.pth"),
     )
     assert (
         "the file has nothing for 'decoder.mask_token' (1, 1, 16) of the model; take the"
@@ -241,7 +243,11 @@ def test_a_model_in_parts_trains_as_a_whole_one_and_either_resumes_the_other(
         *("--num-gpus", "2", "--dist-url", "auto"),
         *("--config-file", "pretraining/crossmae_vit_b_800ep.py", "--resume", *options),
         # The large epsilon keeps Adam from making steps of rounding errors.
-        *("optimizer.eps=0.001", "train.accumulation=2", "train.clip_grad.enabled=True"),
+        *(
+            "optimizer.eps=0.001",
+            "train.gradient_accumulation_steps=2",
+            "train.clip_grad.enabled=True",
+        ),
         # Three batches that are held out, for two processes.
         *(f"dataloader.validation.dataset.name='{tiny_sets[1]}'", "train.log_period=1"),
         "dataloader.validation.batch_size=1",

@@ -50,10 +50,12 @@ def test_from_pretraining_to_the_demo(tiny_sets, tiny_overrides, tmp_path):
     ]
     cfg = get_config(DETECTION, [*options, "model.roi_heads.box_predictor.test_score_thresh=0"])
     cfg_model = instantiate(cfg.model)
-    trunk = cfg_model.backbone.net
-    sides = {len(getattr(block.attn, f"rel_pos_{axis}")) for block in trunk.blocks for axis in "hw"}
+    backbone = cfg_model.backbone.net
+    sides = {
+        len(getattr(block.attn, f"rel_pos_{axis}")) for block in backbone.blocks for axis in "hw"
+    }
     assert sides == {2 * 3 - 1, 2 * 4 - 1, 2 * 8 - 1}  # windows, height, width
-    assert trunk.blocks[-1].attn.rel_pos_h.shape[0] == 2 * 4 - 1
+    assert backbone.blocks[-1].attn.rel_pos_h.shape[0] == 2 * 4 - 1
 
     sizes = batches(cfg_model)
     loader = instantiate(cfg.dataloader.train)

@@ -9,7 +9,7 @@ from image_kinds import KINDS, encode_kind
 from omegaconf import OmegaConf
 from torch import nn
 
-from crossmae_det.classification import labelled_features
+from crossmae_det.classification import labeled_features
 from crossmae_det.detection import DetectionMapper, predictor
 from crossmae_det.detection.predictor import iter_inputs
 from crossmae_det.pretraining import crops
@@ -88,7 +88,7 @@ def test_every_tool_sees_the_same_picture(tmp_path, monkeypatch, recorder, kind)
             np.testing.assert_array_equal(shown, read_image(path, image_format))
 
     seen = []
-    labelled_features(
+    labeled_features(
         str(tmp_path), lambda images: seen.append(images) or images[:, 0, :2, 0], HEIGHT
     )
     assert len(find_images(str(folder))) == len(expected) == len(seen[0])

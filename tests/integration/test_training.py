@@ -150,7 +150,14 @@ def test_yaml_training_evaluation_and_inference(repo, tiny_sets, tmp_path):
         *["DATASETS.TRAIN", f"('{train_set}',)", "DATASETS.TEST", f"('{val_set}',)"],
         *["INPUT.IMAGE_SIZE", "64", "MODEL.VIT.EMBED_DIM", "32", "MODEL.VIT.DEPTH", "2"],
         *["MODEL.VIT.NUM_HEADS", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2"],
-        *["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", output, "SOLVER.ACCUMULATION", "2"],
+        *[
+            "DATALOADER.NUM_WORKERS",
+            "0",
+            "OUTPUT_DIR",
+            output,
+            "SOLVER.GRADIENT_ACCUMULATION_STEPS",
+            "2",
+        ],
         *["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.ROI_BOX_HEAD.CONV_DIM", "16"],
         *["MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"],
     ]
@@ -209,8 +216,8 @@ def test_what_became_of_the_weights_that_a_run_starts_from_is_written_down(
     tiny_overrides, tiny_sets, tmp_path
 ):
     cfg = get_config(f"{CONFIG}.py", [*tiny_overrides, "train.max_iter=1", "train.visualizer=null"])
-    trunk = instantiate(cfg.model.backbone.net)
-    state = dict(trunk.state_dict())
+    backbone = instantiate(cfg.model.backbone.net)
+    state = dict(backbone.state_dict())
     del state["blocks.1.norm1.bias"]
     save_checkpoint({"model": state | {"blocks.1.extra": torch.ones(1)}}, tmp_path / "a.pth")
     cfg.train.init_checkpoint = str(tmp_path / "a.pth")
@@ -218,7 +225,7 @@ def test_what_became_of_the_weights_that_a_run_starts_from_is_written_down(
     run(cfg, Namespace(eval_only=False, resume=False, **allowed))
     report = json.loads((tmp_path / "output" / "init_checkpoint.json").read_text())
     assert report["unexpected"] == ["blocks.1.extra"]
-    assert "backbone.net.blocks.1.norm1.bias" in report["initialised"]
+    assert "backbone.net.blocks.1.norm1.bias" in report["initialized"]
     assert "backbone.net.blocks.1.norm1.weight" in report["loaded"]
 
 
@@ -239,7 +246,7 @@ def test_averaged_weights_are_evaluated_and_used(repo, tiny_overrides, tiny_sets
 def test_all_switches_together(tiny_overrides, tmp_path):
     options = [
         *["train.max_iter=3", "train.amp.enabled=True", "train.amp.dtype=bf16"],
-        *["train.accumulation=2"],
+        *["train.gradient_accumulation_steps=2"],
         *["train.ema.enabled=True", "train.clip_grad.enabled=True", "train.eval_period=2"],
         *["model.backbone.net.use_act_checkpoint=True", "model.backbone.net.freeze_blocks=1"],
     ]

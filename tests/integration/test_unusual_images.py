@@ -137,7 +137,7 @@ def test_knn_names_bad_images_or_skips_them(repo, monkeypatch, capsys, tmp_path)
     bad = tmp_path / "train" / "dark" / "1.png"
     bad.write_bytes(BAD["truncated"])
     main = load_tool(repo, "knn").main
-    arguments = ["--config-file", "demo/pretrain_cifar10.py", "--neighbours", "1"]
+    arguments = ["--config-file", "demo/pretrain_cifar10.py", "--neighbors", "1"]
     arguments += ["--train", tmp_path / "train", "--test", tmp_path / "val"]
     options = ["--opts", "model.encoder.embed_dim=24", "model.encoder.depth=1", "train.device=cpu"]
     with pytest.raises(SystemExit) as stop:

@@ -32,14 +32,14 @@ def test_every_config_builds_at_its_size(name):
     cfg = get_config(name)
     with torch.device("meta"):
         model = instantiate(cfg.model)
-    trunk, size = model.backbone.net, size_of(name)
-    assert (trunk.embed_dim, len(trunk.blocks)) == (size.embed_dim, size.depth)
-    assert trunk.blocks[0].attn.num_heads == size.num_heads
-    windows = [block.window_size for block in trunk.blocks]
+    backbone, size = model.backbone.net, size_of(name)
+    assert (backbone.embed_dim, len(backbone.blocks)) == (size.embed_dim, size.depth)
+    assert backbone.blocks[0].attn.num_heads == size.num_heads
+    windows = [block.window_size for block in backbone.blocks]
     assert [i for i, window in enumerate(windows) if not window] == size.global_blocks
     assert set(windows) == {0, 14}
     assert model.roi_heads.num_classes == 80
-    assert trunk.blocks[size.global_blocks[0]].attn.rel_pos_h.shape[0] == 2 * 1024 // 16 - 1
+    assert backbone.blocks[size.global_blocks[0]].attn.rel_pos_h.shape[0] == 2 * 1024 // 16 - 1
 
 
 @pytest.mark.parametrize("name", LAZY)

@@ -68,13 +68,13 @@ def test_every_config_builds_at_its_size_with_the_published_recipe(name):
     cfg = get_config(name)
     with torch.device("meta"):
         model = instantiate(cfg.model)
-    trunk, decoder, size = model.encoder, model.decoder, SIZES[size_name]
+    encoder, decoder, size = model.encoder, model.decoder, SIZES[size_name]
     assert type(model) is (MAE if method == "mae" else CrossMAE)
-    assert (trunk.embed_dim, len(trunk.blocks)) == (size.embed_dim, size.depth)
-    assert trunk.blocks[0].attn.num_heads == size.num_heads
+    assert (encoder.embed_dim, len(encoder.blocks)) == (size.embed_dim, size.depth)
+    assert encoder.blocks[0].attn.num_heads == size.num_heads
     patch = 14 if size_name == "huge" else 16
-    assert trunk.patch_size == (patch, patch)
-    assert trunk.pos_grid == (side // patch, side // patch)
+    assert encoder.patch_size == (patch, patch)
+    assert encoder.pos_grid == (side // patch, side // patch)
     small = size_name == "small"
     assert decoder.mask_token.shape[-1] == (256 if small else 512)
     assert len(decoder.blocks) == (8 if method == "mae" else 12)
@@ -134,7 +134,7 @@ def test_one_key_changes_all_that_depends_on_it(folder):
     assert len(find_images(instantiate(cfg.dataloader.train.dataset))) == 10
 
 
-def test_data_sets_by_name(folder, tmp_path, monkeypatch, tiny_sets):
+def test_datasets_by_name(folder, tmp_path, monkeypatch, tiny_sets):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     (tmp_path / "imagenet").mkdir()
     folder.rename(tmp_path / "imagenet" / "train")
@@ -207,7 +207,7 @@ def test_every_config_trains_two_iterations(name, folder):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainer.train(0, 2)
     loss = trainer.storage.latest()["total_loss"][0]
-    assert 0.3 < loss < 3  # of normalised patches, a guess of 0 has 1
+    assert 0.3 < loss < 3  # of normalized patches, a guess of 0 has 1
     changed = {key for key, value in model.state_dict().items() if not value.equal(before[key])}
     assert before.keys() - changed == {"encoder.pos_embed", "decoder.pos_embed"}
 

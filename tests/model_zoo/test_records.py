@@ -79,8 +79,8 @@ def with_value(key, value):
         (
             "checkpoints",
             lambda records: records["pretraining"][0],
-            with_value("licence", ""),
-            "row 1 of 'pretraining' does not say its licence",
+            with_value("license", ""),
+            "row 1 of 'pretraining' does not say its license",
         ),
         (
             "checkpoints",

@@ -1,4 +1,4 @@
-"""The trunk under torch.compile: one graph, the same results, few compilations."""
+"""The ViT under torch.compile: one graph, the same results, few compilations."""
 
 import pytest
 import torch

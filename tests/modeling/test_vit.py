@@ -97,7 +97,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 def positions(vit):
-    """What the trunk adds for positions, of a model whose size is not that of its parameters."""
+    """What the ViT adds for positions, of a model whose size is not that of its parameters."""
     return [vit.pos_embed, *[p for name, p in vit.named_parameters() if "rel_pos" in name]]
 
 

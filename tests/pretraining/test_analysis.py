@@ -191,7 +191,7 @@ def test_parts_make_no_difference(images, noise, monkeypatch, max_weights):
 
 @torch.no_grad()
 def naive_deviation(model, images, noise):
-    """Root mean square of each of the trunk's features about the mean of each token."""
+    """Root mean square of each of the encoder's features about the mean of each token."""
     squares = torch.zeros(DEPTH + 1)
     for image, row in zip(images, noise, strict=True):
         visible = torch.tensor([visible_patches(row)])
@@ -229,34 +229,34 @@ def test_some_features_by_name(images):
     assert usage.contribution.tolist() == usage.weight_share.tolist() == [[0, 1], [1, 0]]
 
 
-@pytest.mark.parametrize(("kind", "analyse"), [(MAE, decoder_attention), (CrossMAE, feature_usage)])
-def test_without_noise_it_is_the_same_every_time(images, kind, analyse):
+@pytest.mark.parametrize(("kind", "analyze"), [(MAE, decoder_attention), (CrossMAE, feature_usage)])
+def test_without_noise_it_is_the_same_every_time(images, kind, analyze):
     model = make_model(kind)
-    first = analyse(model, images).as_dict()
+    first = analyze(model, images).as_dict()
     torch.rand(1)
-    assert analyse(model, images).as_dict() == first
+    assert analyze(model, images).as_dict() == first
 
 
 @pytest.mark.parametrize(
-    ("kind", "analyse", "message"),
+    ("kind", "analyze", "message"),
     [
         (CrossMAE, decoder_attention, "in an MAE's decoder; got a model of class CrossMAE"),
         (MAE, feature_usage, "weighted in a CrossMAE; got a model of class MAE"),
     ],
 )
-def test_the_other_method_is_refused(images, kind, analyse, message):
+def test_the_other_method_is_refused(images, kind, analyze, message):
     with pytest.raises(ValueError, match=message):
-        analyse(make_model(kind), images)
+        analyze(make_model(kind), images)
 
 
-@pytest.mark.parametrize(("kind", "analyse"), [(MAE, decoder_attention), (CrossMAE, feature_usage)])
-def test_nothing_is_left_on_the_model(images, kind, analyse):
+@pytest.mark.parametrize(("kind", "analyze"), [(MAE, decoder_attention), (CrossMAE, feature_usage)])
+def test_nothing_is_left_on_the_model(images, kind, analyze):
     model = make_model(kind)
-    analyse(model, images)
+    analyze(model, images)
     with pytest.raises(ValueError, match="the noise is"):
-        analyse(model, images, torch.rand(3, 5))
+        analyze(model, images, torch.rand(3, 5))
     with pytest.raises(ValueError, match="is not divisible"):
-        analyse(model, images[..., :-1])
+        analyze(model, images[..., :-1])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

@@ -28,9 +28,9 @@ def linear(x, layer):
 
 
 def layer_norm(x, norm):
-    centred = x - x.mean(-1, keepdim=True)
-    variance = (centred**2).mean(-1, keepdim=True)
-    return centred / (variance + 1e-6).sqrt() * norm.weight + norm.bias
+    centered = x - x.mean(-1, keepdim=True)
+    variance = (centered**2).mean(-1, keepdim=True)
+    return centered / (variance + 1e-6).sqrt() * norm.weight + norm.bias
 
 
 def mlp(x, layer):
@@ -89,14 +89,14 @@ def naive_mae_decoder(decoder, features, positions, visible, predicted):
     return torch.stack([pixels[1 + index] for index in predicted])
 
 
-def naive_targets(image, patch_size, columns, predicted, normalised):
+def naive_targets(image, patch_size, columns, predicted, normalized):
     height, width = patch_size
     targets = []
     for index in predicted:
         row, column = index // columns * height, index % columns * width
         patch = image[:, row : row + height, column : column + width]
         values = patch.permute(1, 2, 0).flatten()
-        if normalised:
+        if normalized:
             mean = values.sum() / len(values)
             variance = ((values - mean) ** 2).sum() / (len(values) - 1)
             values = (values - mean) / (variance + 1e-6).sqrt()
@@ -104,7 +104,7 @@ def naive_targets(image, patch_size, columns, predicted, normalised):
     return torch.stack(targets)
 
 
-def naive_predict(model, images, noise, mask_ratio, prediction_ratio, indices, normalised):
+def naive_predict(model, images, noise, mask_ratio, prediction_ratio, indices, normalized):
     patch_size, decoder = model.encoder.patch_size, model.decoder
     grid = images.shape[2] // patch_size[0], images.shape[3] // patch_size[1]
     length = grid[0] * grid[1]
@@ -122,7 +122,7 @@ def naive_predict(model, images, noise, mask_ratio, prediction_ratio, indices, n
             pred.append(naive_cross_decoder(decoder, features, indices, positions, predicted))
         else:
             pred.append(naive_mae_decoder(decoder, features, positions, visible, predicted))
-        target.append(naive_targets(image, patch_size, grid[1], predicted, normalised))
+        target.append(naive_targets(image, patch_size, grid[1], predicted, normalized))
     return torch.stack(pred), torch.stack(target)
 
 
@@ -163,9 +163,9 @@ def test_equals_the_naive_reference_in_values_and_gradients(case):
     noise = torch.rand(2, 16 // patch_h * 24 // patch_w)
     mask_ratio = options.get("mask_ratio", 0.75)
     prediction_ratio = options.get("prediction_ratio", 0.25) if kind is CrossMAE else mask_ratio
-    normalised = options.get("norm_pix_loss", True)
+    normalized = options.get("norm_pix_loss", True)
     pred, target = naive_predict(
-        model, images, noise, mask_ratio, prediction_ratio, indices, normalised
+        model, images, noise, mask_ratio, prediction_ratio, indices, normalized
     )
     result = model.predict(images, noise)
     torch.testing.assert_close(result.pred, pred, rtol=1e-5, atol=1e-5)
@@ -212,13 +212,13 @@ def test_nothing_of_an_invisible_patch_reaches_a_prediction(kind):
 
 
 @pytest.mark.parametrize("kind", [CrossMAE, MAE])
-def test_the_state_dict_is_the_trunk_and_a_decoder(kind):
+def test_the_state_dict_is_the_encoder_and_a_decoder(kind):
     model = make_model(kind)
     rooms = {name.partition(".")[0] for name in model.state_dict()}
     assert rooms == {"encoder", "decoder"}
-    trunk = ViT((16, 24), 4, embed_dim=12, depth=DEPTH, num_heads=3)
+    encoder = ViT((16, 24), 4, embed_dim=12, depth=DEPTH, num_heads=3)
     names = {name for name in model.state_dict() if name.startswith("encoder.")}
-    assert names == {f"encoder.{name}" for name in trunk.state_dict()}
+    assert names == {f"encoder.{name}" for name in encoder.state_dict()}
 
 
 @pytest.mark.parametrize("kind", [CrossMAE, MAE])
@@ -293,13 +293,13 @@ def test_bad_input(kind):
 
 
 @pytest.mark.parametrize("kind", [CrossMAE, MAE])
-def test_a_trunk_without_a_class_token_is_refused(kind):
+def test_a_encoder_without_a_class_token_is_refused(kind):
     with pytest.raises(ValueError, match="class_token=True"):
         kind(ViT(16, 8, embed_dim=12, depth=1, num_heads=3, class_token=False))
 
 
 @pytest.mark.parametrize("kind", [CrossMAE, MAE])
-def test_bytes_are_normalised_and_floats_are_not(kind):
+def test_bytes_are_normalized_and_floats_are_not(kind):
     model = make_model(kind)
     images = torch.randint(256, (2, 3, 16, 24), dtype=torch.uint8)
     noise = torch.rand(2, 24)
@@ -308,8 +308,8 @@ def test_bytes_are_normalised_and_floats_are_not(kind):
         [(images[:, i] / 255 - mean[i]) / std[i] for i in range(3)],  # torchvision's, on 0 to 1
         dim=1,
     )
-    torch.testing.assert_close(model.normalise(images), usual, atol=1e-5, rtol=1e-5)
-    assert model.normalise(usual) is usual
+    torch.testing.assert_close(model.normalize(images), usual, atol=1e-5, rtol=1e-5)
+    assert model.normalize(usual) is usual
     expected = model.predict(usual, noise)
     result = model.predict(images, noise)
     torch.testing.assert_close(result.pred, expected.pred, atol=1e-4, rtol=1e-4)
@@ -320,23 +320,23 @@ def test_bytes_are_normalised_and_floats_are_not(kind):
     ]
 
 
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("kind", [CrossMAE, MAE])
-def test_a_reconstruction_shows_every_patch_that_is_masked(kind, normalised):
-    model = make_model(kind, norm_pix_loss=normalised).eval()
+def test_a_reconstruction_shows_every_patch_that_is_masked(kind, normalized):
+    model = make_model(kind, norm_pix_loss=normalized).eval()
     images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
     noise = model.fixed_noise(images, seed=1)
     assert torch.equal(noise, model.fixed_noise(images, seed=1))
     assert not torch.equal(noise, model.fixed_noise(images, seed=2))
     panels = model.reconstruct(images, noise)
     assert torch.equal(panels.original, images)
-    mean_colour = model.denormalise(torch.zeros(1, 3, 1, 1))
-    visible = (panels.masked != mean_colour).any(1, keepdim=True)
-    # 6 of 24 patches of 16 pixels are visible; a random pixel is seldom of the mean colour.
+    mean_color = model.denormalize(torch.zeros(1, 3, 1, 1))
+    visible = (panels.masked != mean_color).any(1, keepdim=True)
+    # 6 of 24 patches of 16 pixels are visible; a random pixel is seldom of the mean color.
     assert visible.sum() == 2 * 6 * 16
-    assert torch.equal(panels.masked, torch.where(visible, images, mean_colour))
+    assert torch.equal(panels.masked, torch.where(visible, images, mean_color))
     assert torch.equal(panels.pasted, torch.where(visible, images, panels.predicted))
-    assert torch.equal(panels.predicted, torch.where(visible, mean_colour, panels.predicted))
+    assert torch.equal(panels.predicted, torch.where(visible, mean_color, panels.predicted))
 
     # The prediction itself, by the definition of a target.
     result = model.predict(images, noise, prediction_ratio=0.75)
@@ -344,10 +344,10 @@ def test_a_reconstruction_shows_every_patch_that_is_masked(kind, normalised):
     values = result.pred[1, 5]
     row, column = divmod(result.predicted[1, 5].item(), 6)
     cell = (1, slice(None), slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4))
-    if normalised:
-        pixels = model.normalise(images)[cell]
+    if normalized:
+        pixels = model.normalize(images)[cell]
         values = values * (pixels.var() + 1e-6).sqrt() + pixels.mean()
-    expected = model.denormalise(values.view(4, 4, 3).permute(2, 0, 1)[None])[0]
+    expected = model.denormalize(values.view(4, 4, 3).permute(2, 0, 1)[None])[0]
     assert torch.equal(panels.predicted[cell], expected)
     error = (panels.pasted.double() - images.double()).square().sum(dim=(1, 2, 3)) / (3 * 18 * 16)
     torch.testing.assert_close(panels.psnr.double(), 10 * torch.log10(255**2 / error))
@@ -358,6 +358,6 @@ def test_a_reconstruction_shows_every_patch_that_is_masked(kind, normalised):
 def test_a_feature_is_the_mean_of_the_last_patch_tokens(kind):
     model = make_model(kind)
     images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
-    tokens = model.encoder.forward_tokens(model.normalise(images))[-1]
+    tokens = model.encoder.forward_tokens(model.normalize(images))[-1]
     expected = torch.stack([sum(image[1:]) / 24 for image in tokens])
     torch.testing.assert_close(model.features(images), expected)

@@ -52,8 +52,8 @@ def test_resizing_is_close_to_pillow(size):
     assert 10 * math.log10(255**2 / error) > 44
 
 
-def box_of(entropy, height, width, scale=(0.2, 1.0)):
-    return random_crop(height, width, scale, random.Random(" ".join(map(str, entropy))))
+def box_of(seed_sequence, height, width, scale=(0.2, 1.0)):
+    return random_crop(height, width, scale, random.Random(" ".join(map(str, seed_sequence))))
 
 
 @pytest.mark.parametrize(

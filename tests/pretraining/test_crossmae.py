@@ -80,7 +80,9 @@ def test_queries_read_the_class_token():
 
 @pytest.mark.parametrize("index", [4, -5])
 def test_a_feature_block_that_does_not_exist(index):
-    with pytest.raises(ValueError, match=f"feature block {index} does not exist in a trunk of 4"):
+    with pytest.raises(
+        ValueError, match=f"feature block {index} does not exist in an encoder of 4"
+    ):
         tiny_model(feature_blocks=[0, index])
 
 

@@ -11,14 +11,14 @@ def test_counts_round_as_published_and_add_up(length):
     tried = 0
     for mask_ratio, prediction_ratio in RATIOS:
         visible = int(length * (1 - mask_ratio))
-        unseen = int(length * (mask_ratio - prediction_ratio))
+        ignored = int(length * (mask_ratio - prediction_ratio))
         if visible == 0:
             with pytest.raises(ValueError, match=f"none of {length} patches visible"):
                 count_patches(length, mask_ratio, prediction_ratio)
             continue
         tried += 1
         counts = count_patches(length, mask_ratio, prediction_ratio)
-        assert counts == (visible, length - visible - unseen, unseen)
+        assert counts == (visible, length - visible - ignored, ignored)
         assert counts[1] > 0
     assert tried or length == 1
 
@@ -59,7 +59,7 @@ def test_the_lowest_noise_is_visible_and_the_highest_predicted():
     noise = torch.tensor([[0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4]])
     masking = mask_patches(noise, 0.75, 0.25)
     assert masking.visible.tolist() == [[1, 5]]
-    assert masking.unseen.tolist() == [[0, 3, 4, 7]]
+    assert masking.ignored.tolist() == [[0, 3, 4, 7]]
     assert masking.predicted.tolist() == [[2, 6]]
 
 

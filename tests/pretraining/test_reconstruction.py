@@ -18,11 +18,11 @@ PATCH = (4, 2)
 SHAPE = (2, 3, 8, 6)
 
 
-def perfect_reconstruction(images, normalised):
+def perfect_reconstruction(images, normalized):
     visible = torch.tensor([[0, 5], [1, 2]])
     predicted = torch.tensor([[1, 3, 4], [0, 3, 5]])
     patches = patchify(images, PATCH)
-    target = torch.stack([pixels_to_targets(patches[n, predicted[n]], normalised) for n in (0, 1)])
+    target = torch.stack([pixels_to_targets(patches[n, predicted[n]], normalized) for n in (0, 1)])
     return Reconstruction(pred=target, target=target, visible=visible, predicted=predicted)
 
 
@@ -31,10 +31,10 @@ def patch_of(images, index):
     return images[:, row : row + 4, column : column + 2]
 
 
-def test_normalised_targets_by_their_formula():
+def test_normalized_targets_by_their_formula():
     torch.manual_seed(0)
     patches = 3 * torch.randn(1, 2, 24) + 5
-    patches[0, 1] = 0.25  # one colour: the variance is 0
+    patches[0, 1] = 0.25  # one color: the variance is 0
     expected = torch.zeros(1, 2, 24)
     for patch in range(2):
         values = patches[0, patch].tolist()
@@ -49,22 +49,22 @@ def test_raw_targets_are_the_pixels():
     assert torch.equal(pixels_to_targets(patches, False), patches)
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_pixels_come_back_from_targets(normalised):
+@pytest.mark.parametrize("normalized", [True, False])
+def test_pixels_come_back_from_targets(normalized):
     torch.manual_seed(0)
     patches = 3 * torch.randn(2, 5, 24) + 5
-    targets = pixels_to_targets(patches, normalised)
-    torch.testing.assert_close(targets_to_pixels(targets, patches, normalised), patches)
+    targets = pixels_to_targets(patches, normalized)
+    torch.testing.assert_close(targets_to_pixels(targets, patches, normalized), patches)
 
 
 @pytest.mark.parametrize("paste_visible", [True, False])
-@pytest.mark.parametrize("normalised", [True, False])
-def test_every_patch_is_in_its_place_or_zero(normalised, paste_visible):
+@pytest.mark.parametrize("normalized", [True, False])
+def test_every_patch_is_in_its_place_or_zero(normalized, paste_visible):
     torch.manual_seed(0)
     images = torch.randn(SHAPE) + 2
-    reconstruction = perfect_reconstruction(images, normalised)
+    reconstruction = perfect_reconstruction(images, normalized)
     result = reconstructed_images(
-        images, reconstruction, PATCH, norm_pix_loss=normalised, paste_visible=paste_visible
+        images, reconstruction, PATCH, norm_pix_loss=normalized, paste_visible=paste_visible
     )
     assert result.shape == SHAPE
     for n in range(2):

@@ -41,7 +41,7 @@ def test_attention(tmp_path, depth):
     draw_decoder_attention(mass, mass * 25 / [6, 18, 1], path)
     image = picture(path)
     assert image.shape == (540, 1400, 3)
-    # On the right, the areas of the bars are as the masses: blue, orange, grey.
+    # On the right, the areas of the bars are as the masses: blue, orange, gray.
     right = image[:, 700:]
     areas = [near(right, bgr) for bgr in ([180, 119, 31], [14, 127, 255], [127, 127, 127])]
     np.testing.assert_allclose(np.array(areas) / sum(areas), mass.mean(0), atol=0.03)
@@ -71,7 +71,7 @@ def test_features(tmp_path, texts, depth, count):
     assert texts == expected
 
 
-def test_signs_have_colours_of_their_own(tmp_path):
+def test_signs_have_colors_of_their_own(tmp_path):
     path = tmp_path / "new" / "features.png"
     draw_feature_usage(np.array([[0.5, -0.5]]), np.array([[0.5, 0.5]]), ["input", "block 0"], path)
     above = picture(path)

@@ -2,7 +2,7 @@ import cv2
 import pytest
 import torch
 
-from crossmae_det.utils.plots import picture_grid
+from crossmae_det.utils.plots import image_grid
 
 
 def test_pictures_stand_in_rows_and_columns(tmp_path):
@@ -10,7 +10,7 @@ def test_pictures_stand_in_rows_and_columns(tmp_path):
     red[:, 0] = 255
     blue[:, 2] = torch.tensor([255, 128])[:, None, None]
     path = tmp_path / "new" / "grid.png"
-    picture_grid({"red": red, "blue $1": blue}, ["first", "$second"], path)
+    image_grid({"red": red, "blue $1": blue}, ["first", "$second"], path)
     picture = cv2.imread(str(path))
     height, width = picture.shape[:2]
     assert 500 < width < 540 and height > 300
@@ -28,4 +28,4 @@ def test_pictures_stand_in_rows_and_columns(tmp_path):
 def test_a_grid_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        picture_grid({"a": torch.zeros(1, 3, 4, 4, dtype=torch.uint8)}, ["a"], tmp_path / "file/a")
+        image_grid({"a": torch.zeros(1, 3, 4, 4, dtype=torch.uint8)}, ["a"], tmp_path / "file/a")

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Train one detector from different trunks, by one schedule, over several seeds; AP side by side.
+"""Train one detector from different backbones, by one schedule, over several seeds; AP side by
+side.
 
 A comparison that was stopped goes on where it was, if it is started again with the same --output. A
 run of another config, or from a checkpoint that has changed since, is trained anew.
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from crossmae_det.benchmark.studies import comparison_table, read_metrics, summarise
+from crossmae_det.benchmark.studies import comparison_table, read_metrics, summarize
 from crossmae_det.engine import run_tool
 from crossmae_det.engine.config import is_run_of
 from crossmae_det.model_zoo import get_config
@@ -26,7 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--config-file", required=True, help="config of the detector")
     parser.add_argument(
-        "--trunks",
+        "--backbones",
         nargs="+",
         required=True,
         metavar="NAME=CHECKPOINT",
@@ -39,21 +40,21 @@ def main() -> None:
         "--opts", nargs="*", default=[], help="overrides of the config, for all runs"
     )
     args = parser.parse_args()
-    trunks = [trunk.partition("=")[::2] for trunk in args.trunks]
+    backbones = [backbone.partition("=")[::2] for backbone in args.backbones]
     if args.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
-    names = [name for name, _ in trunks]
+    names = [name for name, _ in backbones]
     for name in names:
         if not re.fullmatch(r"[\w.-]+", name) or names.count(name) > 1:
             raise ValueError(
-                f"--trunks: '{name}' must be a name of its own for each, without slashes and"
+                f"--backbones: '{name}' must be a name of its own for each, without slashes and"
                 " spaces: it is part of the folder of its runs"
             )
     if "evaluator" not in get_config(args.config_file, args.opts).dataloader:
         raise ValueError(f"{args.config_file} is not a config of a detector: it is not evaluated")
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name, _ in trunks}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name, _ in backbones}
     for seed in range(args.seeds):
-        for name, checkpoint in trunks:
+        for name, checkpoint in backbones:
             folder = Path(args.output, f"{name}_seed{seed}")
             options = [f"train.seed={seed}", f"train.output_dir={folder}"]
             options += [f"train.init_checkpoint={checkpoint}", "train.eval_period=0"]
@@ -68,7 +69,7 @@ def main() -> None:
                 if stop:
                     sys.exit(stop)
             runs[name].append(read_metrics(results))
-    write_json(Path(args.output, "comparison.json"), {"runs": runs, "summary": summarise(runs)})
+    write_json(Path(args.output, "comparison.json"), {"runs": runs, "summary": summarize(runs)})
     print(f"AP after {args.config_file}, mean ± standard deviation over {args.seeds} seeds:")
     print(comparison_table(runs))
 

@@ -1,4 +1,4 @@
-"""The comparison of trunks as a user starts it."""
+"""The comparison of backbones as a user starts it."""
 
 import json
 import os
@@ -11,15 +11,21 @@ from crossmae_det.modeling import ViT
 from crossmae_det.utils import save_checkpoint
 
 
-def test_a_comparison_trains_from_each_trunk_and_goes_on(repo, tiny_overrides, tmp_path):
-    trunk = ViT(64, 16, embed_dim=32, depth=4, num_heads=2)
-    save_checkpoint({"model": trunk.state_dict()}, tmp_path / "trunk.pth")
+def test_a_comparison_trains_from_each_backbone_and_goes_on(repo, tiny_overrides, tmp_path):
+    backbone = ViT(64, 16, embed_dim=32, depth=4, num_heads=2)
+    save_checkpoint({"model": backbone.state_dict()}, tmp_path / "backbone.pth")
     config = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
     options = [*tiny_overrides, "train.max_iter=1", "train.visualizer=null"]
     command = [
-        *(sys.executable, repo / "tools" / "compare_trunks.py", "--seeds", "1"),
+        *(sys.executable, repo / "tools" / "compare_backbones.py", "--seeds", "1"),
         *("--config-file", config),
-        *("--trunks", f"given={tmp_path}/trunk.pth", "random=", "--output", tmp_path / "runs"),
+        *(
+            "--backbones",
+            f"given={tmp_path}/backbone.pth",
+            "random=",
+            "--output",
+            tmp_path / "runs",
+        ),
         *("--opts", *options),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -44,7 +50,7 @@ def test_a_comparison_trains_from_each_trunk_and_goes_on(repo, tiny_overrides, t
     process = run()
     assert process.returncode == 0, process.stderr
     log = (tmp_path / "runs" / "given_seed0" / "log.txt").read_text()
-    assert f"weights from {tmp_path}/trunk.pth" in log
+    assert f"weights from {tmp_path}/backbone.pth" in log
     comparison = json.loads((tmp_path / "runs" / "comparison.json").read_text())
     assert comparison["runs"]["random"] == [
         {"box AP": 50.0, "box AP50": 60.0, "mask AP": 50.0, "mask AP50": 60.0}
