@@ -7,7 +7,7 @@ still import.
 
 from importlib.util import find_spec
 
-from crossmae_det.utils.library_warnings import ignore_library_warnings
+from crossmae_det.utils.messages import ignore_library_warnings
 
 __version__ = "0.1.0"
 

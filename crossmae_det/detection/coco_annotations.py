@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
+from crossmae_det.utils.messages import shorten
+
 TEXT = "numbers that are text, read as numbers"
 
 WHOLE = "integers that are floats, read as integers"
@@ -103,12 +105,6 @@ def identifier(value: Any, repairs: Repairs, place: Place) -> int | str | None:
 def id_order(id_: int | str) -> tuple[bool, int | str]:
     """A sort key for ids, of which some may be text: numbers first."""
     return isinstance(id_, str), id_
-
-
-def short(value: Any) -> str:
-    """A value for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_finite(value: int | float) -> bool:
@@ -239,7 +235,7 @@ def _run_lengths(
         sides = size if isinstance(size, list) else []
         if [whole(side, repairs, place) for side in sides] != [height, width]:
             raise MaskError(
-                f"has a mask of {short(size)} pixels, but its image has {[height, width]}"
+                f"has a mask of {shorten(size)} pixels, but its image has {[height, width]}"
             )
     counts = value.get("counts")
     if isinstance(counts, list):
@@ -269,7 +265,7 @@ def _coordinates(polygon: list, limit: int, repairs: Repairs, place: Place) -> l
         numbers = [number(value, repairs, place) for value in polygon]
         if None in numbers:
             raise MaskError(
-                f"has a polygon with the coordinates {short(polygon)}; give numbers"
+                f"has a polygon with the coordinates {shorten(polygon)}; give numbers"
             ) from None
         return _coordinates(numbers, limit, repairs, place)
     if not finite:
@@ -329,7 +325,7 @@ def clean_annotation(
     size = sizes.get(image_id)
     if size is None:
         raise ContradictionError(
-            f"points to image {short(image_id)}, which is absent (there are "
+            f"points to image {shorten(image_id)}, which is absent (there are "
             f"{_examples(sizes)}); remove it or add the image"
         )
     category_id = annotation.get("category_id")
@@ -337,7 +333,7 @@ def clean_annotation(
         category_id = whole(_get(annotation, "category_id"), repairs, place)
     if category_id not in categories:
         raise ContradictionError(
-            f"points to category {short(annotation['category_id'])}, which is absent (there are "
+            f"points to category {shorten(annotation['category_id'])}, which is absent (there are "
             f"{_examples(categories)}); remove it or add the category"
         )
     annotation["category_id"] = category_id
@@ -371,7 +367,7 @@ def _clean_ids(annotation: dict, repairs: Repairs, place: Place) -> None:
         annotation[key] = identifier(value, repairs, place)
         if annotation[key] is None:
             raise ContradictionError(
-                f"has a value of the wrong type, {key} {short(value)}; write an integer"
+                f"has a value of the wrong type, {key} {shorten(value)}; write an integer"
             )
 
 
@@ -403,11 +399,11 @@ def _clean_box(box: Any, repairs: Repairs, place: Place) -> list[int | float]:
     values = [number(v, repairs, place) for v in box] if isinstance(box, list) else []
     if len(values) == 4 and not all(isinstance(v, float | int) for v in box) and None in values:
         raise ContradictionError(
-            f"has a value of the wrong type in the box {short(box)}; give four numbers"
+            f"has a value of the wrong type in the box {shorten(box)}; give four numbers"
         )
     if len(values) != 4 or any(v is None or abs(v) >= _FAR for v in values):
         raise ContradictionError(
-            f"has the box {short(box)}; give four finite numbers: x, y, width, height"
+            f"has the box {shorten(box)}; give four finite numbers: x, y, width, height"
         )
     return values  # type: ignore[return-value]
 
@@ -418,7 +414,7 @@ def _fault_of_place(box: Any, mask: Any, height: float, width: float) -> str | N
     if not (box_width > 0 and box_height > 0):
         return f"its box has no area (width {box_width:g}, height {box_height:g})"
     if x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
-        return f"its box {short(list(box))} is outside of the image of {width}x{height} pixels"
+        return f"its box {shorten(list(box))} is outside of the image of {width}x{height} pixels"
     if mask and is_outside(mask, height, width):
         return f"its mask is outside of the image of {width}x{height} pixels"
     return None
@@ -449,7 +445,7 @@ def _clean_crowd(annotation: dict, repairs: Repairs, place: Place) -> int:
         value = {"false": 0, "true": 1}.get(value.strip().lower(), value)
     crowd = int(value) if isinstance(value, bool) else whole(value, repairs, place)
     if crowd not in (0, 1):
-        raise ContradictionError(f'has "iscrowd" {short(value)}; write 0 or 1')
+        raise ContradictionError(f'has "iscrowd" {shorten(value)}; write 0 or 1')
     return crowd
 
 
@@ -466,5 +462,5 @@ def _clean_area(annotation: dict, repairs: Repairs, place: Place) -> float | Non
 
 
 def _examples(ids: Mapping[Any, Any]) -> str:
-    first = [short(id_) for id_ in list(ids)[:3]]
+    first = [shorten(id_) for id_ in list(ids)[:3]]
     return ", ".join(first) + (", ..." if len(ids) > 3 else "")

@@ -23,9 +23,9 @@ from crossmae_det.detection.coco_annotations import (
     Repairs,
     clean_annotation,
     identifier,
-    short,
     whole,
 )
+from crossmae_det.utils.messages import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def _clean(path: str, version: Version, data: dict[str, Any]) -> CocoFile:
             fault = clean_annotation(annotation, sizes, categories, repairs)
         except (ContradictionError, MaskError) as error:
             name = annotation.get("id")
-            name = f"number {index} of the list" if name is None else short(name)
+            name = f"number {index} of the list" if name is None else shorten(name)
             raise ValueError(f"{path}: annotation {name} {error}") from error
         if unique_ids and annotation["id"] in seen:
             raise ValueError(
@@ -276,7 +276,7 @@ def _clean_categories(path: str, entries: list[dict], repairs: Repairs) -> dict[
             repairs.add(coco_annotations.CATEGORY_NAME, place)
         if category_id is None or not name or not isinstance(name, str):
             raise ValueError(
-                f"{path}: a category needs an integer id and a name, but one is {short(entry)}"
+                f"{path}: a category needs an integer id and a name, but one is {shorten(entry)}"
             )
         if category_id in categories:
             if categories[category_id] != name:
@@ -308,13 +308,13 @@ def _clean_images(path: str, entries: list[dict], repairs: Repairs) -> list[dict
         file_name = entry.get("file_name")
         if image_id is None or not file_name or not isinstance(file_name, str):
             raise ValueError(
-                f"{path}: an image needs an integer id and a file_name, but one is {short(entry)}"
+                f"{path}: an image needs an integer id and a file_name, but one is {shorten(entry)}"
             )
         height, width = (whole(entry.get(side), repairs, place) for side in ("height", "width"))
         if height is None or width is None or min(height, width) < 1:
             raise ValueError(
                 f"{path}: image {image_id} needs a height and a width in pixels, not "
-                f"{short([entry.get('height'), entry.get('width')])}"
+                f"{shorten([entry.get('height'), entry.get('width')])}"
             )
         if image_id in seen:
             raise ValueError(f"{path}: two images have the id {image_id}; give each its own")

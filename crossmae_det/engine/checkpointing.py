@@ -29,6 +29,7 @@ from crossmae_det.checkpoint import load, read_checkpoint
 from crossmae_det.checkpoint.loading import gather, position_grid
 from crossmae_det.engine.config import CATEGORIES
 from crossmae_det.utils import atomic_path, save_checkpoint
+from crossmae_det.utils.messages import list_names, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,8 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         note = "" if self.key not in WITHOUT_EFFECT else "  (no effect: the weights are the run's)"
-        return f"{self.key}: {_short(self.old)} -> {_short(self.new)}{note}"
-
-
-def _short(value: Any) -> str:
-    """A value in one line that leaves room for another."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 100 else f"{text[:97]}..."
+        old, new = (v if v == _ABSENT else shorten(v) for v in (self.old, self.new))
+        return f"{self.key}: {old} -> {new}{note}"
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
@@ -139,10 +135,7 @@ def _names(categories: Any) -> Any:
 
 def _listing(categories: Any) -> str:
     names = _names(categories)
-    if not isinstance(names, list):
-        return str(names)
-    first = ", ".join(map(str, names[:5]))
-    return f"{len(names)} ({first}{', ...' if len(names) > 5 else ''})"
+    return list_names(names) if isinstance(names, list) else str(names)
 
 
 def check_model(

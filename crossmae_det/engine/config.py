@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from crossmae_det.utils import atomic_path
+from crossmae_det.utils.messages import list_names, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -218,13 +219,15 @@ def _check_classes(cfg: DictConfig) -> None:
     if categories is None:
         return
     if not isinstance(categories, Mapping | DictConfig):
-        raise ValueError(f"{CATEGORIES}={_short(categories)}: must be a mapping, {{ID: NAME, ...}}")
+        raise ValueError(
+            f"{CATEGORIES}={shorten(categories)}: must be a mapping, {{ID: NAME, ...}}"
+        )
     for key in ("model.roi_heads.num_classes", "model.num_classes"):
         number = OmegaConf.select(cfg, key)
         if number is not None and number != len(categories):
             raise ValueError(
-                f"{key}={number}, but the data have {_short(categories)} classes: leave the key"
-                " out, the number of classes follows from the data"
+                f"{key}={number}, but the data have {list_names(categories.values())} classes:"
+                " leave the key out, the number of classes follows from the data"
             )
 
 
@@ -274,13 +277,9 @@ def log_data(cfg: DictConfig, resolved: DictConfig, *, training: bool) -> None:
                     "Dataset '%s' has changed since this config was saved: %s was %s, is %s",
                     name,
                     key,
-                    _short(before[key]),
-                    _short(after[key]),
+                    *map(_shown, (before[key], after[key])),
                 )
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = f"{len(value)} ({', '.join(map(str, value.values()))})"
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _shown(value: Any) -> str:
+    return list_names(value.values(), 20) if isinstance(value, Mapping) else shorten(value)

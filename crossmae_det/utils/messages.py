@@ -1,11 +1,11 @@
-"""Warnings of libraries about their own code, which a user of this project can do nothing about.
-
-Each is filtered by what it says and by the module that it comes from; any other one is shown.
-"""
+"""What a user reads: values inside messages, and warnings of libraries that are hidden."""
 
 import logging
 import warnings
+from collections.abc import Collection
+from typing import Any
 
+# Warnings of libraries about their own code, which a user of this package can do nothing about.
 # (start of the message as a regular expression, category, module that gives it)
 WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     # fvcore and detectron2 script functions when they are imported.
@@ -42,6 +42,18 @@ LOG_RECORDS = (
 )
 
 
+def shorten(value: Any, length: int = 80) -> str:
+    """The ``repr`` of a value, cut to ``length`` characters."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def list_names(names: Collection[Any], longest: int = 5) -> str:
+    """How many names there are, and the first of them: ``7 (cat, dog, bird, cow, horse, ...)``."""
+    first = ", ".join(map(str, list(names)[:longest]))
+    return f"{len(names)} ({first}{', ...' if len(names) > longest else ''})"
+
+
 class _WithoutStart(logging.Filter):
     """Drops the records whose message starts in a given way."""
 
@@ -54,7 +66,7 @@ class _WithoutStart(logging.Filter):
 
 
 def ignore_library_warnings() -> None:
-    """Filter them in this process, from now on; those of a user's own code are not touched."""
+    """Hide :data:`WARNINGS` and :data:`LOG_RECORDS` in this process; a user's own are shown."""
     for message, category, module in WARNINGS:
         warnings.filterwarnings("ignore", message, category, module)
     for name, start in LOG_RECORDS:

@@ -3,7 +3,15 @@ import warnings
 
 import pytest
 
-from crossmae_det.utils.library_warnings import ignore_library_warnings
+from crossmae_det.utils.messages import ignore_library_warnings, list_names, shorten
+
+
+def test_values_in_messages_are_cut():
+    assert shorten("7") == "'7'" and shorten([1, None]) == "[1, None]"
+    assert len(shorten("x" * 500)) == 80 and len(shorten("x" * 500, 20)) == 20
+    assert list_names(["cat", "dog"]) == "2 (cat, dog)"
+    assert list_names({name: 0 for name in "abcdefg"}.keys()) == "7 (a, b, c, d, e, ...)"
+
 
 MESHGRID = (
     "torch.meshgrid: in an upcoming release, it will be required to pass the indexing argument."
