@@ -169,11 +169,11 @@ def compared(args: argparse.Namespace, device: str) -> Measurement:
         benchmark.find_earlier((work for group in groups for work in group), earlier)
 
     def measure() -> Iterator[benchmark.Section]:
-        cases = benchmark.compare(groups, args.repeats)
-        yield benchmark.comparison_section(cases)
-        yield benchmark.flops_section(cases)
+        rows = benchmark.compare(groups, args.repeats)
+        yield benchmark.comparison_section(rows)
+        yield benchmark.flops_section(rows)
         if earlier is not None:
-            yield benchmark.earlier_section(cases, earlier)
+            yield benchmark.earlier_section(rows, earlier)
 
     return measure
 
@@ -244,11 +244,11 @@ def draw(sections: Iterable[benchmark.Section], folder: Path) -> None:
     values = {section.key: section.values for section in sections}
     if "growth" in values:
         plot_growth(values["growth"], folder / "growth")
-    cases = values.get("backbones", [])
-    plot_latency(cases, folder / "latency")
+    rows = values.get("backbones", [])
+    plot_latency(rows, folder / "latency")
     known = cases.published_precision()
     points = {}
-    for case in cases:
+    for case in rows:
         # The APs are those of detectors at this size.
         if case["backbone"] in known and case["image_size"] == DETECTION_SIZE:
             precision, weights = known[case["backbone"]]

@@ -271,18 +271,22 @@ class Visualization(HookBase):
 
     def __init__(self, visualizer: Visualizer):
         self.visualizer = visualizer
+        self.visualized_iter = -1
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1
         period = self.visualizer.period
-        if period and iteration % period == 0 and iteration < self.trainer.max_iter:
+        if iteration == self.trainer.max_iter or (period and iteration % period == 0):
             self._visualize(iteration)
 
     def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._visualize(self.trainer.max_iter)
+        # A complete run that is resumed has no step left.
+        last = self.trainer.max_iter
+        if self.trainer.iter >= last and self.visualized_iter != last:
+            self._visualize(last)
 
     def _visualize(self, iteration: int) -> None:
+        self.visualized_iter = iteration
         model = unwrap(self.trainer.model)
         precision = inference_autocast(model, self.trainer.amp_dtype)
         with inference_context(model), torch.no_grad(), precision:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from crossmae_det.checkpoint import inspect, to_published
-from crossmae_det.checkpoint.conversion import describe_backbone, format_facts
+from crossmae_det.checkpoint.conversion import format_facts
+from crossmae_det.checkpoint.layouts import describe_backbone
 from crossmae_det.detection import vit_backbone
 from crossmae_det.modeling import build_vit
 from crossmae_det.pretraining import MAE, CrossMAE

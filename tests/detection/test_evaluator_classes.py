@@ -124,7 +124,7 @@ def test_two_ids_may_share_a_class(tmp_path):
             record["annotations"] = [{**a, "category_id": ids[a["category_id"]]} for a in kept]
         return records
 
-    DatasetCatalog.register_json(name, load)
+    DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
         json_file=str(path), thing_classes=["thing"], thing_dataset_id_to_contiguous_id=ids
     )

@@ -89,7 +89,7 @@ def test_dataset_written_when_it_is_first_asked_for(tmp_path):
         path.write_text(json.dumps(make_dataset()))
         return load_coco_json(str(path), str(tmp_path), name)
 
-    DatasetCatalog.register_json(name, load)
+    DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(json_file=str(path))
     try:
         evaluator = COCOEvaluator([name])
@@ -106,7 +106,7 @@ def test_dataset_without_a_json_file_is_converted(tmp_path):
     name = "test_coco_evaluation_dicts"
     record = {"file_name": "a.jpg", "image_id": 1, "height": HEIGHT, "width": WIDTH}
     annotation = {"bbox": [2, 2, 30, 40], "bbox_mode": 1, "category_id": 0}
-    DatasetCatalog.register_json(name, lambda: [{**record, "annotations": [annotation]}])
+    DatasetCatalog.register(name, lambda: [{**record, "annotations": [annotation]}])
     MetadataCatalog.get(name).set(thing_classes=["one"])
     try:
         outputs = [{"instances": instances([[2, 2, 32, 42]], [0.9], [0])}]
