@@ -7,7 +7,7 @@ convert_checkpoint.py output/model_final.pth vit.safetensors --to timm
 
 import argparse
 
-from crossmae_det.checkpoint import convert, format_facts, inspect
+from crossmae_det.checkpoint import convert, inspect
 from crossmae_det.checkpoint.conversion import TARGETS
 from crossmae_det.engine import add_loading_arguments, run_tool
 from crossmae_det.utils.files import write_json
@@ -37,9 +37,9 @@ def main() -> None:
     if args.inspect == bool(args.output) or args.inspect == bool(args.to):
         parser.error("name OUTPUT and --to, or --inspect")
     if args.inspect:
-        facts = inspect(args.input, weights=args.weights, prefix=args.prefix)
-        print(format_facts(facts))
-        result = facts
+        info = inspect(args.input, weights=args.weights, prefix=args.prefix)
+        print(info)
+        result = info.to_dict()
     else:
         report = convert(
             args.input,

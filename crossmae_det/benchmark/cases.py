@@ -263,24 +263,24 @@ def _options(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _backbone_of_checkpoint(path: str, image_size: int) -> Backbone:
-    facts = inspect(path)
-    if "heads" not in facts:
+    info = inspect(path)
+    if info.num_heads is None:
         raise ValueError(
             f"{path} does not tell the number of attention heads; name the config of its model:"
             f" CONFIG={path}"
         )
-    patch = facts["patch"][0]
+    patch = info.patch_size[0]
     # The tables of the windows are the smallest; those of global blocks are made for the image.
-    sides = facts.get("sides of relative positions", [14])
+    window_size = info.rel_pos_sizes[0] if info.rel_pos_sizes else 14
     backbone = vit_backbone(
-        embed_dim=facts["width"],
-        depth=facts["depth"],
-        num_heads=facts["heads"],
-        mlp_ratio=facts["MLP ratio"],
+        embed_dim=info.embed_dim,
+        depth=info.depth,
+        num_heads=info.num_heads,
+        mlp_ratio=info.mlp_ratio,
         patch_size=patch if patch & (patch - 1) == 0 else None,  # a pyramid needs a power of two
         img_size=image_size,
-        pretrain_img_size=facts.get("image size", 224),
-        window_size=sides[0],
+        pretrain_img_size=info.img_size or 224,
+        window_size=window_size,
         use_rel_pos=True,
     )
     load(backbone, path)

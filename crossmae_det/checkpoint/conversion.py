@@ -1,14 +1,10 @@
-"""What a checkpoint holds, from its tensors alone: no model is built.
-
-Legend: C channels of the backbone, D channels of a decoder.
-
-From one checkpoint file to another, in any layout and format.
-"""
+"""Inspecting a checkpoint without building a model, and writing it in another layout or format."""
 
 import pickle
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -32,25 +28,113 @@ from crossmae_det.checkpoint.reading import extract_state_dict, read_checkpoint
 from crossmae_det.modeling import SIZES
 from crossmae_det.utils.files import atomic_path, save_checkpoint
 
+# Layouts to convert to. "safetensors" is the native layout in a file of that format.
+TARGETS = ("native", "published", "timm", "vitdet", "huggingface", "safetensors")
+
+# Layouts whose readers expect the tensors at the top level of a file, not under "model".
+FLAT_LAYOUTS = ("timm", "huggingface")
+
+# Types that numpy lacks; float32 represents all their values.
+NOT_IN_NUMPY = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+# Options of a pretraining command line that are worth showing, in :class:`CheckpointInfo`.
+TRAINING_OPTIONS = ("model", "mask_ratio", "kept_mask_ratio", "epochs", "norm_pix_loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint holds. What the file does not tell is None.
+
+    Attributes:
+        layout: the naming scheme of the tensors, a value of
+            :data:`~crossmae_det.checkpoint.layouts.TITLES`.
+        size: name in :data:`~crossmae_det.modeling.SIZES`.
+        embed_dim: channels of the backbone.
+        depth: blocks of the backbone.
+        num_heads: known from relative positions or a named size only.
+        mlp_ratio: hidden channels of the MLPs over ``embed_dim``.
+        patch_size: (H, W) in pixels.
+        in_chans: channels of an image.
+        class_token: whether there is one.
+        positions: rows of the position embedding, that of the class token included.
+        img_size: (H, W) in pixels of the images that the position embedding covers.
+        rel_pos_sizes: sides in patches that the relative-position tables cover, ascending.
+        decoder: "CrossMAE" or "MAE".
+        decoder_dim: channels of the decoder.
+        decoder_depth: blocks of the decoder.
+        decoder_features: encoder features that CrossMAE's decoder combines.
+        decoder_self_attention: whether CrossMAE's decoder has it.
+        classifier_rows: outputs of a classifier or of a detector's box classifier.
+        parts: top-level names beside the backbone and the decoder.
+        tensors: number of tensors.
+        parameters: number of values in all tensors.
+        backbone_parameters: number of values in the tensors of the backbone.
+        dtypes: types of the tensors.
+        entries: top-level entries of the file, where it holds more than tensors.
+        options: recorded command-line options of the pretraining run.
+        unexpected: tensors that a plain ViT does not have.
+    """
+
+    layout: str
+    size: str | None = None
+    embed_dim: int
+    depth: int
+    num_heads: int | None = None
+    mlp_ratio: float | None = None
+    patch_size: tuple[int, int]
+    in_chans: int
+    class_token: bool
+    positions: int | None = None
+    img_size: tuple[int, int] | None = None
+    rel_pos_sizes: list[int] | None = None
+    decoder: str | None = None
+    decoder_dim: int | None = None
+    decoder_depth: int | None = None
+    decoder_features: int | None = None
+    decoder_self_attention: bool | None = None
+    classifier_rows: int | None = None
+    parts: list[str]
+    tensors: int
+    parameters: int
+    backbone_parameters: int
+    dtypes: list[str]
+    entries: list[str]
+    options: dict[str, str]
+    unexpected: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes, in types that JSON has."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """A table of the attributes that are known, for the terminal."""
+        rows = []
+        for name, value in asdict(self).items():
+            if isinstance(value, dict):
+                value = [f"{key}={option}" for key, option in value.items()]
+            if isinstance(value, list | tuple):
+                value = ", ".join(map(str, value[:8])) + (", ..." if len(value) > 8 else "")
+            elif isinstance(value, bool):
+                value = "yes" if value else "no"
+            elif isinstance(value, int):
+                value = f"{value:,}"
+            if value not in (None, ""):
+                rows.append((name.replace("_", " "), value))
+        return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
 
 def inspect(
     path: str | PathLike[str], *, weights: str = "model", prefix: str = ""
-) -> dict[str, Any]:
-    """What a checkpoint holds.
+) -> CheckpointInfo:
+    """Describe a checkpoint from its tensors; no model is built.
 
     Args:
-        path: what :func:`read_checkpoint` reads.
-        weights, prefix: the part of it to look at: see :func:`extract_state_dict`.
-
-    Returns:
-        Facts by name, in types that JSON has: the layout, the sizes of the backbone and of a
-            decoder,
-        numbers of tensors and parameters, and what lies beside the weights. What the file does not
-        tell is not there: the number of attention heads, say, unless the size is a usual one or
-        there are relative positions. A side of an image is that of its position embedding.
+        path: see :func:`~crossmae_det.checkpoint.read_checkpoint`.
+        weights, prefix: the part to describe, see
+            :func:`~crossmae_det.checkpoint.extract_state_dict`.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: the file cannot be read, or is not that of a ViT.
+        FileNotFoundError, OSError, ValueError: the file cannot be read, or holds no plain ViT.
     """
     content = read_checkpoint(path)
     state = extract_state_dict(content, path, weights, prefix)
@@ -58,107 +142,79 @@ def inspect(
         native = translate(state, lambda name: True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    tensors, prefix = native.tensors, native.backbone
-    backbone = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    beside = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
-    facts: dict[str, Any] = {"format": TITLES[native.layout]}
-    facts |= _backbone(backbone, saved_grid(content))
-    facts |= _decoder(beside, content)
-    if classes := [
-        t for n, t in beside.items() if re.fullmatch(r"head\.weight|.*cls_score\.weight", n)
-    ]:
-        facts["rows of the classifier"] = len(classes[0])
-    if parts := sorted({n.partition(".")[0] for n in beside} - {"decoder"}):
-        facts["parts beside the backbone"] = parts
-    facts["tensors"] = len(state)
-    facts["parameters"] = sum(tensor.numel() for tensor in state.values())
-    facts["parameters of the backbone"] = sum(tensor.numel() for tensor in backbone.values())
-    facts["types"] = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
-    if content.keys() != state.keys():
-        names = (key for key in content if isinstance(key, str) and key.isprintable())
-        facts["beside the weights"] = sorted(name[:80] for name in names)
-    if native.unexpected:
-        facts["no place in a plain ViT"] = native.unexpected
-    return facts
+    prefix, tensors = native.backbone, native.tensors
+    backbone = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    rest = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    classifiers = (
+        len(v) for k, v in rest.items() if re.fullmatch(r"head\.weight|.*cls_score\.weight", k)
+    )
+    entries = sorted(key[:80] for key in content if isinstance(key, str) and key.isprintable())
+    args = content.get("args")
+    options = vars(args) if isinstance(args, Namespace) else {}
+    return CheckpointInfo(
+        layout=TITLES[native.layout],
+        **_backbone_sizes(backbone, saved_grid(content)),
+        **_decoder_sizes(rest),
+        classifier_rows=next(classifiers, None),
+        parts=sorted({key.partition(".")[0] for key in rest} - {"decoder"}),
+        tensors=len(state),
+        parameters=sum(tensor.numel() for tensor in state.values()),
+        backbone_parameters=sum(tensor.numel() for tensor in backbone.values()),
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
+        entries=[] if content.keys() == state.keys() else entries,
+        options={
+            name: str(options[name])[:80]
+            for name in TRAINING_OPTIONS
+            if isinstance(options.get(name), str | int | float)
+        },
+        unexpected=native.unexpected,
+    )
 
 
-def format_facts(facts: Mapping[str, Any]) -> str:
-    """The facts as a table for the terminal."""
-    rows = []
-    for name, value in facts.items():
-        if isinstance(value, list):
-            shown = ", ".join(map(str, value[:8])) + (", ..." if len(value) > 8 else "")
-        elif isinstance(value, bool):
-            shown = "yes" if value else "no"
-        else:
-            shown = f"{value:,}" if isinstance(value, int) else str(value)
-        rows.append((name, shown))
-    return tabulate(rows, tablefmt="plain", disable_numparse=True)
-
-
-def _backbone(backbone: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Any]:
-    kernel = backbone["patch_embed.proj.weight"]
-    width, depth = len(kernel), depth_of(backbone, "blocks")
-    size = size_of(width, depth)
-    facts: dict[str, Any] = {"size": size or "none of the usual", "width": width, "depth": depth}
-    tables = {
-        name: tensor for name, tensor in backbone.items() if re.search(r"rel_pos_[hw]$", name)
-    }
-    if tables:
-        facts["heads"] = width // next(iter(tables.values())).shape[-1]
-    elif size:
-        facts["heads"] = SIZES[size].num_heads
+def _backbone_sizes(backbone: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Any]:
+    """The attributes of a backbone; ``grid`` (H, W) is that of its positions, where it is known."""
+    kernel, position = backbone["patch_embed.proj.weight"], backbone.get("pos_embed")
     hidden = backbone.get("blocks.0.mlp.fc1.weight")
-    if hidden is not None:
-        facts["MLP ratio"] = len(hidden) / width
-    facts["patch"] = list(kernel.shape[2:])
-    facts["channels of an image"] = kernel.shape[1]
-    facts["class token"] = "cls_token" in backbone
-    position = backbone.get("pos_embed")
-    if position is not None:
-        side = square_side(position)
-        if grid is None and side is not None:
-            grid = (side, side)
-        if grid is not None:
-            facts["image size"] = [
-                side * patch for side, patch in zip(grid, kernel.shape[2:], strict=True)
-            ]
-        facts["positions"] = position.shape[1]
+    embed_dim, depth = len(kernel), depth_of(backbone, "blocks")
+    patch_size = tuple(kernel.shape[2:])
+    size = size_of(embed_dim, depth)
+    tables = [table for key, table in backbone.items() if re.search(r"rel_pos_[hw]$", key)]
+    num_heads = SIZES[size].num_heads if size else None
     if tables:
-        sides = sorted({(len(table) + 1) // 2 for table in tables.values()})
-        facts["sides of relative positions"] = sides
-    return facts
-
-
-def _decoder(beside: Mapping[str, Tensor], content: Mapping[str, Any]) -> dict[str, Any]:
-    weights, embed = beside.get("decoder.feature_weights"), beside.get("decoder.embed.weight")
-    token = beside.get("decoder.mask_token")
-    if token is None or (weights is None and embed is None):
-        return {"decoder": "none"}
-    facts: dict[str, Any] = {
-        "decoder": "CrossMAE" if weights is not None else "MAE",
-        "decoder width": token.shape[-1],
-        "decoder depth": depth_of(beside, "decoder.blocks"),
+        num_heads = embed_dim // tables[0].shape[-1]
+    if position is None:
+        grid = None
+    elif grid is None and (side := square_side(position)):
+        grid = (side, side)
+    return {
+        "size": size,
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": None if hidden is None else len(hidden) / embed_dim,
+        "patch_size": patch_size,
+        "in_chans": kernel.shape[1],
+        "class_token": "cls_token" in backbone,
+        "positions": None if position is None else position.shape[1],
+        "img_size": grid and (grid[0] * patch_size[0], grid[1] * patch_size[1]),
+        "rel_pos_sizes": sorted({(len(table) + 1) // 2 for table in tables}) or None,
     }
-    if weights is not None:
-        facts["features that the decoder reads"] = weights.shape[1]
-        facts["decoder self-attention"] = "decoder.blocks.0.self_attn.qkv.weight" in beside
-    arguments = content.get("args")
-    if isinstance(arguments, Namespace):
-        for name in ("model", "mask_ratio", "kept_mask_ratio", "epochs", "norm_pix_loss"):
-            value = vars(arguments).get(name)
-            if isinstance(value, str | int | float):
-                facts[f"trained with {name}"] = str(value)[:80]
-    return facts
 
 
-# What a file may be converted to; "safetensors" is the native layout in a file of that format.
-TARGETS = ("native", "published", "timm", "vitdet", "huggingface", "safetensors")
-
-NUMPY_LACKS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-
-# What others read from the top of a file, not from under "model".
-FLAT = ("timm", "huggingface")
+def _decoder_sizes(rest: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The attributes of a decoder; none where there is none."""
+    weights, token = rest.get("decoder.feature_weights"), rest.get("decoder.mask_token")
+    if token is None or (weights is None and "decoder.embed.weight" not in rest):
+        return {}
+    sizes = {"decoder_dim": token.shape[-1], "decoder_depth": depth_of(rest, "decoder.blocks")}
+    if weights is None:
+        return {"decoder": "MAE", **sizes}
+    return {
+        "decoder": "CrossMAE",
+        **sizes,
+        "decoder_features": weights.shape[1],
+        "decoder_self_attention": "decoder.blocks.0.self_attn.qkv.weight" in rest,
+    }
 
 
 def convert(
@@ -174,49 +230,52 @@ def convert(
     """Write a checkpoint in another layout, in the format that the suffix of ``output`` names.
 
     Args:
-        source: what :func:`read_checkpoint` reads.
-        output: ``.pth`` or ``.pt`` (``torch.save``), ``.safetensors``, or for ViTDet ``.pkl``
-            (a pickle of numpy arrays, as detectron2's zoo has).
+        source: see :func:`~crossmae_det.checkpoint.read_checkpoint`.
+        output: ``.pth``, ``.pt`` or ``.bin`` (``torch.save``), ``.safetensors``, or for ViTDet and
+            the native layout ``.pkl`` (a pickle of numpy arrays, as in detectron2's zoo).
         to: one of :data:`TARGETS`.
         weights: "model", or "ema" for the averaged weights of a run.
-        prefix: the part of the file to take: see :func:`extract_state_dict`.
-        allow_missing: patterns of native names that the layout needs and the file may lack.
-        allow_unexpected: patterns of names that may be left out: of the file where a plain ViT has
-            no place for them, native ones where the layout has none.
+        prefix: the part of the file to take, see
+            :func:`~crossmae_det.checkpoint.extract_state_dict`.
+        allow_missing: patterns of native keys that the layout needs and the file may lack.
+        allow_unexpected: patterns of keys to leave out: source keys that a plain ViT does not have,
+            and native keys that the layout cannot represent.
 
     Returns:
-        ``loaded`` are the names written, ``dropped`` and ``unexpected`` those left out.
+        ``loaded`` are the keys written; ``dropped`` and ``unexpected`` those left out.
 
     Raises:
-        FileNotFoundError, OSError: the file is not there, or the output cannot be written.
-        ValueError: the file cannot be read, or does not go into the layout; nothing is written.
+        FileNotFoundError, OSError: the source does not exist, or the output cannot be written.
+        ValueError: the source cannot be read, or does not fit the layout; nothing is written.
     """
     output = Path(output)
     if to not in TARGETS:
-        raise ValueError(f"there is no layout '{to}' to convert to; take {', '.join(TARGETS)}")
+        raise ValueError(f"unknown layout '{to}': use {', '.join(TARGETS)}")
+    suffixes = [".safetensors"]
+    if to != "safetensors":
+        suffixes += [".pth", ".pt", ".bin"] + [".pkl"] * (to in ("vitdet", "native"))
+    if output.suffix not in suffixes:
+        raise ValueError(f"{output}: unknown suffix for layout {to}: use {', '.join(suffixes)}")
     if output.exists() and Path(source).exists() and output.samefile(source):
-        raise ValueError(f"{output} is the file to convert: name another one for the result")
-    layout = "native" if to == "safetensors" else to
-    write = _writer(output, layout)
-    if to == "safetensors" and output.suffix != ".safetensors":
-        raise ValueError(f"{output} does not end in .safetensors")
+        raise ValueError(f"{output} is the source itself: use another output file")
 
     def allowed(name: str) -> bool:
         return matches(name, allow_unexpected)
 
     content = read_checkpoint(source)
     grid = saved_grid(content)
-    beside = {POSITION_GRID: list(grid)} if grid else {}
-    state = extract_state_dict(content, source, weights, prefix)
     try:
-        native = translate(state, allowed)
+        native = translate(extract_state_dict(content, source, weights, prefix), allowed)
         tensors, dropped = export(
-            native.tensors, layout, allowed, lambda n: matches(n, allow_missing)
+            native.tensors,
+            "native" if to == "safetensors" else to,
+            allowed,
+            lambda name: matches(name, allow_missing),
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     with atomic_path(output) as temporary:
-        write(tensors, beside, temporary)
+        _write(temporary, tensors, {POSITION_GRID: list(grid)} if grid else {}, to in FLAT_LAYOUTS)
     unexpected = [name for name in dropped if allowed(name)]
     return Report(
         str(source),
@@ -227,43 +286,23 @@ def convert(
     )
 
 
-def _writer(
-    output: Path, layout: str
-) -> Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], None]:
-    """What writes a file of a suffix: of weights, and of entries beside them if there is room.
-
-    Raises:
-        ValueError: the suffix is none that the layout's readers know.
-    """
-    if output.suffix == ".safetensors":
-        return _write_safetensors
-    if output.suffix == ".pkl" and layout in ("vitdet", "native"):
-        return _write_pickle
-    if output.suffix in (".pth", ".pt", ".bin"):
-        return lambda tensors, beside, path: save_checkpoint(
-            tensors if layout in FLAT else {"model": tensors, **beside}, path
-        )
-    known = ".pth, .pt, .safetensors" + (", .pkl" if layout in ("vitdet", "native") else "")
-    raise ValueError(f"{output}: the suffix names the format, and {layout} knows {known}")
-
-
-def _write_safetensors(
-    tensors: Mapping[str, Tensor], beside: Mapping[str, Any], path: Path
+def _write(
+    path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Any], flat: bool
 ) -> None:
-    # The format holds neither views nor one memory under two names.
-    plain = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    try:
-        safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        raise OSError(f"cannot write the checkpoint: {error}") from error
-
-
-def _write_pickle(tensors: Mapping[str, Tensor], beside: Mapping[str, Any], path: Path) -> None:
-    # numpy has neither bfloat16 nor float8; float32 holds every value of theirs.
-    arrays = {
-        name: (tensor.float() if tensor.dtype in NUMPY_LACKS else tensor).detach().numpy()
-        for name, tensor in tensors.items()
-    }
-    content: dict[str, Any] = {"model": arrays, "__author__": "crossmae_det", **beside}
-    with path.open("wb") as file:
-        pickle.dump(content, file)
+    """Write tensors in the format of the suffix, with further entries where it can hold them."""
+    if path.suffix == ".safetensors":
+        # The format holds neither views nor two tensors that share memory.
+        plain = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        try:
+            safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write the checkpoint: {error}") from error
+    elif path.suffix == ".pkl":
+        arrays = {
+            name: (tensor.float() if tensor.dtype in NOT_IN_NUMPY else tensor).detach().numpy()
+            for name, tensor in tensors.items()
+        }
+        with path.open("wb") as file:
+            pickle.dump({"model": arrays, "__author__": "crossmae_det", **entries}, file)
+    else:
+        save_checkpoint(tensors if flat else {"model": tensors, **entries}, path)

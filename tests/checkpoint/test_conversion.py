@@ -1,4 +1,6 @@
+import json
 import pickle
+import re
 
 import pytest
 import safetensors.torch
@@ -7,9 +9,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling.backbone.vit import ViT as DetectronViT
 from timm.models.vision_transformer import VisionTransformer
 
-from crossmae_det.checkpoint import convert, load, read_checkpoint, to_published
-from crossmae_det.detection import ViTBackbone
-from crossmae_det.modeling import ViT
+from crossmae_det.checkpoint import convert, inspect, load, read_checkpoint, to_published
+from crossmae_det.detection import ViTBackbone, vit_backbone
+from crossmae_det.modeling import ViT, build_vit
 from crossmae_det.modeling.vit import LAYER_NORM
 from crossmae_det.pretraining import MAE, CrossMAE
 from crossmae_det.utils import save_checkpoint
@@ -111,10 +113,10 @@ def test_huggingface_of_mae(tmp_path):
 @pytest.mark.parametrize(
     ("output", "to", "message"),
     [
-        ("out.pkl", "timm", r"suffix names the format, and timm knows .pth, .pt, .safetensors$"),
-        ("out.npz", "native", r"and native knows .pth, .pt, .safetensors, .pkl$"),
-        ("out.pth", "safetensors", "does not end in .safetensors"),
-        ("out.pth", "swin", "there is no layout 'swin' to convert to; take native, published"),
+        ("out.pkl", "timm", r"out.pkl.*timm.*\.pth, "),
+        ("out.npz", "native", r"out.npz.*native.*\.pkl"),
+        ("out.pth", "safetensors", "out.pth.*safetensors"),
+        ("out.pth", "swin", "'swin'.*native, published"),
         ("out.pth", "published", "needs 'encoder.cls_token'.*--allow-missing 'encoder.cls_token'"),
     ],
 )
@@ -138,3 +140,73 @@ def test_what_a_user_knows_about(tmp_path):
         allow_unexpected=["*rel_pos*"],
     )
     assert len(report.unexpected) == 4 and "pos_embed" in report.loaded
+
+
+def saved_info(tmp_path, state, **beside):
+    save_checkpoint({"model": state, **beside}, tmp_path / "a.pth")
+    return inspect(tmp_path / "a.pth")
+
+
+def test_the_sizes_of_a_pretraining_model(tmp_path):
+    model = CrossMAE(build_vit("tiny", img_size=64), decoder_dim=32, decoder_depth=3)
+    got = saved_info(tmp_path, to_published(model.state_dict(), "crossmae"), epoch=7)
+    expected = {
+        "layout": "published CrossMAE",
+        "size": "tiny",
+        "embed_dim": 192,
+        "depth": 12,
+        "num_heads": 3,
+        "mlp_ratio": 4.0,
+        "patch_size": (16, 16),
+        "img_size": (64, 64),
+        "class_token": True,
+        "rel_pos_sizes": None,
+        "decoder": "CrossMAE",
+        "decoder_dim": 32,
+        "decoder_depth": 3,
+        "decoder_features": 13,
+        "decoder_self_attention": False,
+        "parameters": sum(tensor.numel() for tensor in model.state_dict().values()),
+        "entries": ["epoch", "model"],
+    }
+    assert {name: getattr(got, name) for name in expected} == expected
+    assert json.loads(json.dumps(got.to_dict()))["img_size"] == [64, 64]
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in str(got).splitlines())
+    assert lines["img size"] == "64, 64" and lines["class token"] == "yes"
+    assert "rel pos sizes" not in lines
+
+
+def test_the_sizes_of_mae_and_of_a_backbone_alone(tmp_path):
+    backbone = build_vit("tiny", img_size=32, patch_size=8, depth=2)
+    model = MAE(backbone, decoder_dim=32, decoder_depth=1)
+    got = saved_info(tmp_path, model.state_dict())
+    assert (got.decoder, got.decoder_depth, got.size) == ("MAE", 1, None)
+    assert got.num_heads is None  # no weight tells
+    got = saved_info(tmp_path, backbone.state_dict())
+    assert got.decoder is None and got.layout.startswith("timm ViT")
+    assert got.backbone_parameters == got.parameters
+
+
+def test_the_sizes_of_a_detector(tmp_path):
+    backbone = vit_backbone(
+        "tiny", img_size=64, window_size=2, use_rel_pos=True, pretrain_img_size=32
+    )
+    state = {f"backbone.net.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    state["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(5, 8)
+    got = saved_info(tmp_path, state)
+    assert got.layout.startswith("detectron2 ViTDet")
+    assert got.num_heads == 3 and got.rel_pos_sizes == [2, 4]
+    assert got.img_size == (32, 32) and not got.class_token
+    assert got.classifier_rows == 5 and got.parts == ["roi_heads"]
+
+
+def test_a_published_training_checkpoint_is_described(fixtures):
+    got = inspect(fixtures / "crossmae_tiny_training_checkpoint.pth")
+    assert got.layout == "published CrossMAE" and got.decoder == "CrossMAE"
+    assert {"args", "epoch", "optimizer"} < set(got.entries)
+    assert got.options["mask_ratio"] == "0.75"
+
+
+def test_inspecting_another_network_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"a.pth: .*'conv1.weight'"):
+        saved_info(tmp_path, {"conv1.weight": torch.zeros(1)})

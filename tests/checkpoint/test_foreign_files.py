@@ -145,7 +145,7 @@ def test_a_prefix_selects_a_part(tmp_path, prefix, offset, behind):
     for name, tensor in model.backbone.net.state_dict().items():
         if "rel_pos" not in name:
             assert torch.equal(tensor, encoder[name] + offset)
-    assert inspect(f"{path}:{prefix}")["class token"] is True
+    assert inspect(f"{path}:{prefix}").class_token
     if prefix == "teacher.":
         return  # with DINO's head, of which timm knows nothing
     convert(path, tmp_path / "vit.safetensors", "timm", prefix=prefix)
@@ -229,4 +229,4 @@ def test_the_tool_takes_a_prefix(tmp_path, monkeypatch, repo):
     arguments = (tmp_path / "dino.pth", "--inspect", "--prefix", "teacher.backbone.")
     main = load_tool(repo, "convert_checkpoint").main
     call_tool(main, monkeypatch, "convert_checkpoint", *arguments, "--json", facts)
-    assert json.loads(facts.read_text())["width"] == 16
+    assert json.loads(facts.read_text())["embed_dim"] == 16

@@ -58,7 +58,7 @@ def test_checkpoints_of_runs_tell_their_grid(tmp_path):
         assert name in (report.loaded if grid == (4, 9) else report.resampled)
         expected = table[:, 1:] if grid == (4, 9) else resampled(table, (4, 9), grid)
         torch.testing.assert_close(target.backbone.net.pos_embed[:, 1:], expected)
-    assert inspect(path)["image size"] == [32, 72]
+    assert inspect(path).img_size == (32, 72)
     with pytest.raises(ValueError, match="pos_embed"):
         load(Detector(pretrain_img_size=48), path, whole=True, exact=True)
     # Converted, it still does.

@@ -31,11 +31,11 @@ def mae(tmp_path):
 
 
 def test_inspect_and_convert(convert, mae, tmp_path):
-    process = convert(mae, "--inspect", "--json", tmp_path / "facts.json")
+    process = convert(mae, "--inspect", "--json", tmp_path / "info.json")
     assert process.returncode == 0, process.stderr
     assert "pretraining model of crossmae_det" in process.stdout
-    facts = json.loads((tmp_path / "facts.json").read_text())
-    assert facts["width"] == 192 and facts["decoder"] == "MAE"
+    info = json.loads((tmp_path / "info.json").read_text())
+    assert info["embed_dim"] == 192 and info["decoder"] == "MAE"
 
     output, report = tmp_path / "vit.safetensors", tmp_path / "report.json"
     process = convert(mae, output, "--to", "timm", "--json", report)
