@@ -1,50 +1,14 @@
-"""Layer-wise learning-rate decay for a model that contains the backbone."""
+"""Layer-wise learning-rate decay for models with a ViT backbone."""
 
-import re
+import math
 from typing import Any
 
 from detectron2.layers.batch_norm import LayerNorm as ChannelLayerNorm
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+from detectron2.solver.build import get_default_optimizer_params, reduce_param_groups
 from torch import nn
 
 from crossmae_det.modeling import ViT
-
-# Norms that detectron2's `get_default_optimizer_params` knows. Its own `LayerNorm` over channels,
-# in pyramids and heads, is none of them.
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-
-
-def find_backbone(model: nn.Module) -> tuple[str, ViT]:
-    """The name and the module of the one ViT inside ``model``.
-
-    Raises:
-        ValueError: there is none, or more than one.
-    """
-    backbones = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, ViT)
-    ]
-    if len(backbones) != 1:
-        raise ValueError(
-            f"expected one ViT backbone in {type(model).__name__}, found {len(backbones)}"
-        )
-    return backbones[0]
-
-
-def layer_index(name: str, backbone_name: str, depth: int) -> int:
-    """Layer of a parameter: 0 for the embeddings, 1 to ``depth`` for the blocks, then the rest.
-
-    Args:
-        name: full name of the parameter in the model.
-        backbone_name: name of the backbone in the model, "" when it is the model itself.
-        depth: number of blocks of the backbone.
-    """
-    prefix = f"{backbone_name}." if backbone_name else ""
-    if name.startswith(prefix):
-        inside = name[len(prefix) :]
-        if block := re.match(r"blocks\.(\d+)\.", inside):
-            return int(block[1]) + 1
-        if inside.startswith(("patch_embed.", "pos_embed", "cls_token")):
-            return 0
-    return depth + 1
 
 
 def layer_decay_param_groups(
@@ -59,59 +23,71 @@ def layer_decay_param_groups(
     """Parameter groups with a learning rate that shrinks towards the input (ViTDet, appendix A.1).
 
     The layer at distance d from the heads gets ``base_lr * backbone_lr_factor * lr_decay ** d``;
-    the heads and the pyramid get ``base_lr``. The depth is the model's own.
+    the heads and the pyramid get ``base_lr``. The depth is read from the model.
 
-    The defaults are ViTDet's published recipe for ViT-B and ViT-L, which decays everything but the
-    backbone's norms and its position embedding; that for ViT-H decays these as well.
+    The defaults are ViTDet's published recipe for ViT-B and ViT-L, which exempts only the
+    backbone's norms and position embedding from weight decay; the ViT-H recipe exempts nothing.
 
     Args:
-        model: any module with one ViT inside.
+        model: any module that contains one ViT.
         base_lr: learning rate of the heads.
         lr_decay: factor from one layer to the one below, in (0, 1].
-        backbone_lr_factor: learning rate of the backbone over that of the heads, before the decay.
-        weight_decay_norm: weight decay of torch's norms, of which a ViTDet has them in its ViT
-            only; None for the optimizer's, as all other weights.
-        weight_decay_channel_norm: likewise of detectron2's ``LayerNorm`` over channels ("LN"), in
-            the pyramid and the heads.
-        weight_decay_pos_embed: likewise of the position embedding.
+        backbone_lr_factor: learning rate of the backbone relative to the heads, before the decay.
+        weight_decay_norm: weight decay of torch's norms, which a ViTDet has in its ViT only; None
+            for the optimizer's weight decay.
+        weight_decay_channel_norm: likewise for detectron2's channel ``LayerNorm`` ("LN") of the
+            pyramid and the heads.
+        weight_decay_pos_embed: likewise for the position embedding.
 
     Returns:
-        Groups for a torch optimizer, from the embeddings to the heads. Each has a ``name``
-        ("layer_00", "heads") for the log, with "_no_decay" or "_decay_VALUE" behind it where it has
-        a weight decay of its own.
+        Groups for a torch optimizer, from the embeddings to the heads. Each has a ``name`` for the
+        log ("layer_00", "heads"), which ends in "_no_decay" or "_decay_VALUE" if the group has its
+        own weight decay.
 
     Raises:
-        ValueError: ``lr_decay`` out of range, or not exactly one backbone in the model.
+        ValueError: ``lr_decay`` out of range, or not exactly one ViT in the model.
     """
     if not 0 < lr_decay <= 1:
         raise ValueError(f"lr_decay must lie in (0, 1], got {lr_decay}")
-    backbone_name, backbone = find_backbone(model)
-    depth = len(backbone.blocks)
-    own_decay: dict[int, float | None] = {id(backbone.pos_embed): weight_decay_pos_embed}
-    for module in model.modules():
-        for kind, decay in (
-            (NORMS, weight_decay_norm),
-            (ChannelLayerNorm, weight_decay_channel_norm),
-        ):
-            if isinstance(module, kind):
-                own_decay |= {id(p): decay for p in module.parameters(recurse=False)}
-    groups: dict[tuple[int, bool, float], dict[str, Any]] = {}
+    vits = [(name, module) for name, module in model.named_modules() if isinstance(module, ViT)]
+    if len(vits) != 1:
+        raise ValueError(f"expected one ViT backbone in {type(model).__name__}, found {len(vits)}")
+    ((vit_name, vit),) = vits
+    prefix, depth = vit_name and f"{vit_name}.", len(vit.blocks)
+
+    def distance(name: str) -> int:
+        """Layers between a parameter and the heads: 0 for the heads, depth + 1 for embeddings."""
+        if not name.startswith(prefix):
+            return 0
+        # detectron2's rule, with a decay of 2 to read the exponent. It knows no class token.
+        name = name.removeprefix(prefix).replace("cls_token", "pos_embed").lstrip(".")
+        return round(math.log2(get_vit_lr_decay_rate(f"backbone.{name}", 2, num_layers=depth)))
+
+    def factor(name: str) -> float:
+        layers = distance(name)
+        return backbone_lr_factor * lr_decay**layers if layers else 1
+
+    pos_embed = {} if weight_decay_pos_embed is None else {"weight_decay": weight_decay_pos_embed}
+    entries = get_default_optimizer_params(
+        model,
+        base_lr,
+        weight_decay_norm=weight_decay_norm,
+        lr_factor_func=factor,
+        overrides={"pos_embed": pos_embed},
+    )
+    # `reduce_param_groups` merges what several entries say about a parameter.
+    if weight_decay_channel_norm is not None:
+        norms = [module for module in model.modules() if isinstance(module, ChannelLayerNorm)]
+        params = [p for norm in norms for p in norm.parameters() if p.requires_grad]
+        entries.append({"params": params, "weight_decay": weight_decay_channel_norm})
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = layer_index(name, backbone_name, depth)
-        decay = own_decay.get(id(parameter))
-        key = (layer, decay is not None, decay or 0.0)
-        if key not in groups:
-            in_backbone = layer <= depth
-            lr = base_lr * (
-                backbone_lr_factor * lr_decay ** (depth + 1 - layer) if in_backbone else 1
-            )
-            group_name = f"layer_{layer:02d}" if in_backbone else "heads"
-            group: dict[str, Any] = {"params": [], "lr": lr, "name": group_name}
-            if decay is not None:
-                suffix = f"decay_{decay:g}" if decay else "no_decay"
-                group |= {"weight_decay": decay, "name": f"{group_name}_{suffix}"}
-            groups[key] = group
-        groups[key]["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
+        if parameter.requires_grad:
+            layer = depth + 1 - distance(name)
+            group = f"layer_{layer:02d}" if layer <= depth else "heads"
+            entries.append({"params": [parameter], "name": group})
+    groups = reduce_param_groups(entries)
+    groups.sort(key=lambda g: (g["name"] == "heads", g["name"], g.get("weight_decay", -1)))
+    for group in groups:
+        if (decay := group.get("weight_decay")) is not None:
+            group["name"] += f"_decay_{decay:g}" if decay else "_no_decay"
+    return groups

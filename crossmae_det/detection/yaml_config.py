@@ -1,32 +1,26 @@
-"""The keys that yaml configs have on top of detectron2's.
+"""Yaml configs: the keys added to detectron2's, and their conversion to lazy configs.
 
-Yaml configs: detectron2's keys, run by the one engine.
-
-A yaml config is turned into the lazy config that it stands for, so that every rule (iterations from
-epochs, learning rate from batch size, ...) is written once, in the lazy configs.
+A yaml config is converted to the equivalent lazy config, so every rule (iterations from epochs,
+learning rate from batch size, ...) is written once, in the lazy configs.
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, LazyCall, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from crossmae_det.detection.mask_head import PartiallySupervisedMaskHead
-
-IMAGE_SIZE = 1024  # ViTDet's; where INPUT.IMAGE_SIZE is None
+IMAGE_SIZE = 1024  # ViTDet's, where INPUT.IMAGE_SIZE is None
 
 
 def add_crossmae_config(cfg: CfgNode) -> None:
     """Add the keys of the backbone, the pyramid and the training recipe to a detectron2 config.
 
-    A value of 0 (or "" or an empty list) means "follows from other keys"; each such key says from
-    which. The rules are those of the lazy configs.
+    A value of 0 or an empty list is derived from other keys by the rules of the lazy configs.
 
     Args:
         cfg: detectron2's default config; changed in place.
@@ -39,7 +33,7 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     vit.PATCH_SIZE = 16
     vit.PRETRAIN_IMG_SIZE = 224
     vit.WINDOW_SIZE = 14
-    vit.GLOBAL_BLOCKS = []  # from the depth: four of them, evenly spread
+    vit.GLOBAL_BLOCKS = []  # from the depth: four, evenly spaced
     vit.USE_REL_POS = True
     vit.DROP_PATH_RATE = 0.1
     vit.USE_ACT_CHECKPOINT = False
@@ -53,8 +47,8 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     pyramid.TOP_BLOCK = True
     pyramid.SQUARE_PAD = True
 
-    # Side in pixels, or (height, width): large-scale jitter, test size, padding and position tables
-    # follow. None is IMAGE_SIZE; as a default it lets yacs take both.
+    # Side in pixels or (height, width), of crops, test images, padding and position embeddings.
+    # None, which stands for IMAGE_SIZE, lets yacs accept both.
     cfg.INPUT.IMAGE_SIZE = None
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
@@ -66,10 +60,9 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     solver.MAX_ITER = 0  # from EPOCHS, the training set and IMS_PER_BATCH
     solver.BASE_LR = 0.0  # from IMS_PER_BATCH, by the linear rule
     solver.WEIGHT_DECAY = 0.1
-    # Here None means "as WEIGHT_DECAY".
-    solver.WEIGHT_DECAY_NORM = 0.0  # of norms in the ViT
-    solver.WEIGHT_DECAY_CHANNEL_NORM = None  # of norms in pyramid and heads
-    solver.WEIGHT_DECAY_POS_EMBED = 0.0
+    solver.WEIGHT_DECAY_NORM = 0.0  # of the ViT's norms; None: WEIGHT_DECAY
+    solver.WEIGHT_DECAY_CHANNEL_NORM = None  # likewise, of the norms of pyramid and heads
+    solver.WEIGHT_DECAY_POS_EMBED = 0.0  # likewise
     solver.LR_DECAY = 0.7  # from one layer of the backbone to the one below
     solver.STEPS = ()  # 8/9 and 26/27 of MAX_ITER
     solver.WARMUP_ITERS = 250
@@ -77,16 +70,20 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     solver.CHECKPOINT_PERIOD = 0  # a twentieth of MAX_ITER, at least 100
     cfg.TEST.EVAL_PERIOD = 0  # a twentieth of MAX_ITER, at least 500
 
-    # As in the lazy configs' `train`.
+    # As `train` in the lazy configs.
     solver.AMP.ENABLED = True
     solver.AMP.DTYPE = "auto"
     solver.GRADIENT_ACCUMULATION_STEPS = 1
     solver.CLIP_GRADIENTS.CLIP_TYPE = "norm"
     solver.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9999})
     solver.COMPILE = CfgNode({"ENABLED": False})
+    solver.EARLY_STOPPING = CfgNode({"ENABLED": False, "PATIENCE": 5})  # evaluations
+    cfg.TEST.VALIDATION_LOSS = CfgNode({"ENABLED": False})
+    # The first metric that is measured selects the best checkpoint and stops early.
+    cfg.TEST.BEST_METRICS = ["segm/AP", "bbox/AP"]
 
 
-# What the yaml keys are called in the lazy config.
+# Yaml key -> key of the lazy config.
 KEYS = {
     "INPUT.IMAGE_SIZE": "dataloader.image_size",
     "INPUT.FORMAT": "dataloader.train.mapper.image_format",
@@ -110,30 +107,29 @@ KEYS = {
     "SOLVER.EMA.ENABLED": "train.ema.enabled",
     "SOLVER.EMA.DECAY": "train.ema.decay",
     "SOLVER.COMPILE.ENABLED": "train.compile.enabled",
+    "SOLVER.EARLY_STOPPING.ENABLED": "train.early_stopping.enabled",
+    "SOLVER.EARLY_STOPPING.PATIENCE": "train.early_stopping.patience",
     "SOLVER.CLIP_GRADIENTS.ENABLED": "train.clip_grad.enabled",
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "train.clip_grad.max_norm",
     "TEST.EVAL_PERIOD": "train.eval_period",
+    "TEST.VALIDATION_LOSS.ENABLED": "train.validation_loss.enabled",
+    "TEST.BEST_METRICS": "train.best_checkpoint.metrics",
     "CUDNN_BENCHMARK": "train.cudnn_benchmark",
     "OUTPUT_DIR": "train.output_dir",
     "MODEL.WEIGHTS": "train.init_checkpoint",
 }
 
-# Of the shipped configs: the rule of the lazy configs says whether it fits the training set.
-DEFAULT_TEST = ("coco_2017_val",)
+# The values for which the lazy config's own value or rule stands.
+DERIVED = {
+    "INPUT.IMAGE_SIZE": None,
+    "SOLVER.MAX_ITER": 0,
+    "SOLVER.BASE_LR": 0,
+    "SOLVER.CHECKPOINT_PERIOD": 0,
+    "TEST.EVAL_PERIOD": 0,
+    "OUTPUT_DIR": "./output",  # detectron2's default; here each config has its own folder
+}
 
-# detectron2's own default of OUTPUT_DIR: each config has a folder of its own instead.
-DEFAULT_OUTPUT_DIR = "./output"
-
-# Where 0 or None stands for the value or the rule of the lazy config.
-FOLLOWING = (
-    "INPUT.IMAGE_SIZE",
-    "SOLVER.MAX_ITER",
-    "SOLVER.BASE_LR",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.EVAL_PERIOD",
-)
-
-# Read by to_lazy itself or by the model.
+# Read by `to_lazy` or by the model.
 ALSO_READ = (
     "DATASETS.TRAIN",
     "DATASETS.TEST",
@@ -145,6 +141,9 @@ ALSO_READ = (
     "VERSION",
     "MODEL.",
 )
+
+# The shipped value of DATASETS.TEST: the lazy config checks whether it fits the training set.
+DEFAULT_TEST = ("coco_2017_val",)
 
 
 def default_config() -> CfgNode:
@@ -162,45 +161,41 @@ def read_yaml(path: str, overrides: Sequence[str] = ()) -> CfgNode | None:
         overrides: alternating keys and values.
 
     Returns:
-        The config; None where the file is a lazy config that was saved as yaml.
+        The config; None if the file is a lazy config saved as yaml.
 
     Raises:
         ValueError: not yaml, an unknown key, or a key that has no effect here.
     """
-    cfg = default_config()
     try:
         raw = CfgNode.load_yaml_with_base(path)
-        keys = CfgNode(raw)
-    except (yaml.YAMLError, AttributeError, TypeError, UnicodeDecodeError) as error:
-        # A file without keys (empty, a list, a text) is not found out before they are read.
+        given = CfgNode(raw)
+    except (yaml.YAMLError, AssertionError, AttributeError, TypeError, UnicodeError) as error:
         raise ValueError(f"{path} is not a yaml config: {error}") from error
     if "dataloader" in raw:
         return None
-    known = list(_keys(cfg))
-    overrides = _pairs(path, overrides)
-
-    def merge_overrides() -> None:
-        if "INPUT.IMAGE_SIZE" in overrides:
-            cfg.INPUT.IMAGE_SIZE = None  # yacs would not take a pair for a number
-        cfg.merge_from_list(overrides)
-
-    for given, merge in (
-        (list(_keys(keys)), lambda: cfg.merge_from_other_cfg(keys)),
-        (overrides[::2], merge_overrides),
-    ):
-        for key in given:
-            if key not in known:
-                raise ValueError(f"{path}: unknown config key '{key}'{_did_you_mean(key, known)}")
-        try:
-            merge()
-        except (KeyError, AssertionError, ValueError) as error:
-            raise ValueError(f"{path}: {error.args[0]}") from error
-    _refuse_keys_without_effect(path, cfg)
+    pairs = _pairs(path, overrides)
+    cfg = default_config()
+    defaults = _leaves(cfg)
+    for key in [*_leaves(given), *pairs[::2]]:
+        if key not in defaults:
+            close = difflib.get_close_matches(key.upper(), defaults, n=1, cutoff=0.6)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{path}: unknown config key '{key}'{hint}")
+    try:
+        cfg.merge_from_other_cfg(given)
+        if "INPUT.IMAGE_SIZE" in pairs:
+            cfg.INPUT.IMAGE_SIZE = None  # yacs would not replace a number by a pair
+        cfg.merge_from_list(pairs)
+    except (KeyError, AssertionError, ValueError) as error:
+        raise ValueError(f"{path}: {error.args[0]}") from error
+    for key, value in _leaves(cfg).items():
+        if key not in KEYS and not key.startswith(ALSO_READ) and value != defaults[key]:
+            raise ValueError(f"{path}: '{key}' has no effect with this project's recipe: remove it")
     return cfg
 
 
 def to_lazy(cfg: CfgNode, get_config: Callable[[str], DictConfig]) -> DictConfig:
-    """The lazy config that a yaml config stands for.
+    """Convert a yaml config to the equivalent lazy config.
 
     Args:
         cfg: from :func:`read_yaml`.
@@ -215,23 +210,24 @@ def to_lazy(cfg: CfgNode, get_config: Callable[[str], DictConfig]) -> DictConfig
         raise ValueError("DATASETS.TRAIN names no dataset: add DATASETS.TRAIN \"('NAME',)\"")
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED and (clip.CLIP_TYPE, clip.NORM_TYPE) != ("norm", 2.0):
-        raise ValueError("SOLVER.CLIP_GRADIENTS clips by the 2-norm of the whole gradient only")
+        raise ValueError(
+            "SOLVER.CLIP_GRADIENTS supports the 2-norm of the whole gradient only: set CLIP_TYPE"
+            f" to 'norm' and NORM_TYPE to 2.0, not '{clip.CLIP_TYPE}' and {clip.NORM_TYPE}"
+        )
     lazy = get_config("common/from_yaml.py")
-    lazy.train.output_dir = None  # named after the yaml file
+    lazy.train.output_dir = None  # follows the name of the yaml file
+    values = _leaves(cfg)
     for yaml_key, lazy_key in KEYS.items():
-        value = _select(cfg, yaml_key)
-        if yaml_key == "OUTPUT_DIR" and value == DEFAULT_OUTPUT_DIR:
-            continue
-        if value or yaml_key not in FOLLOWING:
-            OmegaConf.update(lazy, lazy_key, value)
+        if yaml_key not in DERIVED or values[yaml_key] != DERIVED[yaml_key]:
+            OmegaConf.update(lazy, lazy_key, values[yaml_key])
     lazy.dataloader.train.dataset.names = list(cfg.DATASETS.TRAIN)
     lazy.dataloader.train.mapper.min_size = cfg.MODEL.VIT.PATCH_SIZE
     if tuple(cfg.DATASETS.TEST) != DEFAULT_TEST:
         lazy.dataloader.test.dataset.names = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else None
     if cfg.SOLVER.STEPS:
-        steps = [step / lazy.train.max_iter for step in cfg.SOLVER.STEPS]
-        lazy.lr_multiplier.milestones = steps
-    if cfg.MODEL.DEVICE != "cuda":  # detectron2's default; ours takes CUDA where there is one
+        milestones = [step / lazy.train.max_iter for step in cfg.SOLVER.STEPS]
+        lazy.lr_multiplier.milestones = milestones
+    if cfg.MODEL.DEVICE != "cuda":  # detectron2's default; "auto" takes CUDA where there is one
         lazy.train.device = cfg.MODEL.DEVICE
     if cfg.SEED >= 0:
         lazy.train.seed = cfg.SEED
@@ -257,68 +253,41 @@ def build_yaml_model(config: str, num_classes: int, mask_on: bool) -> nn.Module:
     cfg.merge_from_other_cfg(CfgNode.load_cfg(config))
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
     cfg.MODEL.MASK_ON = mask_on
-    if MaskRCNNConvUpsampleHead.__name__ == cfg.MODEL.ROI_MASK_HEAD.NAME:
-        # The same head, for data in which some objects have no mask.
-        cfg.MODEL.ROI_MASK_HEAD.NAME = PartiallySupervisedMaskHead.__name__
-    # Not build_model: it moves the model to MODEL.DEVICE, which is the engine's task.
+    if cfg.MODEL.ROI_MASK_HEAD.NAME == "MaskRCNNConvUpsampleHead":
+        # The same head, which also accepts objects without a mask.
+        cfg.MODEL.ROI_MASK_HEAD.NAME = "PartiallySupervisedMaskHead"
+    # Not build_model, which moves the model to MODEL.DEVICE: the engine does that.
     return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
 
 
-def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Every key of a yaml config, sections and values."""
+def _leaves(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """Every key that has a value, with the names of its sections in front."""
+    leaves: dict[str, Any] = {}
     for name, value in cfg.items():
-        yield prefix + name
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{name}.")
+        nested = isinstance(value, CfgNode)
+        leaves |= _leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return leaves
 
 
 def _pairs(path: str, overrides: Sequence[str]) -> list[str]:
-    """Overrides as alternating keys and values, with a single dataset as a tuple of one.
+    """Overrides as alternating keys and values, with a single dataset as a tuple.
 
     Raises:
-        ValueError: they are not pairs, as those of lazy configs; with what was probably meant.
+        ValueError: they are not pairs; for the syntax of lazy configs with what was meant.
     """
     for key in overrides[::2]:
         name, equals, value = key.partition("=")
         if equals:
             yaml_key = {lazy: yaml for yaml, lazy in KEYS.items()}.get(name, name)
             raise ValueError(
-                f"{path}: override '{key}': yaml configs take PATH.KEY VALUE pairs; write "
-                f"{yaml_key} {value or 'VALUE'}"
+                f"{path}: '{key}': yaml configs take KEY VALUE pairs: write {yaml_key}"
+                f" {value or 'VALUE'}"
             )
     if len(overrides) % 2:
-        raise ValueError(
-            f"{path}: the overrides must be PATH.KEY VALUE pairs, and {overrides[-1]} has no value"
-        )
-    pairs = list(overrides)
-    for index in range(0, len(pairs), 2):
-        if pairs[index] in ("DATASETS.TRAIN", "DATASETS.TEST") and pairs[index + 1][:1] not in "([":
-            pairs[index + 1] = repr((pairs[index + 1],))
-    return pairs
-
-
-def _did_you_mean(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _select(cfg: Mapping[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
-def _refuse_keys_without_effect(path: str, cfg: CfgNode) -> None:
-    """A key that nothing reads would be a setting silently ignored."""
-
-    def visit(node: CfgNode, default: CfgNode, prefix: str) -> None:
-        for name, value in node.items():
-            key = prefix + name
-            if isinstance(value, CfgNode) and not key.startswith(ALSO_READ):
-                visit(value, default[name], f"{key}.")
-            elif key not in KEYS and not key.startswith(ALSO_READ) and value != default[name]:
-                raise ValueError(
-                    f"{path}: '{key}' has no effect with this project's recipe; leave it out"
-                )
-
-    visit(cfg, default_config(), "")
+        raise ValueError(f"{path}: overrides are KEY VALUE pairs, but {overrides[-1]} has no value")
+    return [
+        repr((value,))
+        if key in ("DATASETS.TRAIN", "DATASETS.TEST") and value[:1] not in "(["
+        else value
+        for key, value in zip(["", *overrides], overrides, strict=False)
+    ]
