@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossmae_det.benchmark.report import Section
+from crossmae_det.engine.trainer import total_loss
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,6 @@ class Candidate:
             raise ValueError(f"the batch size must be at least 1, got {count}")
         shape = (count, 3, *to_2tuple(self.image_size))
         return torch.randint(256, shape, dtype=torch.uint8, device=device)
-
-
-def total_loss(losses: dict[str, Tensor]) -> Tensor:
-    """The sum of a model's losses, which training minimizes: a scalar."""
-    return torch.stack([*losses.values()]).sum()
 
 
 BASELINE = "MAE"

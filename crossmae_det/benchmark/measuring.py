@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.utils.benchmark import timer
 from tqdm import tqdm
 
+from crossmae_det.engine.trainer import training_step
+
 T = TypeVar("T")
 
 
@@ -181,16 +183,21 @@ class Work:
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True) if self.train else None
 
-        def run(inputs: Any) -> None:
+        def forward(inputs: Any) -> dict[str, Tensor]:
             with (
                 EventStorage(),  # detectors note their losses in one
                 torch.set_grad_enabled(self.train),
                 torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
             ):
                 outputs = model(inputs)
-            if optimizer is not None:
-                _loss(outputs).backward()
-                optimizer.step()
+            # A scalar for every map, as a detector has losses.
+            return {k: v.float().pow(2).mean() for k, v in outputs.items()} if self.train else {}
+
+        def run(inputs: Any) -> None:
+            if optimizer is None:
+                forward(inputs)
+            else:
+                training_step(inputs, forward, optimizer)
                 optimizer.zero_grad()
 
         if not self.count_model:
@@ -233,11 +240,6 @@ def _detector_input(side: int, train: bool) -> dict[str, Any]:
             gt_masks=BitMasks(masks),
         )
     return result
-
-
-def _loss(outputs: dict[str, Tensor]) -> Tensor:
-    """A scalar that depends on every map, or on every loss of a detector."""
-    return torch.stack([output.float().pow(2).mean() for output in outputs.values()]).sum()
 
 
 class Meter:

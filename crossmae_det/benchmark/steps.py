@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
 
-from crossmae_det.benchmark.costs import Candidate, step_flops, total_loss
+from crossmae_det.benchmark.costs import Candidate, step_flops
 from crossmae_det.benchmark.measuring import MEMORY_NOTES, PRECISIONS, Outcome, Spread, measure
 from crossmae_det.benchmark.report import Section
+from crossmae_det.engine import trainer
 
 # Products of each shape at a measurement. All of them count, as all of a step's do: on a shared
 # machine the fastest one is luck.
@@ -204,10 +205,12 @@ def training_step(
     """One step of training; the gradients are gone afterwards, as other models wait their turn."""
     dtype = PRECISIONS[precision]
     device = next(model.parameters()).device
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        loss = total_loss(model(images))
-    loss.backward()
-    optimizer.step()
+
+    def forward(images: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return model(images)
+
+    trainer.training_step(images, forward, optimizer)
     optimizer.zero_grad()
 
 

@@ -30,7 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from crossmae_det.engine.trainer import inference_autocast
-from crossmae_det.utils.plots import plot_metrics
 
 # A run too short for its warm-up still spends most of its iterations at the full rate.
 LONGEST_WARMUP = 0.1
@@ -247,6 +246,8 @@ class MetricCurves(HookBase):
         self.output_dir = output_dir
 
     def after_train(self) -> None:
+        from crossmae_det.utils.plots import plot_metrics  # matplotlib takes a second to import
+
         metrics = os.path.join(self.output_dir, "metrics.json")
         if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:
             path = os.path.join(self.output_dir, "curves.png")

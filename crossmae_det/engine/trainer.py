@@ -154,6 +154,56 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
     return [batch[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
+def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
+    """The sum of a model's losses, which training minimizes: a scalar."""
+    return torch.stack([*losses.values()]).sum()
+
+
+def training_step(
+    batch: Any,
+    forward: Callable[[Any], Mapping[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    parts: int = 1,
+    scaler: torch.amp.GradScaler | None = None,
+    gradient_sync: Callable[[bool], contextlib.AbstractContextManager] | None = None,
+    before_step: Callable[[], None] | None = None,
+) -> dict[str, Tensor]:
+    """One optimizer step: forward and backward of each part of a batch, then the update.
+
+    Args:
+        batch: a list of samples, or a tensor with the samples in its first dimension.
+        forward: takes a part of the batch and returns its scalar losses.
+        optimizer: its gradients are set to those of this step, and stay.
+        parts: number of parts the batch is split into; see :func:`split_batch`. The gradient is
+            the mean over the samples, as if there were one part.
+        scaler: scales the loss for fp16; None does not scale.
+        gradient_sync: context of a part's passes; its argument is True for the last part.
+        before_step: called with the unscaled gradients, before the optimizer's step.
+
+    Returns:
+        The losses by name, detached: the mean over the samples.
+    """
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    losses: dict[str, Tensor] = {}
+    pieces = split_batch(batch, parts)
+    optimizer.zero_grad()
+    for index, part in enumerate(pieces):
+        share = len(part) / len(batch)
+        last = index == len(pieces) - 1
+        with gradient_sync(last) if gradient_sync else contextlib.nullcontext():
+            part_losses = forward(part)
+            scaler.scale(share * total_loss(part_losses)).backward()
+        for name, loss in part_losses.items():
+            losses[name] = losses.get(name, 0) + share * loss.detach()
+    scaler.unscale_(optimizer)
+    if before_step:
+        before_step()
+    scaler.step(optimizer)
+    scaler.update()
+    return losses
+
+
 class Trainer(SimpleTrainer):
     """detectron2's trainer with mixed precision, accumulation, clipping and a guard against NaN.
 
@@ -241,27 +291,15 @@ class Trainer(SimpleTrainer):
         seed_sequence = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()])
         seed_all_rng(int(seed_sequence.generate_state(1)[0]))
 
-        self.optimizer.zero_grad()
-        losses: dict[str, Tensor] = {}
-        parts = split_batch(batch, self.gradient_accumulation_steps)
-        for index, part in enumerate(parts):
-            share = len(part) / len(batch)
-            last = index == len(parts) - 1
-            with self._gradient_sync(last):
-                part_losses = self._forward(part)
-                self.grad_scaler.scale(
-                    share * torch.stack([*part_losses.values()]).sum()
-                ).backward()
-            for name, loss in part_losses.items():
-                losses[name] = losses.get(name, 0) + share * loss.detach()
-        self.after_backward()
-        if self.iter == self.start_iter:
-            self._check_gradients()
-
-        self.grad_scaler.unscale_(self.optimizer)
-        self._clip_gradient(batch)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
+        losses = training_step(
+            batch,
+            self._forward,
+            self.optimizer,
+            parts=self.gradient_accumulation_steps,
+            scaler=self.grad_scaler,
+            gradient_sync=self._gradient_sync,
+            before_step=lambda: self._check_and_clip(batch),
+        )
         self._write_metrics(losses, data_time)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -317,7 +355,11 @@ class Trainer(SimpleTrainer):
             )
         logger.warning("%s: they are not trained", what)
 
-    def _clip_gradient(self, batch: Any) -> None:
+    def _check_and_clip(self, batch: Any) -> None:
+        """Between the backward pass and the optimizer's step."""
+        self.after_backward()
+        if self.iter == self.start_iter:
+            self._check_gradients()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm(gradients)
         norm = total.full_tensor() if isinstance(total, DTensor) else total

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from timm.layers import to_2tuple
 
 from crossmae_det.detection import DatasetInfo, category_indices, describe
-from crossmae_det.pretraining import find_images
 
 Names = str | Sequence[str]
 
@@ -137,6 +136,8 @@ def image_iterations(epochs: float, name: str, batch_size: int, *, _root_: DictC
 
 
 def _count_images(name: str, root: DictConfig) -> int:
+    from crossmae_det.pretraining import find_images  # not needed to import crossmae_det
+
     images = image_set(name)
     try:
         return len(find_images(images))

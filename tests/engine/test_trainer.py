@@ -157,7 +157,7 @@ def test_a_run_may_resume_in_another_precision():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulation": 0}, "train.gradient_accumulation_steps must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "train.gradient_accumulation_steps"),
         ({"seed": -1}, "train.seed must not be negative"),
         ({"clip_norm": 0.0}, "train.clip_grad.max_norm must be positive"),
         ({"amp_dtype": "fp8"}, "train.amp.dtype must be one of auto, bf16, fp16, got 'fp8'"),
