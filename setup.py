@@ -43,7 +43,7 @@ setup(
     package_dir={CONFIGS: "configs"},
     package_data={
         **{name: ["*.yaml"] for name in CONFIG_PACKAGES},
-        "crossmae_det.model_zoo": ["data/*.json", "data/*.md"],
+        "crossmae_det.model_zoo": ["data/*.json", "data/*.j2"],
     },
     # detectron2 is needed as well but is not on PyPI, so it cannot be named here:
     # tools/install_detectron2.py, or its own instructions.
@@ -63,6 +63,7 @@ setup(
         "omegaconf>=2.1,<2.4",
         "hydra-core>=1.1",
         "huggingface-hub>=0.20",
+        "jinja2>=3.0",  # MODEL_ZOO.md
         "pyyaml>=6.0",
         "safetensors>=0.4",
         "tabulate>=0.8",

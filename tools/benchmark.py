@@ -19,14 +19,14 @@ import torch
 
 from crossmae_det import benchmark
 from crossmae_det.benchmark import cases
-from crossmae_det.benchmark.loading import detection_loading
-from crossmae_det.benchmark.report import plot_growth, plot_latency, plot_precision
-from crossmae_det.benchmark.zoo_page import training_candidate, variations
+from crossmae_det.benchmark.comparison import PARTS, check_earlier, check_sizes
+from crossmae_det.benchmark.loading import crop_loading, detection_loading
+from crossmae_det.benchmark.measuring import check_repeats
+from crossmae_det.benchmark.report import DETECTION_SIZE, plot_sections
 from crossmae_det.engine import resolve_device, run_tool
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.modeling import SIZES
 from crossmae_det.pretraining import find_images
-from crossmae_det.pretraining.crops import RandomCrops
 
 CONFIGS = [
     f"pretraining/{name.format(size)}.py"
@@ -34,7 +34,6 @@ CONFIGS = [
     for name in ("mae_vit_{}_800ep", "crossmae_vit_{}_800ep", "crossmae_vit_{}_800ep_pred75")
 ]
 CROP_SIZE = 224
-DETECTION_SIZE = 1024
 GROWTH_SIZES = [256, 384, 512, 768, 1024, 1280, 1536]
 
 
@@ -64,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--step",
         action="store_true",
-        help="also time and memory of training steps of the configs, in turns; all are in memory"
+        help="also time and memory of training steps of the configs, interleaved; all are in memory"
         " together",
     )
     what.add_argument(
@@ -76,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--part",
-        choices=benchmark.PARTS,
+        choices=PARTS,
         default="alone",
         help="backbones alone (default), with their pyramid, or in Mask R-CNN",
     )
@@ -147,7 +146,7 @@ def compared(args: argparse.Namespace, device: str) -> Measurement:
         cases.check_name(name, args.opts)
     groups = [
         [
-            benchmark.Work(
+            benchmark.BackboneCase(
                 name=name,
                 build=partial(cases.build, name, args.part, size, args.opts),
                 part=args.part,
@@ -166,14 +165,10 @@ def compared(args: argparse.Namespace, device: str) -> Measurement:
     earlier = None
     if args.against:
         earlier = benchmark.read_json(args.against)
-        benchmark.find_earlier((work for group in groups for work in group), earlier)
+        check_earlier((case for group in groups for case in group), earlier)
 
     def measure() -> Iterator[benchmark.Section]:
-        rows = benchmark.compare(groups, args.repeats)
-        yield benchmark.comparison_section(rows)
-        yield benchmark.flops_section(rows)
-        if earlier is not None:
-            yield benchmark.earlier_section(rows, earlier)
+        yield from benchmark.comparison_sections(benchmark.compare(groups, args.repeats), earlier)
 
     return measure
 
@@ -184,7 +179,7 @@ def growth(args: argparse.Namespace, device: str) -> Measurement:
         kind: partial(cases.build_block, args.growth, kind, DETECTION_SIZE)
         for kind in ("windowed", "global")
     }
-    work = benchmark.Work(
+    case = benchmark.BackboneCase(
         name=f"vit-{args.growth}",
         build=builds["global"],
         part="alone",
@@ -197,8 +192,7 @@ def growth(args: argparse.Namespace, device: str) -> Measurement:
     )
 
     def measure() -> Iterator[benchmark.Section]:
-        curves = benchmark.grow(work, builds, args.image_sizes, args.repeats)
-        yield benchmark.growth_section(curves, work)
+        yield benchmark.grow(case, builds, args.image_sizes, args.repeats)
 
     return measure
 
@@ -207,23 +201,23 @@ def pretraining(args: argparse.Namespace, device: str) -> Measurement:
     # The learning rate follows from the batch size.
     overrides = [f"dataloader.train.total_batch_size={args.batch_size}", *args.opts]
     builds = [
-        partial(training_candidate, device, config, overrides, variation)
+        partial(cases.pretraining_spec, device, config, overrides, variation)
         for config in args.pretraining or CONFIGS
-        for variation in variations(config, args.prediction_ratios, args.decoder_depths)
+        for variation in cases.variations(config, args.prediction_ratios, args.decoder_depths)
     ]
-    costs = [benchmark.pretraining_cost(build()) for build in builds]
+    specs = [build() for build in builds]
+    costs = [(spec.name, benchmark.pretraining_cost(spec)) for spec in specs]
 
     def measure() -> Iterator[benchmark.Section]:
         yield benchmark.pretraining_section(costs)
         if args.step:
-            times = benchmark.time_steps(
+            yield benchmark.time_steps(
                 builds,
                 batch_size=args.batch_size,
                 precision=args.precision,
                 repeats=args.repeats,
                 device=torch.device(device),
             )
-            yield benchmark.step_section(times)
 
     return measure
 
@@ -232,28 +226,10 @@ def loading(args: argparse.Namespace, device: str) -> Measurement:
     images = find_images(image_set(args.data))
 
     def measure() -> Iterator[benchmark.Section]:
-        ours, usual = RandomCrops(CROP_SIZE), benchmark.UsualCrops(CROP_SIZE)
-        rates = benchmark.time_loading(images, ours, usual, args.repeats)
-        yield benchmark.loading_section(rates, args.data, CROP_SIZE)
+        yield crop_loading(args.data, images, CROP_SIZE, args.repeats)
         yield from detection_loading(args.data, args.image_sizes[0], args.repeats)
 
     return measure
-
-
-def draw(sections: Iterable[benchmark.Section], folder: Path) -> None:
-    values = {section.key: section.values for section in sections}
-    if "growth" in values:
-        plot_growth(values["growth"], folder / "growth")
-    rows = values.get("backbones", [])
-    plot_latency(rows, folder / "latency")
-    known = cases.published_precision()
-    points = {}
-    for case in rows:
-        # The APs are those of detectors at this size.
-        if case["backbone"] in known and case["image_size"] == DETECTION_SIZE:
-            precision, weights = known[case["backbone"]]
-            points[f"{case['backbone']}, {weights}"] = (case["flops"] / 1e9, precision)
-    plot_precision([(name, *point) for name, point in points.items()], folder / "precision")
 
 
 def measurements(args: argparse.Namespace) -> tuple[list[Measurement], torch.device]:
@@ -264,10 +240,10 @@ def measurements(args: argparse.Namespace) -> tuple[list[Measurement], torch.dev
             f"--device {args.device}: measurements are of cpu and cuda; CUDA_VISIBLE_DEVICES names"
             " the GPU"
         )
-    benchmark.check_repeats(args.repeats)
+    check_repeats(args.repeats)
     if not args.image_sizes:
         args.image_sizes = GROWTH_SIZES if args.growth else [DETECTION_SIZE]
-    benchmark.check_sizes(args.image_sizes, args.batch_sizes)
+    check_sizes(args.image_sizes, args.batch_sizes)
     modes = (
         (args.backbones, compared),
         (args.growth, growth),
@@ -296,7 +272,7 @@ def main() -> None:
     for path, write in files:
         write(report, path)
     if args.plots:
-        draw(sections, Path(args.plots))
+        plot_sections(sections, args.plots)
 
 
 if __name__ == "__main__":

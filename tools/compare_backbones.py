@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from crossmae_det.benchmark.studies import comparison_table, read_metrics, summarize
+from crossmae_det.benchmark.comparison import comparison_table, read_metrics, summarize
 from crossmae_det.engine import run_tool
 from crossmae_det.engine.config import is_run_of
 from crossmae_det.model_zoo import get_config

@@ -1,286 +1,338 @@
-"""Backbones side by side: parameters, FLOPs, latency, throughput and memory.
+"""Comparisons: of what backbones and their blocks cost, and of detectors trained from them.
 
-How the cost of a block grows with the side of the image, by window and by global attention.
-
-Legend: N images, S side of an image in pixels, L patches, C channels.
+Legend: N images, S image size in pixels, L patches, C channels.
 """
 
+import json
+import os
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from fvcore.nn import parameter_count
+from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from crossmae_det.benchmark.costs import backbone_parts, detector_cost, flops_of, parameters_of
-from crossmae_det.benchmark.measuring import MEMORY_NOTES, Outcome, Spread, Work, measure
-from crossmae_det.benchmark.report import Section
+from crossmae_det.benchmark.costs import backbone_parts, detection_cost, flops_of
+from crossmae_det.benchmark.measuring import MEMORY_NOTES, Case, measure
+from crossmae_det.benchmark.report import Column, Section, machine
+from crossmae_det.engine.trainer import training_step
 
-KINDS = {
+# What is measured of a backbone.
+PARTS = {
     "alone": "Backbones",
     "pyramid": "Backbones with their pyramid",
     "detector": "Backbones in Mask R-CNN",
 }
 
-FEW_OBJECTS = (
-    "With random weights a detector finds few objects or none, and its mask head has little to do:"
-    " name a config and its checkpoint for the time of one that finds some."
+# What identifies a case beside its name.
+SETTINGS = ("part", "image_size", "batch_size", "train", "precision", "device", "compiled")
+
+# What is counted of a backbone; the last one is a dictionary.
+COUNTS = ("parameters", "flops", "flops_by_part")
+
+CASE_COLUMNS = (
+    Column("backbone", "backbone"),
+    Column("pixels", "image_size"),
+    Column("batch", "batch_size"),
 )
 
+# What is measured, by whether it is training.
+STEPS = {False: "forward", True: "forward, backward and AdamW"}
 
-@dataclass(frozen=True)
-class Count:
-    """Parameters of a model, and FLOPs of the forward pass of one image by part."""
+# Image size that takes next to no memory.
+SMALL = 64
 
-    parameters: int
-    parts: dict[str, int]
+# Objects in a training image of noise; COCO's images have seven on average.
+OBJECTS = 7
 
-    @property
-    def flops(self) -> int:
-        return sum(self.parts.values())
+COUNTED = "2 FLOPs per multiply-add; matrix products and convolutions."
+
+FEW_OBJECTS = (
+    "With random weights a detector finds few objects or none, and its mask head has little to do:"
+    " name a config and its checkpoint for the time of a detector that finds some."
+)
+
+# Metrics of trained detectors: name -> where the results file has them.
+METRICS = {
+    "box AP": ("bbox", "AP"),
+    "box AP50": ("bbox", "AP50"),
+    "mask AP": ("segm", "AP"),
+    "mask AP50": ("segm", "AP50"),
+}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A backbone at one size and batch, beside the first backbone there.
+@dataclass(frozen=True, kw_only=True)
+class BackboneCase(Case):
+    """A forward pass or a training step of a backbone, for one image and batch size.
 
     Attributes:
-        outcome: what was measured.
-        count: parameters and FLOPs.
-        time_ratio: time over the first backbone's, round by round; None where one of them failed.
-        memory_ratio: peak memory over the first backbone's, likewise.
+        part: a key of :data:`PARTS`. A "detector" is one of detectron2, the others map images
+            (N, 3, S, S) to maps.
+        image_size: S.
+        train: forward, backward and optimizer (AdamW); else forward without gradients.
+        compiled: compile the model; of a detector, the backbone.
     """
 
-    outcome: Outcome[Work]
-    count: Count
-    time_ratio: Spread | None
-    memory_ratio: float | None
+    part: str
+    image_size: int
+    train: bool
+    compiled: bool = False
+
+    def prepare(self) -> Callable[[], None]:
+        torch.manual_seed(0)
+        model = self.build().to(self.device).train(self.train)
+        if self.compiled:
+            (model.backbone if self.part == "detector" else model).compile()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True) if self.train else None
+
+        def forward(inputs: Any) -> dict[str, Tensor]:
+            # Detectors log their losses in the storage.
+            with EventStorage(), torch.set_grad_enabled(self.train), self.autocast():
+                outputs = model(inputs)
+            # A scalar per map, or per loss of a detector.
+            return {k: v.float().pow(2).mean() for k, v in outputs.items()} if self.train else {}
+
+        def run(inputs: Any) -> None:
+            if optimizer is None:
+                forward(inputs)
+            else:
+                training_step(inputs, forward, optimizer)
+                optimizer.zero_grad()
+
+        if not self.count_model:
+            # The first call also allocates memory for threads and libraries.
+            run(replace(self, image_size=SMALL).inputs())
+        return partial(run, self.inputs())
+
+    def inputs(self) -> Any:
+        """A batch of noise: (N, 3, S, S) floats, or the input of a detector of detectron2."""
+        side = self.image_size
+        if self.part == "detector":
+            return [_detector_input(side, self.train) for _ in range(self.batch_size)]
+        return torch.randn(self.batch_size, 3, side, side, device=self.device)
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the case in JSON: the backbone and :data:`SETTINGS`."""
+        return {"backbone": self.name} | {key: getattr(self, key) for key in SETTINGS}
 
 
-def count(work: Work) -> Count:
-    """Count a model's parameters and the FLOPs of one image, on the meta device.
+def _detector_input(side: int, train: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (3, side, side), dtype=torch.uint8, generator=generator)
+    result: dict[str, Any] = {"image": image, "height": side, "width": side}
+    if train:
+        corners = torch.rand(OBJECTS, 2, generator=generator) * side / 2
+        boxes = torch.cat([corners, corners + side / 4], dim=1)
+        masks = torch.zeros(OBJECTS, side, side, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = True
+        result["instances"] = Instances(
+            (side, side),
+            gt_boxes=Boxes(boxes),
+            gt_classes=torch.zeros(OBJECTS, dtype=torch.int64),
+            gt_masks=BitMasks(masks),
+        )
+    return result
+
+
+def check_sizes(image_sizes: Sequence[int], batch_sizes: Sequence[int]) -> None:
+    """Check image and batch sizes.
 
     Raises:
-        ValueError: the model does not take images of that size.
+        ValueError: an image size is not a positive multiple of 32, the coarsest stride, or a batch
+            is empty.
     """
-    # Not made on the meta device: some models ask for values while they are built.
-    model: nn.Module = work.build().eval().to("meta")
-    parameters = parameters_of(model)
-    size = work.image_size
+    for size in image_sizes:
+        if size < 32 or size % 32:
+            raise ValueError(
+                f"the image size {size} is not a multiple of 32, the coarsest stride of most"
+                f" backbones: use {max(32, round(size / 32) * 32)}, for example"
+            )
+    for batch in batch_sizes:
+        if batch < 1:
+            raise ValueError(f"the batch size must be at least 1, got {batch}")
+
+
+def count(case: BackboneCase) -> dict[str, Any]:
+    """Count a model's parameters and the FLOPs of the forward pass of one image.
+
+    Returns:
+        The :data:`COUNTS`.
+
+    Raises:
+        ValueError: the model does not accept images of that size.
+    """
+    # Not built on the meta device: some models read values while they are built.
+    model: nn.Module = case.build().eval().to("meta")
+    size = case.image_size
     try:
-        if work.part == "detector":
-            return Count(parameters, detector_cost(work.name, model, size).flops)
-        counts, _ = flops_of(model, torch.empty(1, 3, size, size, device="meta"))
-    except (RuntimeError, AssertionError) as error:  # what torch, timm and detectron2 raise then
+        if case.part == "detector":
+            parts = detection_cost(case.name, model, size).flops
+        else:
+            counts, _ = flops_of(model, torch.empty(1, 3, size, size, device="meta"))
+            parts = backbone_parts(model, counts)
+    except (RuntimeError, AssertionError) as error:  # from torch, timm and detectron2
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"'{work.name}' does not take images of {size} x {size} pixels: {reason[0]}"
+            f"'{case.name}' does not accept images of {size} x {size} pixels: {reason[0]}"
         ) from error
-    return Count(parameters, backbone_parts(model, counts))
+    parameters = parameter_count(model)[""]
+    return {"parameters": parameters, "flops": sum(parts.values()), "flops_by_part": parts}
 
 
-def compare(groups: Sequence[Sequence[Work]], repeats: int) -> list[list[Case]]:
-    """Measure groups of cases; within a group, in turns.
+def compare(groups: Sequence[Sequence[BackboneCase]], repeats: int) -> list[dict[str, Any]]:
+    """Measure groups of cases, alternately within a group.
 
     Args:
-        groups: of one image size and batch each; the first case of each is what the others are
+        groups: of one image and batch size each; the first case of a group is what the others are
             compared with.
         repeats: rounds that count.
 
+    Returns:
+        A record per case, in full precision: its settings, what :func:`count` counts, and
+        :meth:`Measurement.record`.
+
     Raises:
-        ValueError: ``repeats`` is not positive, or a model does not take images of that size.
+        ValueError: ``repeats`` is not positive, or a model does not accept images of that size.
     """
-    counts: dict[tuple[str, int], Count] = {}
-    for work in tqdm([work for group in groups for work in group], desc="FLOPs"):
-        key = (work.name, work.image_size)
-        counts[key] = counts.get(key) or count(work)
-    results = []
+    counts: dict[tuple[str, int], dict[str, Any]] = {}
+    for case in tqdm([case for group in groups for case in group], desc="FLOPs"):
+        key = (case.name, case.image_size)
+        counts[key] = counts.get(key) or count(case)
+    records = []
     for group in groups:
-        size, batch = group[0].image_size, group[0].batch_size
-        outcomes = measure(group, repeats, f"{size} x {size}, batch {batch}")
-        first = outcomes[0]
-        results.append(
-            [
-                Case(outcome, counts[outcome.work.name, size], *outcome.against(first))
-                for outcome in outcomes
-            ]
-        )
-    return results
+        size = group[0].image_size
+        measured = measure(group, repeats, f"{size} x {size}, batch {group[0].batch_size}")
+        for each in measured:
+            counted = counts[each.case.name, size]
+            records.append(each.case.settings() | counted | each.record(measured[0]))
+    return records
 
 
-def comparison_section(groups: Sequence[Sequence[Case]]) -> Section:
-    """The comparison as a table."""
-    cases = [case for group in groups for case in group]
-    work, first = cases[0].outcome.work, cases[0].outcome.work.name
-    step = "forward, backward and AdamW" if work.train else "forward"
-    return Section(
-        key="backbones",
-        title=", ".join(
-            [f"{KINDS[work.part]}: {step}", work.precision, work.device]
-            + ["compiled"] * work.compiled
-        ),
-        headers=[
-            *("backbone", "pixels", "batch", "M params", "GFLOPs", "median ms", "p90 ms"),
-            *("images/s", "MiB", f"time x {first} (range)", "memory x"),
-        ],
-        rows=[_row(case) for case in cases],
-        notes=[
-            f"{max(len(case.outcome.seconds) for case in cases)} repeats in turns; range: lowest to"
-            " highest of the ratios, round by round.",
-            "GFLOPs: of the forward pass of one image, 2 FLOPs for each multiply-add; products of"
-            " matrices and convolutions.",
-            MEMORY_NOTES[work.device],
-            *([FEW_OBJECTS] if work.part == "detector" and not work.train else []),
-        ],
-        values=[case_values(case) for case in cases],
-    )
-
-
-def flops_section(groups: Sequence[Sequence[Case]]) -> Section:
-    """The FLOPs of one image by part, at each size."""
-    counts = {}
-    for case in (case for group in groups for case in group):
-        counts[case.outcome.work.name, case.outcome.work.image_size] = case.count
-    detectors = any(case.outcome.work.part == "detector" for group in groups for case in group)
-    parts = list(dict.fromkeys(part for count in counts.values() for part in count.parts))
-    return Section(
-        key="flops",
-        title="GFLOPs of the forward pass of one image, by part",
-        headers=["backbone", "pixels", *(part.replace("_", " ") for part in parts), "total"],
-        rows=[
-            [name, str(size)]
-            + [f"{count.parts[part] / 1e9:.1f}" if part in count.parts else "-" for part in parts]
-            + [f"{count.flops / 1e9:.1f}"]
-            for (name, size), count in counts.items()
-        ],
-        notes=[
-            "2 FLOPs for each multiply-add; products of matrices and convolutions."
-            + " Heads: with as many boxes as the detector allows for." * detectors
-        ],
-        values=[
-            {"backbone": name, "image_size": size, **asdict(count)}
-            for (name, size), count in counts.items()
-        ],
-    )
-
-
-def find_earlier(works: Iterable[Work], earlier: Mapping[str, Any]) -> dict[Work, dict[str, Any]]:
-    """What an earlier run measured of the same work.
+def comparison_sections(
+    records: Sequence[Mapping[str, Any]], earlier: Mapping[str, Any] | None = None
+) -> list[Section]:
+    """Tables of a comparison: time and memory, FLOPs by part, and against an earlier run.
 
     Args:
-        works: the cases.
+        records: from :func:`compare`.
         earlier: from :func:`crossmae_det.benchmark.read_json`.
 
     Raises:
-        ValueError: they have no case in common.
+        ValueError: the earlier run has no case in common with this one.
     """
-    found = {}
-    for work in works:
-        own = work_values(work).items()
-        for case in earlier.get("backbones", []):
-            if own <= case.items() and not case["failure"]:
-                found[work] = case
-    if not found:
+    first = records[0]
+    repeats = max(len(record.get("seconds", ())) for record in records)
+    detectors = first["part"] == "detector"
+    costs = Section(
+        key="backbones",
+        title=f"{PARTS[first['part']]}: {STEPS[first['train']]}, {first['precision']},"
+        f" {first['device']}" + ", compiled" * first["compiled"],
+        columns=[
+            *CASE_COLUMNS,
+            Column("M params", "parameters", ".1f", 1e-6),
+            Column("GFLOPs", "flops", ".1f", 1e-9),
+            Column("median ms", "median_seconds", ".4g", 1e3),
+            Column("p90 ms", "p90_seconds", ".4g", 1e3),
+            Column("images/s", "images_per_second", ".3g"),
+            Column("MiB", "peak_bytes", ".0f", 2**-20),
+            Column(f"time x {first['backbone']} (range)", "time_ratio"),
+            Column("memory x", "memory_ratio", ".2f"),
+        ],
+        records=records,
+        notes=[
+            f"{repeats} interleaved repeats; range: lowest to highest ratio, round by round.",
+            f"GFLOPs: of the forward pass of one image, {COUNTED}",
+            MEMORY_NOTES[first["device"]],
+            *([FEW_OBJECTS] if detectors and not first["train"] else []),
+        ],
+    )
+    # Those of another batch size are the same.
+    counts = {(record["backbone"], record["image_size"]): record for record in records}
+    parts = dict.fromkeys(part for record in records for part in record["flops_by_part"])
+    flops = Section(
+        key="flops",
+        title="GFLOPs of the forward pass of one image, by part",
+        columns=[
+            *CASE_COLUMNS[:2],
+            *(
+                Column(part.replace("_", " "), f"flops_by_part.{part}", ".1f", 1e-9)
+                for part in parts
+            ),
+            Column("total", "flops", ".1f", 1e-9),
+        ],
+        records=[
+            {key: record[key] for key in ("backbone", "image_size", *COUNTS)}
+            for record in counts.values()
+        ],
+        notes=[COUNTED + " Heads: with as many boxes as the detector allows." * detectors],
+    )
+    return [costs, flops, *([earlier_section(records, earlier)] if earlier else [])]
+
+
+def find_earlier(
+    settings: Mapping[str, Any], earlier: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """The record of an earlier run for a case with these settings; None if it failed, too."""
+    for record in earlier.get("backbones", []):
+        same = all(record.get(key) == settings[key] for key in ("backbone", *SETTINGS))
+        if same and not record["failure"]:
+            return record
+    return None
+
+
+def check_earlier(cases: Iterable[BackboneCase], earlier: Mapping[str, Any]) -> None:
+    """Check that a run can be compared with an earlier one, before anything is measured.
+
+    Raises:
+        ValueError: the runs have no case in common.
+    """
+    if not any(find_earlier(case.settings(), earlier) for case in cases):
         raise ValueError(
             "the earlier results have no backbone in common with this run, at the same size, batch,"
             " precision, part and device"
         )
-    return found
 
 
-def earlier_section(groups: Sequence[Sequence[Case]], earlier: Mapping[str, Any]) -> Section:
-    """Time and memory over those of an earlier run, for the cases that both have.
-
-    Args:
-        groups: of this run.
-        earlier: from :func:`crossmae_det.benchmark.read_json`.
-
-    Raises:
-        ValueError: they have no case in common.
-    """
-    cases = [case for group in groups for case in group]
-    known = find_earlier((case.outcome.work for case in cases), earlier)
-    rows, values = [], []
-    for case in cases:
-        work, new = case.outcome.work, case_values(case)
-        old = known.get(work)
-        if old is None or case.outcome.failure:
-            continue
-        time = new["median_seconds"] / old["median_seconds"]
-        memory = new["peak_bytes"] / old["peak_bytes"] if old["peak_bytes"] else None
-        rows.append(
-            [work.name, str(work.image_size), str(work.batch_size), f"{time:.3f}"]
-            + ["-" if memory is None else f"{memory:.2f}"]
-        )
-        values.append(work_values(work) | {"time": time, "memory": memory})
-    machine = ", ".join(f"{name}: {value}" for name, value in earlier["environment"].items())
+def earlier_section(records: Sequence[Mapping[str, Any]], earlier: Mapping[str, Any]) -> Section:
+    """Time and memory relative to an earlier run, for the cases that both have measured."""
+    rows = []
+    for new in records:
+        old = find_earlier(new, earlier)
+        if old is not None and not new["failure"]:
+            settings = {key: new[key] for key in ("backbone", *SETTINGS)}
+            time = new["median_seconds"] / old["median_seconds"]
+            memory = new["peak_bytes"] / old["peak_bytes"] if old["peak_bytes"] else None
+            rows.append(settings | {"time": time, "memory": memory})
     return Section(
         key="earlier",
         title="Against the earlier run",
-        headers=["backbone", "pixels", "batch", "time x earlier", "memory x earlier"],
-        rows=rows,
-        notes=[f"Earlier: {earlier['command']} on {machine}."],
-        values=values,
+        columns=[
+            *CASE_COLUMNS,
+            Column("time x earlier", "time", ".3f"),
+            Column("memory x earlier", "memory", ".2f"),
+        ],
+        records=rows,
+        notes=[f"Earlier: {earlier['command']} on {machine(earlier['environment'])}."],
     )
 
 
-def work_values(work: Work) -> dict[str, Any]:
-    """What tells cases apart, for JSON and CSV."""
-    return {
-        "backbone": work.name,
-        "part": work.part,
-        "image_size": work.image_size,
-        "batch_size": work.batch_size,
-        "train": work.train,
-        "precision": work.precision,
-        "device": work.device,
-        "compiled": work.compiled,
-    }
-
-
-def case_values(case: Case) -> dict[str, Any]:
-    """A case with all its digits, for JSON and CSV."""
-    outcome, work = case.outcome, case.outcome.work
-    values: dict[str, Any] = work_values(work) | {
-        "parameters": case.count.parameters,
-        "flops": case.count.flops,
-        "flops_by_part": case.count.parts,
-        **outcome.values(work.batch_size),
-    }
-    if case.time_ratio is not None:
-        values |= {
-            "time_ratio": asdict(case.time_ratio),
-            "memory_ratio": case.memory_ratio,
-        }
-    return values
-
-
-def _row(case: Case) -> list[str]:
-    values: Mapping[str, Any] = case_values(case)
-    start = [values["backbone"], str(values["image_size"]), str(values["batch_size"])]
-    start += [f"{values['parameters'] / 1e6:.1f}", f"{values['flops'] / 1e9:.1f}"]
-    if case.outcome.failure:
-        return [*start, case.outcome.failure, *["-"] * 5]
-    return [
-        *start,
-        f"{1e3 * values['median_seconds']:.4g}",
-        f"{1e3 * values['p90_seconds']:.4g}",
-        f"{values['images_per_second']:.3g}",
-        f"{values['peak_bytes'] / 2**20:.0f}",
-        "-" if case.time_ratio is None else str(case.time_ratio),
-        "-" if case.memory_ratio is None else f"{case.memory_ratio:.2f}",
-    ]
-
-
 class OneBlock(nn.Module):
-    """A block of a backbone as a model of images, of which only the size counts.
+    """A block of a ViT as a model of images, of which only the size matters.
 
     Args:
-        block: of a backbone, in map mode.
+        block: of the feature-map path.
         dim: channels C.
-        patch_size: side of a patch in pixels.
+        patch_size: in pixels.
     """
 
     def __init__(self, block: nn.Module, dim: int, patch_size: int):
@@ -296,132 +348,149 @@ class OneBlock(nn.Module):
         return {"tokens": self.block(tokens, grid)}
 
 
-@dataclass(frozen=True)
-class Point:
-    """A block at one size of the image; what is None could not be measured."""
-
-    kind: str
-    image_size: int
-    seconds: float | None
-    bytes: int | None
-    failure: str
-
-
-@dataclass(frozen=True)
-class Growth:
-    """A curve, and the powers of the side that time and memory grow with (a fit in logarithms)."""
-
-    kind: str
-    points: list[Point]
-    time_exponent: float | None
-    memory_exponent: float | None
-
-
 def grow(
-    work: Work,
+    case: BackboneCase,
     builds: Mapping[str, Callable[[], nn.Module]],
     sizes: Sequence[int],
     repeats: int,
-) -> list[Growth]:
-    """Measure a windowed and a global block over sizes of the image, in turns at each size.
+) -> Section:
+    """Measure how the cost of blocks grows with the image size, alternately at each size.
 
     Args:
-        work: what is done with a block; its name, build and image size are replaced, and its
-            weights are not counted: they do not grow.
+        case: how a block is measured. Its build and image size are replaced, and its weights are
+            not counted: they do not grow.
         builds: kind of block -> what builds it, a picklable callable.
-        sizes: sides of the image in pixels, at least two.
+        sizes: image sizes in pixels, at least two.
         repeats: rounds that count.
+
+    Returns:
+        A table; its values are, by kind of block, the points and the powers of the image size that
+        time and memory grow with.
 
     Raises:
         ValueError: ``repeats`` is not positive, or there are fewer than two sizes.
     """
     if len(set(sizes)) < 2:
-        raise ValueError("a curve takes images of at least two sizes")
-    points: dict[str, list[Point]] = {kind: [] for kind in builds}
+        raise ValueError("a curve needs at least two image sizes")
+    points: dict[str, list[dict[str, Any]]] = {kind: [] for kind in builds}
     for size in sizes:
-        works = [
-            replace(work, name=kind, build=build, image_size=size, count_model=False)
+        blocks = [
+            replace(case, name=kind, build=build, image_size=size, count_model=False)
             for kind, build in builds.items()
         ]
-        for outcome in measure(works, repeats, f"blocks at {size} x {size}"):
-            failed = bool(outcome.failure)
-            points[outcome.work.name].append(
-                Point(
-                    outcome.work.name,
-                    size,
-                    None if failed else float(np.median(outcome.seconds)),
-                    None if failed else outcome.bytes,
-                    outcome.failure,
-                )
-            )
-    return [
-        Growth(
-            kind,
-            curve,
-            fitted_exponent([(p.image_size, p.seconds) for p in curve]),
-            fitted_exponent([(p.image_size, p.bytes) for p in curve]),
-        )
-        for kind, curve in points.items()
-    ]
-
-
-def fitted_exponent(points: Sequence[tuple[int, float | None]]) -> float | None:
-    """The power p of value = a * side ** p that fits best, by least squares in logarithms.
-
-    Args:
-        points: (side, value); those without a positive value are left out.
-
-    Returns:
-        p; None where fewer than two points are left.
-    """
-    known = [(side, value) for side, value in points if value]
-    if len(known) < 2:
-        return None
-    sides, values = np.log(np.array(known, dtype=float)).T
-    return float(np.polyfit(sides, values, 1)[0])
-
-
-def growth_section(curves: Sequence[Growth], work: Work) -> Section:
-    """The curves as a table; ``work`` is what :func:`grow` was given."""
-    rows = [
-        [
-            f"{point.kind} block",
-            str(point.image_size),
-            point.failure or f"{1e3 * (point.seconds or 0):.4g}",
-            "-" if point.bytes is None else f"{point.bytes / 2**20:.0f}",
-        ]
-        for curve in curves
-        for point in curve.points
-    ]
-    notes = [
-        f"{curve.kind.capitalize()} blocks: time grows as the side to the power of"
-        f" {_exponent(curve.time_exponent)}, memory {_exponent(curve.memory_exponent)}."
-        for curve in curves
-    ]
-    step = "forward, backward and AdamW" if work.train else "forward"
+        for each in measure(blocks, repeats, f"blocks at {size} x {size}"):
+            point = {"block": f"{each.case.name} block", "image_size": size}
+            points[each.case.name].append(point | each.record())
     values: dict[str, Any] = {
-        curve.kind: {
-            "time_exponent": curve.time_exponent,
-            "memory_exponent": curve.memory_exponent,
-            "points": [vars(point) for point in curve.points],
+        kind: {
+            "time_exponent": fitted_exponent(curve, "median_seconds"),
+            "memory_exponent": fitted_exponent(curve, "peak_bytes"),
+            "points": curve,
         }
-        for curve in curves
+        for kind, curve in points.items()
     }
+
+    def power(exponent: float | None) -> str:
+        return "an unknown number" if exponent is None else f"{exponent:.2f}"
+
     return Section(
         key="growth",
-        title=(
-            f"One block of {work.name}: {step}, batch of {work.batch_size}, {work.precision},"
-            f" {work.device}"
-        ),
-        headers=["block", "pixels", "median ms", "MiB"],
-        rows=rows,
+        title=f"One block of {case.name}: {STEPS[case.train]}, batch of {case.batch_size},"
+        f" {case.precision}, {case.device}",
+        columns=[
+            Column("block", "block"),
+            Column("pixels", "image_size"),
+            Column("median ms", "median_seconds", ".4g", 1e3),
+            Column("MiB", "peak_bytes", ".0f", 2**-20),
+        ],
+        records=[point for curve in points.values() for point in curve],
         notes=[
-            *notes,
+            *(
+                f"{kind.capitalize()} blocks: time grows as the image size to the power of"
+                f" {power(curve['time_exponent'])}, memory {power(curve['memory_exponent'])}."
+                for kind, curve in values.items()
+            ),
             "Proportional to the area is 2; to pairs of patches 4. MiB: peak, without the weights.",
         ],
         values=values,
     )
 
 
-def _exponent(exponent: float | None) -> str:
-    return "an unknown number" if exponent is None else f"{exponent:.2f}"
+def fitted_exponent(points: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The power p of value = a * image_size ** p that fits best, by least squares in logarithms.
+
+    Args:
+        points: records with "image_size" and, unless they failed, the value.
+        key: of the value; points without a positive one are left out.
+
+    Returns:
+        p; None where fewer than two points are left.
+    """
+    known = [(point["image_size"], point[key]) for point in points if point.get(key)]
+    if len(known) < 2:
+        return None
+    sizes, values = np.log(np.array(known, dtype=float)).T
+    return float(np.polyfit(sizes, values, 1)[0])
+
+
+def read_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
+    """The :data:`METRICS` in a results file of an evaluation.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file has none of the metrics.
+    """
+    with open(path, encoding="utf-8") as file:
+        results = json.load(file)["results"]
+    found = {name: results.get(task, {}).get(key) for name, (task, key) in METRICS.items()}
+    metrics = {name: value for name, value in found.items() if value is not None}
+    if not metrics:
+        raise ValueError(f"{path} has none of {', '.join(METRICS)}")
+    return metrics
+
+
+def summarize(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Mean and spread of every metric, and the lead of each start over the last one.
+
+    Args:
+        runs: start (initial weights) -> the metrics of its runs, one per seed, in the same order
+            of seeds.
+
+    Returns:
+        start -> {metric: mean, "metric std": standard deviation over the seeds (0 for one),
+        "metric lead": mean over the seeds of the difference to the last start, "metric lead std"}.
+
+    Raises:
+        ValueError: the runs do not have the same metrics.
+    """
+    kinds = {tuple(result) for results in runs.values() for result in results}
+    if len(kinds) > 1:
+        raise ValueError(f"the runs have different metrics: {' and '.join(map(str, kinds))}")
+    *_, reference = runs.values()
+    summary: dict[str, dict[str, float]] = {}
+    for start, results in runs.items():
+        summary[start] = {}
+        for metric in results[0]:
+            values = [result[metric] for result in results]
+            pairs = zip(results, reference, strict=True)
+            leads = [result[metric] - other[metric] for result, other in pairs]
+            for name, numbers in ((metric, values), (f"{metric} lead", leads)):
+                summary[start][name] = statistics.fmean(numbers)
+                summary[start][f"{name} std"] = statistics.stdev(numbers) if numbers[1:] else 0.0
+    return summary
+
+
+def comparison_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """:func:`summarize` as a table in Markdown: a row for each start, then its lead."""
+    summary = summarize(runs)
+    metrics = list(next(iter(runs.values()))[0])
+    *starts, last = summary
+
+    def row(title: str, start: str, suffix: str, sign: str) -> list[str]:
+        names = [metric + suffix for metric in metrics]
+        numbers = summary[start]
+        return [title, *(f"{numbers[n]:{sign}.1f} ± {numbers[f'{n} std']:.1f}" for n in names)]
+
+    rows = [row(start, start, "", "") for start in summary]
+    rows += [row(f"{start} - {last}", start, " lead", "+") for start in starts]
+    return tabulate(rows, headers=["", *metrics], tablefmt="pipe", disable_numparse=True)

@@ -1,7 +1,4 @@
-"""Pictures of what backbones cost: latency by resolution, AP by FLOPs, growth of blocks.
-
-Results with what they were measured on: for the terminal, for a README and for programs.
-"""
+"""Reports of the benchmark: tables for the terminal, Markdown and CSV, JSON, and plots."""
 
 import csv
 import json
@@ -9,177 +6,54 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from tabulate import tabulate
 
+from crossmae_det.model_zoo.records import read_records
 from crossmae_det.utils import atomic_path
 from crossmae_det.utils.files import write_json
 
-FORMATS = ("png", "svg")
-
-
-def plot_latency(cases: Sequence[Mapping[str, Any]], stem: str | os.PathLike[str]) -> list[Path]:
-    """Draw the latency of one image and the peak memory against the side of the image.
-
-    Args:
-        cases: from :func:`crossmae_det.benchmark.case_values`; those that failed leave a gap.
-        stem: of the files, which get ``.png`` and ``.svg``.
-
-    Returns:
-        The files; none where no case was measured.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
-    measured = [case for case in cases if not case["failure"]]
-    if not measured:
-        return []
-    figure, (time, memory) = _figure(2)
-    names = list(dict.fromkeys((case["backbone"], case["batch_size"]) for case in measured))
-    several = len({batch for _, batch in names}) > 1
-    for number, (name, batch) in enumerate(names):
-        own = sorted(
-            (c for c in measured if (c["backbone"], c["batch_size"]) == (name, batch)),
-            key=lambda case: case["image_size"],
-        )
-        sides = [case["image_size"] for case in own]
-        label = f"{name}, batch {batch}" if several else name
-        style: dict[str, Any] = dict(color=f"C{number % 10}", marker="o", markersize=4, label=label)
-        latency = [1e3 * case["median_seconds"] / case["batch_size"] for case in own]
-        time.plot(sides, latency, **style)
-        memory.plot(sides, [case["peak_bytes"] / 2**20 for case in own], **style)
-    first = measured[0]
-    step = "training step" if first["train"] else "forward pass"
-    where = f"{step}, {first['precision']}, {first['device']}"
-    _decorate(time, f"Latency of an image: {where}", "side of the image (pixels)", "ms")
-    _decorate(memory, f"Peak memory: {where}", "side of the image (pixels)", "MiB")
-    for axes in (time, memory):
-        _sides(axes, sorted({case["image_size"] for case in measured}))
-    time.legend(frameon=True, framealpha=0.85, fontsize=9)
-    return _save(figure, stem)
-
-
-def plot_precision(
-    points: Iterable[tuple[str, float, float]], stem: str | os.PathLike[str]
-) -> list[Path]:
-    """Draw the AP of backbones against their FLOPs.
-
-    Args:
-        points: (name, GFLOPs, box AP in percent).
-        stem: of the files.
-
-    Returns:
-        The files; none where no AP is known.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
-    known = list(points)
-    if not known:
-        return []
-    figure, (axes,) = _figure(1)
-    for number, (name, gflops, precision) in enumerate(known):
-        axes.plot([gflops], [precision], "o", color=f"C{number % 10}")
-        axes.annotate(
-            name,
-            (gflops, precision),
-            xytext=(0, 8),
-            textcoords="offset points",
-            fontsize=9,
-            horizontalalignment="center",
-        )
-    axes.margins(0.35)
-    _decorate(
-        axes, "Published box AP on COCO against cost", "GFLOPs of a forward pass", "box AP (%)"
-    )
-    return _save(figure, stem)
-
-
-def plot_growth(
-    curves: Mapping[str, Mapping[str, Any]], stem: str | os.PathLike[str]
-) -> list[Path]:
-    """Draw time and memory of blocks against the side of the image, both axes logarithmic.
-
-    Args:
-        curves: the values of :func:`crossmae_det.benchmark.growth_section`.
-        stem: of the files.
-
-    Returns:
-        The files.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
-    figure, panels = _figure(2)
-    for axes, field, exponent, scale in (
-        (panels[0], "seconds", "time_exponent", 1e3),
-        (panels[1], "bytes", "memory_exponent", 2**-20),
-    ):
-        sides: set[int] = set()
-        for kind, curve in curves.items():
-            points = [(p["image_size"], p[field]) for p in curve["points"] if p[field]]
-            if not points:
-                continue
-            power = curve[exponent]
-            label = f"{kind} block" + ("" if power is None else f", side ** {power:.2f}")
-            axes.plot(*zip(*[(s, scale * v) for s, v in points], strict=True), "o-", label=label)
-            sides |= {side for side, _ in points}
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        if not sides:
-            continue
-        _sides(axes, sorted(sides))
-        axes.legend(frameon=True, framealpha=0.85, fontsize=9)
-    _decorate(panels[0], "Time of one block", "side of the image (pixels)", "ms")
-    _decorate(panels[1], "Peak memory of one block", "side of the image (pixels)", "MiB")
-    return _save(figure, stem)
-
-
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(6.6 * panels, 4.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
-
-
-def _sides(axes: Axes, sides: Sequence[int]) -> None:
-    """Mark the sizes that were measured, and no others."""
-    axes.set_xticks(list(sides))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", labelsize=8)
-
-
-def _decorate(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    if axes.get_yscale() == "linear" and y != "box AP (%)":
-        axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Figure, stem: str | os.PathLike[str]) -> list[Path]:
-    files = []
-    for suffix in FORMATS:
-        path = Path(f"{os.fspath(stem)}.{suffix}")
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=suffix)
-        files.append(path)
-    return files
-
-
-# Of the JSON: another number where an older reader would misunderstand it.
+# To be raised when an older reader would misunderstand the JSON.
 JSON_VERSION = 2
+
+PLOT_FORMATS = ("png", "svg")
+
+# Published box AP is that of detectors at this image size.
+DETECTION_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of records.
+
+    Attributes:
+        header: its title.
+        key: of the value in a record; dots lead into nested ones.
+        format: a format specification, as in ``format(value, ".1f")``.
+        scale: factor of the value, for another unit.
+    """
+
+    header: str
+    key: str
+    format: str = ""
+    scale: float = 1
+
+    def cell(self, record: Mapping[str, Any]) -> str:
+        """The value as text; a dash where the record has none."""
+        value: Any = record
+        for key in self.key.split("."):
+            value = value.get(key)
+            if value is None:
+                return "-"
+        return format(value if self.scale == 1 else self.scale * value, self.format)
 
 
 @dataclass(frozen=True)
@@ -189,30 +63,41 @@ class Section:
     Attributes:
         key: its name in the JSON.
         title: what was measured.
-        headers: of the columns; the first column names the rows.
-        rows: of as many texts as there are headers.
+        columns: of the table; the first one names the rows.
+        records: one per row, in full precision. The ``failure`` of a record, where it is not empty,
+            is shown in the first column that the record has no value for.
         notes: sentences below the table: units, and how it was measured.
-        values: the same results with all their digits, for the JSON.
+        values: what the JSON holds; the records by default.
     """
 
     key: str
     title: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    columns: Sequence[Column]
+    records: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
-    values: Any
+    values: Any = None
+
+    def __post_init__(self) -> None:
+        if self.values is None:
+            object.__setattr__(self, "values", self.records)
+
+    @property
+    def headers(self) -> list[str]:
+        return [column.header for column in self.columns]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        rows = [[column.cell(record) for column in self.columns] for record in self.records]
+        for row, record in zip(rows, self.records, strict=True):
+            if record.get("failure"):
+                row[row.index("-")] = record["failure"]
+        return rows
 
     def table(self, style: str) -> str:
         """The table in one of tabulate's styles."""
-        alignment = ["left", *["right"] * (len(self.headers) - 1)]
-        # The numbers are text by now: tabulate must not format them anew.
-        return tabulate(
-            self.rows,
-            headers=self.headers,
-            tablefmt=style,
-            colalign=alignment,
-            disable_numparse=True,
-        )
+        alignment = ["left", *["right"] * (len(self.columns) - 1)]
+        # The cells are formatted already: tabulate must not parse numbers again.
+        return tabulate(self.rows, self.headers, style, colalign=alignment, disable_numparse=True)
 
 
 @dataclass(frozen=True)
@@ -235,7 +120,7 @@ class Report:
             "\n".join([section.title, "", section.table("simple"), "", *section.notes])
             for section in self.sections
         ]
-        return "\n\n".join([*parts, f"{self.command}\n{self._machine()}"])
+        return "\n\n".join([*parts, f"{self.command}\n{machine(self.environment)}"])
 
     def write_markdown(self, path: str | os.PathLike[str]) -> None:
         """Write the tables for a README.
@@ -247,19 +132,19 @@ class Report:
             f"**{section.title}**\n\n{section.table('pipe')}\n\n{' '.join(section.notes)}"
             for section in self.sections
         ]
-        text = "\n\n".join([*parts, f"`{self.command}` on {self._machine()}.\n"])
+        text = "\n\n".join([*parts, f"`{self.command}` on {machine(self.environment)}.\n"])
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the results with all their digits.
+        """Write the results in full precision.
 
         Raises:
             OSError: the file cannot be written.
         """
-        results = {section.key: section.values for section in self.sections}
-        head = {"version": JSON_VERSION, "command": self.command}
-        write_json(path, head | {"environment": dict(self.environment)} | results, indent=2)
+        head = {"version": JSON_VERSION, "command": self.command, "environment": self.environment}
+        values = {section.key: section.values for section in self.sections}
+        write_json(path, head | values, indent=2, default=asdict)
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the tables, one below the other, each under the key of its section.
@@ -273,34 +158,28 @@ class Report:
                 writer.writerow(["section", *section.headers])
                 writer.writerows([section.key, *row] for row in section.rows)
 
-    def _machine(self) -> str:
-        return ", ".join(f"{name}: {value}" for name, value in self.environment.items())
-
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what :meth:`Report.write_json` wrote.
 
     Raises:
-        ValueError: it is not that, or of another version.
+        ValueError: the file is something else, or of another version.
         OSError: the file cannot be read.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        number = content.get("version")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} was not written by the benchmark: {error}") from error
-    if number is None:
-        raise ValueError(f"{path} was not written by the benchmark: it has no version")
-    if number != JSON_VERSION:
+        found = content["version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} was not written by the benchmark") from error
+    if found != JSON_VERSION:
         raise ValueError(
-            f"{path} has results of version {number}, and this benchmark compares with version"
-            f" {JSON_VERSION}: measure anew"
+            f"{path} has results of version {found}, not {JSON_VERSION}: run the benchmark again"
         )
     return content
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What results depend on beside the code: CPU, cores, torch's threads, versions, device."""
+    """What results depend on besides the code: CPU, threads, versions, device."""
     return {
         "CPU": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": os.cpu_count() or 1,
@@ -312,6 +191,11 @@ def environment(device: torch.device) -> dict[str, str | int]:
     }
 
 
+def machine(environment: Mapping[str, Any]) -> str:
+    """An environment in one line."""
+    return ", ".join(f"{name}: {value}" for name, value in environment.items())
+
+
 def _cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -319,3 +203,194 @@ def _cpu_name() -> str:
         text = ""
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return match[1] if match else platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class PublishedAP:
+    """COCO box AP that was published of a detector.
+
+    Attributes:
+        backbone: its name in the benchmark.
+        weights: what it was pretrained with.
+        box_ap: in percent; MODEL_ZOO.md has the sources.
+    """
+
+    backbone: str
+    weights: str
+    box_ap: float
+
+
+def published_ap() -> dict[str, PublishedAP]:
+    """The published AP of the benchmark's backbones, by their names."""
+    rows = [row for table in read_records("published")["tables"] for row in table["rows"]]
+    return {
+        row["benchmark"]: PublishedAP(row["benchmark"], row["weights"], row["box AP"])
+        for row in rows
+        if "benchmark" in row
+    }
+
+
+def plot_sections(sections: Iterable[Section], folder: str | os.PathLike[str]) -> list[Path]:
+    """Plot what the sections have: latency and AP of backbones, growth of blocks.
+
+    Args:
+        sections: of a report.
+        folder: for the plots.
+
+    Returns:
+        The files, PNG and SVG.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    values = {section.key: section.values for section in sections}
+    measured = [record for record in values.get("backbones", []) if not record["failure"]]
+    known = published_ap()
+    flops = {
+        known[record["backbone"]]: record["flops"]
+        for record in values.get("backbones", [])
+        if record["backbone"] in known and record["image_size"] == DETECTION_SIZE
+    }
+    files = []
+    if "growth" in values:
+        files += plot_growth(values["growth"], Path(folder, "growth"))
+    if measured:
+        files += plot_latency(measured, Path(folder, "latency"))
+    if flops:
+        files += plot_precision(flops, Path(folder, "precision"))
+    return files
+
+
+def plot_latency(records: Sequence[Mapping[str, Any]], stem: str | os.PathLike[str]) -> list[Path]:
+    """Plot the latency of an image and the peak memory against the image size.
+
+    Args:
+        records: of the section "backbones", at least one and none that failed.
+        stem: of the files, which get ``.png`` and ``.svg``.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    figure, (time, memory) = _figure(2)
+    curves: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["image_size"]):
+        curves.setdefault((record["backbone"], record["batch_size"]), []).append(record)
+    several = len({batch for _, batch in curves}) > 1
+    for (name, batch), points in curves.items():
+        sides = [point["image_size"] for point in points]
+        style: dict[str, Any] = dict(marker="o", markersize=4)
+        style["label"] = f"{name}, batch {batch}" if several else name
+        time.plot(sides, [1e3 * p["median_seconds"] / batch for p in points], **style)
+        memory.plot(sides, [p["peak_bytes"] / 2**20 for p in points], **style)
+    first = records[0]
+    step = "training step" if first["train"] else "forward pass"
+    where = f"{step}, {first['precision']}, {first['device']}"
+    for axes, title, unit in (
+        (time, "Latency of an image", "ms"),
+        (memory, "Peak memory", "MiB"),
+    ):
+        _decorate(axes, f"{title}: {where}", "image size (pixels)", unit)
+        axes.set_ylim(bottom=0)
+        _mark_sizes(axes, {record["image_size"] for record in records})
+    _add_legend(time)
+    return _save(figure, stem)
+
+
+def plot_precision(flops: Mapping[PublishedAP, float], stem: str | os.PathLike[str]) -> list[Path]:
+    """Plot the published AP of backbones against their FLOPs.
+
+    Args:
+        flops: AP of a backbone -> FLOPs of a forward pass.
+        stem: of the files.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    figure, (axes,) = _figure(1)
+    for known, value in flops.items():
+        point = (value / 1e9, known.box_ap)
+        axes.plot(*point, "o")
+        text = f"{known.backbone}, {known.weights}"
+        axes.annotate(
+            text, point, xytext=(0, 8), textcoords="offset points", fontsize=9, ha="center"
+        )
+    axes.margins(0.35)
+    title = "Published box AP on COCO against cost"
+    _decorate(axes, title, "GFLOPs of a forward pass", "box AP (%)")
+    return _save(figure, stem)
+
+
+def plot_growth(
+    curves: Mapping[str, Mapping[str, Any]], stem: str | os.PathLike[str]
+) -> list[Path]:
+    """Plot time and memory of blocks against the image size, both axes logarithmic.
+
+    Args:
+        curves: the values of the section "growth".
+        stem: of the files.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    figure, panels = _figure(2)
+    for axes, title, unit, key, exponent, scale in (
+        (panels[0], "Time of one block", "ms", "median_seconds", "time_exponent", 1e3),
+        (panels[1], "Peak memory of one block", "MiB", "peak_bytes", "memory_exponent", 2**-20),
+    ):
+        _decorate(axes, title, "image size (pixels)", unit)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        sizes: set[int] = set()
+        for kind, curve in curves.items():
+            points = {p["image_size"]: scale * p[key] for p in curve["points"] if p.get(key)}
+            if points:
+                power = curve[exponent]
+                label = f"{kind} block" + ("" if power is None else f", size ** {power:.2f}")
+                axes.plot([*points], [*points.values()], "o-", label=label)
+                sizes |= points.keys()
+        if sizes:
+            _mark_sizes(axes, sizes)
+            _add_legend(axes)
+    return _save(figure, stem)
+
+
+def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(6.6 * panels, 4.8), dpi=110, layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _mark_sizes(axes: Axes, sizes: Iterable[int]) -> None:
+    """Tick the image sizes that were measured, and no others."""
+    axes.set_xticks(sorted(sizes))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", labelsize=8)
+
+
+def _decorate(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _add_legend(axes: Axes) -> None:
+    axes.legend(frameon=True, framealpha=0.85, fontsize=9)
+
+
+def _save(figure: Figure, stem: str | os.PathLike[str]) -> list[Path]:
+    files = [Path(f"{os.fspath(stem)}.{suffix}") for suffix in PLOT_FORMATS]
+    for path in files:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary)
+    return files
