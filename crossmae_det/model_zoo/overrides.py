@@ -1,17 +1,16 @@
-"""The keys that an override of a config can name, and which of them was meant.
+"""Overrides of a lazy config, ``path.key=value``, checked before anything runs.
 
-Overrides of a config from the command line: ``path.key=value``, checked before anything runs.
-
-The grammar is hydra's, with what people type besides: a value that hydra cannot parse is text, so
-paths need no quotes. A key that nothing reads, or a value of another kind than the config's own, is
-an error that names the nearest right one.
+Values follow hydra's grammar, except that text which hydra cannot parse needs no quotes. Unknown
+keys are rejected with a suggestion, and values must have the type of the parameter that they set,
+or of the value that they replace.
 """
 
 import ast
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from types import UnionType
 from typing import Any, get_args
 
@@ -19,11 +18,12 @@ from detectron2.config.instantiate import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch.nn.parallel import DistributedDataParallel
 
 from crossmae_det.detection.yaml_config import KEYS as YAML_KEYS
 
-# What other tools call the keys of ours, by the last part of the name.
+# Last parts of the names that other tools have for our keys.
 SYNONYMS = {
     "optimizer.lr": "learning_rate base_lr max_lr lr0 blr",
     "optimizer.weight_decay": "wd decay l2",
@@ -56,406 +56,315 @@ SYNONYMS = {
     "lr_multiplier.warmup_iters": "warmup warmup_steps warmup_epochs",
 }
 
-
-def did_you_mean(cfg: DictConfig, key: str) -> str:
-    """A hint at the key that was probably meant, as the end of a sentence; "" without one."""
-    close = _similar_keys(cfg, key)
-    return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
-
-
-def parameters(node: DictConfig) -> tuple[list[str], bool]:
-    """Names of the arguments that a LazyCall's function takes, and whether it takes any others."""
-    target = node.get("_target_")
-    if target is None:
-        return [], False
-    function: Callable = locate(target) if isinstance(target, str) else target
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return names, any(p.kind == p.VAR_KEYWORD for p in parameters)
-
-
-def _keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
-    """Every key that an override can name, without those of LazyCalls that references share."""
-    names: Sequence[Any] = list(node) if isinstance(node, DictConfig) else range(len(node))
-    for name in names:
-        if str(name).startswith("_"):
-            continue
-        key = f"{prefix}{name}"
-        yield key
-        if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_config(node[name]):
-            yield from _keys(node[name], f"{key}.")
-    if isinstance(node, DictConfig):
-        yield from (f"{prefix}{name}" for name in parameters(node)[0] if name not in node)
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[-_]", "", name.lower())
-
-
-def _similar_keys(cfg: DictConfig, key: str) -> list[str]:
-    """At most two keys that may have been meant: by meaning, by name, by spelling."""
-    keys = sorted(set(_keys(cfg)) - {key}, key=lambda k: (k.count("."), k))
-    parent, _, last = key.rpartition(".")
-    word = _letters(last)
-    by_meaning = [k for k, names in SYNONYMS.items() if word in _letters(names).split()]
-    if by_meaning := [k for k in by_meaning if k in keys]:
-        return by_meaning[:1]
-    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == parent}
-    if same := [k for name, k in siblings.items() if _letters(name) == word]:
-        return same[:1]
-    if close := difflib.get_close_matches(last, siblings, n=1, cutoff=0.6):
-        return [siblings[close[0]]]
-    same_name = [k for k in keys if k.rpartition(".")[2] == last]
-    if same_name:
-        return difflib.get_close_matches(key, same_name, n=2, cutoff=0.0)
-    if parent not in keys and (close := difflib.get_close_matches(key, keys, n=1, cutoff=0.75)):
-        return close
-    words = {k.rpartition(".")[2]: k for k in reversed(keys)}
-    if close := difflib.get_close_matches(last, words, n=1, cutoff=0.75):
-        return [words[close[0]]]
-    return []
-
-
-KINDS = {
+TYPES = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "text",
+    list: "a list",
     type(None): "null",
 }
 
-# Options of this dict go to DistributedDataParallel as they are.
+# Its keys go to DistributedDataParallel.
 DDP_OPTIONS = "train.ddp"
 
-# A number may be given as two, height and width, and one name as several.
+# Numbers that may also be two: height and width.
 PAIRS = re.compile(r"(size|pad)$")
 
-NAMES = "names"
+# Text that may also be a list of several.
+NAMES = re.compile(r"\.names$")
 
-# Null stands for something here: no evaluation, the default folder, random weights, no drawing, and
-# iterations that do not follow from epochs.
-NULLABLE = frozenset(
-    (
-        "dataloader.test.dataset.names",
-        "train.output_dir",
-        "train.init_checkpoint",
-        "train.visualizer",
-        "train.epochs",
-    )
-)
+# Keys that null turns off or resets, although their value is not null.
+NULLABLE = {
+    "dataloader.test.dataset.names",
+    "train.output_dir",
+    "train.init_checkpoint",
+    "train.visualizer",
+    "train.epochs",
+}
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Apply ``path.key=value`` overrides, in place.
+    """Apply ``path.key=value`` overrides in place.
 
-    A key must be one that the config or the called function has; a plus in front
-    (``+path.key=value``) adds one that is passed on (``**kwargs``) or that another key refers to.
+    A key must be one of the config, or a parameter of the function that it configures. A plus in
+    front (``+path.key=value``) adds a key that the function takes as ``**kwargs`` or that another
+    key refers to.
 
     Returns:
         ``cfg``.
 
     Raises:
-        ValueError: an override that cannot be parsed, an unknown key, a value of another kind than
-            the key's, or an override without effect; one line with the remedy.
+        ValueError: an override that cannot be parsed or has no effect, an unknown key, or a value
+            of the wrong type.
     """
-    added = []
-    given = set()
-    for override in overrides:
-        key, raw, adds = _split(cfg, override, overrides)
-        adds = adds and _select(cfg, key) is _MISSING  # +key of a key that is there sets it
+    added, given = [], set()
+    for index, override in enumerate(overrides):
+        following = overrides[index + 1] if index + 1 < len(overrides) else "="
+        name, raw, plus = _split(cfg, override, following)
+        key = _Key(cfg, name)
+        adds = plus and not key.exists  # +key of a key that exists sets it
+        addable = adds and isinstance(key.parent, DictConfig)
+        if not key.exists and not addable and key.last not in key.parameters:
+            hint = _did_you_mean(cfg, name)
+            if key.passes_on:
+                hint += f"; +{name}={raw} passes on an argument that is not listed"
+            raise ValueError(f"unknown config key '{name}'{hint}")
+        value = _parse(name, raw)
+        if value is None and not adds and not key.nullable:
+            hint = "; dataloader.test.dataset.names=null trains without evaluation"
+            hint = hint if name in ("dataloader.test", "dataloader.evaluator") else ""
+            raise ValueError(f"{name}={raw}: must not be null{hint}")
+        OmegaConf.update(cfg, name, _convert(key, value, raw), merge=True, force_add=adds)
+        given.add(name)
         if adds:
-            added.append(key)
-        _check_key(cfg, key, adds)
-        value = _parse(key, raw, _current(cfg, key))
-        if value is None and not adds and not _takes_none(cfg, key):
-            raise ValueError(f"{key}={raw}: must not be null; it is needed{_way_out(key)}")
-        _check_type(cfg, key, raw, value)
-        OmegaConf.update(cfg, key, value, merge=True, force_add=adds)
-        given.add(key)
-    for key in added:
-        if not _is_read(cfg, key):
-            raise ValueError(f"+{key}: nothing reads this key{did_you_mean(cfg, key)}")
-    _check_effects(cfg, given)
+            added.append(name)
+    for name in added:
+        if not _is_read(cfg, name):
+            raise ValueError(f"+{name}: nothing reads this key{_did_you_mean(cfg, name)}")
+    if "train.epochs" in given and "train.max_iter" not in given:
+        fixed = _Key(cfg, "train.max_iter").raw
+        if isinstance(fixed, int):
+            raise ValueError(
+                f"train.epochs has no effect, because this config sets train.max_iter={fixed}:"
+                " override train.max_iter instead"
+            )
     return cfg
 
 
-def _split(cfg: DictConfig, override: str, overrides: Sequence[str]) -> tuple[str, str, bool]:
-    """The key, the text of the value, and whether the key is to be added."""
-    key, equals, raw = override.partition("=")
-    adds = key.startswith("+")
-    bare = key.lstrip("+~").strip()
-    if bare in YAML_KEYS:
-        raise ValueError(
-            f"{bare} is a key of yaml configs; in a lazy config write {YAML_KEYS[bare]}=VALUE"
-        )
-    if key.startswith("~"):
-        raise ValueError(f"override '{override}': a key cannot be deleted; set it to null")
-    if not equals:
-        if _select(cfg, bare) is not _MISSING:
-            position = list(overrides).index(override)
-            following = overrides[position + 1 : position + 2]
-            value = following[0] if following and "=" not in following[0] else "VALUE"
-            raise ValueError(
-                f"override '{override}' has no value; write {bare}={value} without spaces"
-            )
-        raise ValueError(
-            f"'{override}' is neither an option nor an override; overrides are key=value, and a "
-            "value with spaces needs quotes around the whole override"
-        )
-    bare = re.sub(r"\[(\d+)\]", r".\1", bare)
-    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", bare):
-        raise ValueError(f"override '{override}': '{bare}' is no key; overrides are path.key=value")
-    return bare, raw.strip(), adds
+class _Key:
+    """A key of a config: its value and the parameter that it sets.
 
-
-_MISSING = object()
-
-
-def _select(cfg: DictConfig, key: str) -> Any:
-    """The unresolved content of a key, `_MISSING` where there is none."""
-    node: Any = cfg
-    for part in key.split("."):
-        if isinstance(node, str) and node.startswith("${"):
-            return _MISSING
-        if isinstance(node, ListConfig):
-            if not part.isdigit() or int(part) >= len(node):
-                return _MISSING
-            index: Any = int(part)
-        elif isinstance(node, DictConfig):
-            index = next((name for name in node if str(name) == part), _MISSING)
-            if index is _MISSING:
-                return _MISSING
-        else:
-            return _MISSING
-        child = node._get_node(index)
-        raw = child._value()
-        if OmegaConf.is_interpolation(node, index) and not _reads_data(raw):
-            # Keys below a reference are those of what it refers to.
-            target = OmegaConf.select(node, str(part), throw_on_resolution_failure=False)
-            node = target if OmegaConf.is_config(target) else raw
-        else:
-            node = child if OmegaConf.is_config(child) and raw is not None else raw
-    return node
-
-
-def _reads_data(raw: Any) -> bool:
-    return isinstance(raw, str) and "${dataset." in raw
-
-
-def _current(cfg: DictConfig, key: str) -> Any:
-    """The value of a key; None where it is unknown, as of those that follow from the data."""
-    raw = _select(cfg, key)
-    if raw is _MISSING:
-        return None
-    if isinstance(raw, str) and "${" in raw:
-        if _reads_data(raw):
-            return None
-        try:
-            return OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-        except (ValueError, OSError):  # it depends on data that are not there
-            return None
-    return raw
-
-
-def _parse(key: str, raw: str, current: Any) -> Any:
-    """The value that a text stands for, given the value that it replaces.
-
-    Raises:
-        ValueError: it cannot be parsed, or is of another kind.
+    Attributes:
+        parent: the dict or list that holds it; None where there is none.
+        last: its name or index there.
+        parameters: those of the function that ``parent`` configures.
+        passes_on: whether that function takes ``**kwargs``.
     """
-    value: Any = raw
-    try:
-        override = OverridesParser.create().parse_override(f"key={raw}")
-        if not override.is_sweep_override():  # a,b is text or a list without its brackets
-            value = override.value()
-    except HydraException as error:
-        if raw[:1] in "[{'\"(":
-            try:
-                value = ast.literal_eval(raw)
-            except (ValueError, SyntaxError):
-                raise ValueError(
-                    f"{key}={raw}: cannot parse the value ({_first_line(error)}); put the text of "
-                    f"every element in quotes"
-                ) from error
-            value = list(value) if isinstance(value, tuple) else value
-    wanted = _mismatch(key, value, raw, current)
-    if isinstance(wanted, str):
-        raise ValueError(f"{key}={raw}: must be {wanted}")
-    return value if wanted is None else wanted[0]
 
+    def __init__(self, cfg: DictConfig, name: str):
+        self.name = name
+        path, _, self.last = name.rpartition(".")
+        self.parent = _select(cfg, path) if path else cfg
+        self.parameters, self.passes_on = _signature(self.parent)
 
-def _mismatch(key: str, value: Any, raw: str, current: Any) -> str | tuple[Any] | None:
-    """None where a value is of the kind of the current one; the value meant, in a tuple; or what
-    is wanted, in words."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    reference = isinstance(value, str) and value.startswith("${")
-    if value is None or current is None or reference:
-        return None
-    if isinstance(current, bool):
-        if isinstance(value, int) and value in (0, 1):
-            return (bool(value),)
-        return f"True or False, not {raw}"
-    if isinstance(current, int | float):
-        pair = isinstance(value, list) and PAIRS.search(key)
-        return None if is_number or pair else f"a number, as in {key}={current}"
-    if isinstance(current, str):
-        if isinstance(value, list | dict):
-            if key.endswith(f".{NAMES}") and isinstance(value, list):
-                return None
-            return f"one text, not a {'list' if isinstance(value, list) else 'dict'}"
-        return None if isinstance(value, str) else (raw,)
-    if OmegaConf.is_list(current) and not isinstance(value, list):
-        if key.endswith(f".{NAMES}") and isinstance(value, str):
+    @cached_property
+    def exists(self) -> bool:
+        if isinstance(self.parent, ListConfig):
+            return self.last.isdigit() and int(self.last) < len(self.parent)
+        # `in` of a DictConfig itself would resolve the value.
+        return isinstance(self.parent, DictConfig) and self.last in list(self.parent)
+
+    @cached_property
+    def raw(self) -> Any:
+        """The value without interpolation; None without one."""
+        if not self.exists:
             return None
-        return f"a list, as in {key}={_text(current)}"
-    if OmegaConf.is_dict(current) and not isinstance(value, dict):
-        names = [str(name) for name in current if name != "_target_"]
-        if not names:
+        index = int(self.last) if isinstance(self.parent, ListConfig) else self.last
+        return OmegaConf.to_container(self.parent, resolve=False)[index]  # type: ignore[index]
+
+    @cached_property
+    def value(self) -> Any:
+        """The value; None if there is none or it depends on the data."""
+        if self.raw is None or (isinstance(self.raw, str) and "${dataset." in self.raw):
             return None
-        null = "; or null" if "_target_" in current else ""
-        return f"set by its keys, such as {key}.{names[0]} ({', '.join(names)}){null}"
-    return None
+        return _select(self.parent, self.last)
 
-
-def _text(value: Any) -> str:
-    return str(list(value)).replace(" ", "")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _check_key(cfg: DictConfig, key: str, adds: bool) -> None:
-    """Reject a key that is not there.
-
-    Raises:
-        ValueError: with the nearest keys.
-    """
-    *parents, last = key.split(".")
-    parent = _select(cfg, ".".join(parents)) if parents else cfg
-    if not OmegaConf.is_config(parent):
-        found = next(
-            (
-                n
-                for n in range(len(parents))
-                if _select(cfg, ".".join(parents[: n + 1])) is _MISSING
-            ),
-            len(parents) - 1,
-        )
-        raise ValueError(
-            f"unknown config key '{key}': there is no '{'.'.join(parents[: found + 1])}'"
-            f"{did_you_mean(cfg, key)}"
-        )
-    if isinstance(parent, ListConfig):
-        if not last.isdigit() or int(last) >= len(parent):
-            raise ValueError(f"unknown config key '{key}': the list has {len(parent)} elements")
-    elif not adds and last not in [str(name) for name in parent] + parameters(parent)[0]:
-        hint = did_you_mean(cfg, key)
-        if parameters(parent)[1]:
-            hint += f"; +{key}=... passes on an argument that is not listed"
-        raise ValueError(f"unknown config key '{key}'{hint}")
-
-
-def _is_read(cfg: DictConfig, key: str) -> bool:
-    """Whether an added key goes to a function, or another key refers to it."""
-    parent, _, last = key.rpartition(".")
-    node = _select(cfg, parent) if parent else cfg
-    if parent == DDP_OPTIONS:
-        return last in inspect.signature(DistributedDataParallel).parameters
-    if isinstance(node, DictConfig):
-        names, passes_on = parameters(node)
-        if passes_on or last in names:
+    @cached_property
+    def nullable(self) -> bool:
+        """Whether null may replace the value: it is null, or the signature allows it."""
+        if self.name in NULLABLE or self.raw is None:
             return True
-    references = re.findall(r"\$\{([^}]*)", OmegaConf.to_yaml(cfg))
-    return any(re.search(rf"(^|[.:,]){re.escape(last)}($|[.,\[])", text) for text in references)
+        if isinstance(self.value, DictConfig) and "_target_" not in self.value:
+            return False  # a group of keys, such as train.ema
+        if not isinstance(self.parent, DictConfig) or "_target_" not in self.parent:
+            return False  # read by the engine
+        parameter = self.parameters.get(self.last)
+        if parameter is None:
+            return True
+        return parameter.default is None or type(None) in get_args(parameter.annotation)
+
+    @cached_property
+    def types(self) -> set[type]:
+        """The types that a value may have; empty for any, and for groups of keys."""
+        if (parameter := self.parameters.get(self.last)) is not None:
+            union = isinstance(parameter.annotation, UnionType)
+            types = set(get_args(parameter.annotation)) if union else {parameter.annotation}
+            if types <= TYPES.keys():
+                return types
+        if isinstance(self.value, bool):
+            return {bool}
+        if isinstance(self.value, int | float):
+            return {float, list} if PAIRS.search(self.name) else {float}
+        if isinstance(self.value, str | ListConfig):
+            own = str if isinstance(self.value, str) else list
+            return {str, list} if NAMES.search(self.name) else {own}
+        return set()
 
 
-def _check_effects(cfg: DictConfig, given: set[str]) -> None:
-    """Reject an override that another literal value makes void.
+def _select(cfg: Any, name: str) -> Any:
+    """The value of a key; None if there is none, or it follows from data that are absent."""
+    try:
+        return OmegaConf.select(cfg, name, throw_on_resolution_failure=False)
+    except (OmegaConfBaseException, ValueError, OSError):
+        return None
 
-    Raises:
-        ValueError: ``train.epochs`` of a run whose iterations are fixed.
+
+def _signature(node: Any) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The parameters of the function that a LazyCall calls, and whether it takes ``**kwargs``.
+
+    A class with ``**kwargs`` also takes the parameters of the classes that it is derived from.
     """
-    if "train.epochs" in given and "train.max_iter" not in given:
-        fixed = _select(cfg, "train.max_iter")
-        if isinstance(fixed, int):
-            raise ValueError(
-                f"train.epochs has no effect: this config fixes train.max_iter={fixed}; override "
-                "train.max_iter instead"
-            )
-
-
-def _way_out(key: str) -> str:
-    if key in ("dataloader.test", "dataloader.evaluator"):
-        return "; dataloader.test.dataset.names=null trains without evaluation"
-    return ""
-
-
-def _takes_none(cfg: DictConfig, key: str) -> bool:
-    """Whether null can replace the value of a key.
-
-    An argument of a function may be null where its signature tells so; a group of keys, such as
-    ``train.ema``, is needed as it is, and so is what the engine itself reads, but :data:`NULLABLE`.
-    """
-    if key in NULLABLE or _select(cfg, key) is None:
-        return True
-    current = _current(cfg, key)
-    if isinstance(current, DictConfig) and "_target_" not in current:
-        return False
-    parent, _, last = key.rpartition(".")
-    node = _select(cfg, parent) if parent else cfg
-    if not isinstance(node, DictConfig) or "_target_" not in node:
-        return False
-    parameter = _parameter(cfg, key)
-    if parameter is None:
-        return True
-    return parameter.default is None or type(None) in get_args(parameter.annotation)
-
-
-def _parameter(cfg: DictConfig, key: str) -> inspect.Parameter | None:
-    """The parameter that a key is handed to, as far as signatures tell."""
-    parent, _, last = key.rpartition(".")
-    node = _select(cfg, parent) if parent else cfg
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     if target is None:
-        return None
+        return {}, False
     function: Any = locate(target) if isinstance(target, str) else target
-    # A class may hand on what it does not name to the classes that it is derived from.
-    functions = (
-        [vars(c).get("__init__") for c in function.__mro__]
-        if inspect.isclass(function)
-        else [function]
-    )
-    for candidate in filter(inspect.isfunction, functions):
-        parameter = inspect.signature(candidate).parameters.get(last)
-        if parameter is not None:
-            return parameter
-    return None
+    classes = function.__mro__ if inspect.isclass(function) else ()
+    found: dict[str, inspect.Parameter] = {}
+    for candidate in [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [function]:
+        parameters = inspect.signature(candidate).parameters.values()
+        kinds = [parameter.kind for parameter in parameters]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        found = {p.name: p for p in named if p.name != "self"} | found
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            return found, False
+    return found, True
 
 
-def _check_type(cfg: DictConfig, key: str, raw: str, value: Any) -> None:
-    """Reject a value for a parameter that is annotated as a plain number or text.
+def _split(cfg: DictConfig, override: str, following: str) -> tuple[str, str, bool]:
+    """The key and the text of the value of an override, and whether it starts with a plus.
 
-    It is needed where the config's own value is null, and so tells nothing.
+    Args:
+        following: the next override, which may be the value of this one.
 
     Raises:
-        ValueError: with the kind that is wanted; or ``_target_`` names nothing.
+        ValueError: not an override of a lazy config.
     """
-    if key.rpartition(".")[2] == "_target_":
+    name, equals, raw = override.partition("=")
+    bare = re.sub(r"\[(\d+)\]", r".\1", name.lstrip("+~").strip())
+    if bare in YAML_KEYS:
+        raise ValueError(f"{bare} is a key of yaml configs: write {YAML_KEYS[bare]}=VALUE")
+    if name.startswith("~"):
+        raise ValueError(f"override '{override}': a key cannot be deleted: set it to null")
+    if not equals and _Key(cfg, bare).exists:
+        value = "VALUE" if "=" in following else following
+        raise ValueError(f"override '{override}' has no value: write {bare}={value}")
+    if not equals:
+        raise ValueError(
+            f"'{override}' is neither an option nor an override: write key=value, in quotes if it"
+            " has spaces"
+        )
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", bare):
+        raise ValueError(f"override '{override}': '{bare}' is not a key: write path.key=value")
+    return bare, raw.strip(), name.startswith("+")
+
+
+def _parse(name: str, raw: str) -> Any:
+    """The value of a text by hydra's grammar, in which ``a,b`` is text here.
+
+    Raises:
+        ValueError: a list or dict that cannot be parsed.
+    """
+    try:
+        override = OverridesParser.create().parse_override(f"key={raw}")
+        return raw if override.is_sweep_override() else override.value()
+    except HydraException as error:
+        if not raw.startswith(("[", "{", "(", "'", '"')):
+            return raw
+        try:
+            value = ast.literal_eval(raw)
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                f"{name}={raw}: cannot parse the value ({str(error).splitlines()[0]}): put the text"
+                " of every element in quotes"
+            ) from error
+        return list(value) if isinstance(value, tuple) else value
+
+
+def _convert(key: _Key, value: Any, raw: str) -> Any:
+    """The value as the type that the key has.
+
+    Raises:
+        ValueError: it has another type, or ``_target_`` names nothing.
+    """
+    if value is None or (isinstance(value, str) and "${" in value):
+        return value
+    if key.last == "_target_":
         try:
             locate(value)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"{key}={raw}: there is no such class or function") from error
-        return
-    parameter = _parameter(cfg, key)
-    if parameter is None or (isinstance(value, str) and "${" in value):
-        return
-    annotation = parameter.annotation
-    kinds = set(get_args(annotation)) if isinstance(annotation, UnionType) else {annotation}
-    if not kinds <= KINDS.keys():
-        return
+            raise ValueError(f"{key.name}={raw}: there is no such class or function") from error
+        return value
+    if isinstance(key.value, DictConfig) and not isinstance(value, dict):
+        names = [str(name) for name in key.value if name != "_target_"]
+        if not names:
+            return value
+        raise ValueError(
+            f"{key.name}={raw}: set its keys instead, such as {key.name}.{names[0]}"
+            f" ({', '.join(names)})"
+        )
+    types = key.types
     whole = isinstance(value, float) and value.is_integer()
-    if type(value) in kinds or (float in kinds and type(value) is int) or (int in kinds and whole):
-        return
-    names = " or ".join(KINDS[kind] for kind in KINDS if kind in kinds)
-    raise ValueError(f"{key}={raw}: must be {names}")
+    fits = {type(value)} | ({float} if type(value) is int else {int} if whole else set())
+    if not types or types & fits:
+        return value
+    if bool in types and type(value) is int and value in (0, 1):
+        return bool(value)
+    if str in types and not isinstance(value, list | dict):
+        return raw
+    wanted = " or ".join(text for kind, text in TYPES.items() if kind in types)
+    shown = str(key.value).replace(" ", "")
+    example = "" if key.value is None else f", as in {key.name}={shown}"
+    raise ValueError(f"{key.name}={raw}: must be {wanted}{example}")
+
+
+def _is_read(cfg: DictConfig, name: str) -> bool:
+    """Whether an added key is passed to a function, or another key refers to it."""
+    key = _Key(cfg, name)
+    if name.rpartition(".")[0] == DDP_OPTIONS:
+        return key.last in inspect.signature(DistributedDataParallel).parameters
+    if key.passes_on or key.last in key.parameters:
+        return True
+    references = re.findall(r"\$\{([^}]*)", OmegaConf.to_yaml(cfg))
+    return any(re.search(rf"(^|[.:,]){re.escape(key.last)}($|[.,\[])", text) for text in references)
+
+
+def _did_you_mean(cfg: DictConfig, name: str) -> str:
+    """The keys that were probably meant, as the end of a sentence; "" without one."""
+    close = _similar_keys(cfg, name)
+    return f"; did you mean {' or '.join(repr(key) for key in close)}?" if close else ""
+
+
+def _similar_keys(cfg: DictConfig, name: str) -> list[str]:
+    """At most two keys: by meaning, among the keys beside it, of that name, of a similar name."""
+    keys = sorted(set(_keys(cfg)) - {name}, key=lambda key: (key.count("."), key))
+    parent, _, last = name.rpartition(".")
+    word = _letters(last)
+    for key, synonyms in SYNONYMS.items():
+        if key in keys and word in _letters(synonyms).split():
+            return [key]
+    beside = {_letters(key): key for key in keys if key.rpartition(".")[0] == parent}
+    if close := difflib.get_close_matches(word, beside, n=1, cutoff=0.65):
+        return [beside[close[0]]]
+    if same := [key for key in keys if key.rpartition(".")[2] == last]:
+        return difflib.get_close_matches(name, same, n=2, cutoff=0)
+    anywhere = {_letters(key): key for key in reversed(keys)}
+    close = difflib.get_close_matches(word, anywhere, n=1, cutoff=0.75)
+    return [anywhere[word] for word in close]
+
+
+def _letters(name: str) -> str:
+    """The last part of a key, without case, hyphens and underscores."""
+    return re.sub(r"[-_]", "", name.rpartition(".")[2].lower())
+
+
+def _keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
+    """Every key that an override can name, without those below references."""
+    names: Sequence[Any] = list(node) if isinstance(node, DictConfig) else range(len(node))
+    for name in names:
+        if str(name).startswith("_"):
+            continue
+        yield f"{prefix}{name}"
+        if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_config(node[name]):
+            yield from _keys(node[name], f"{prefix}{name}.")
+    yield from (f"{prefix}{name}" for name in _signature(node)[0] if name not in names)

@@ -100,7 +100,7 @@ def test_text_needs_no_quotes(text):
     [
         ("train.amp.enabled=yes", "True or False"),
         ("train.amp=True", "train.amp.enabled"),
-        ("train.init_checkpoint=[a,b]", "one text"),
+        ("train.init_checkpoint=[a,b]", "must be text"),
         ("dataloader.image_size=large", "a number"),
         ("train.epochs=[1,2]", "a number"),
         ("train.epochs=ten", "a number"),
