@@ -73,12 +73,12 @@ train.update(
     epochs=800,
     # 800 epochs x 1,281,167 images of ImageNet / 4096 = 250,228 iterations.
     max_iter=(
-        "${dataset.image_iterations:${train.epochs},"
-        "${dataloader.train.dataset.name},${dataloader.train.total_batch_size}}"
+        "${dataset.iterations:${train.epochs},"
+        "${dataloader.train.dataset},${dataloader.train.total_batch_size}}"
     ),
     eval_period="${train.checkpointer.period}",  # of the validation loss
 )
-train.validation_loss.enabled = "${crossmae.is_set:${dataloader.validation.dataset.name}}"
+train.validation_loss.enabled = "${crossmae.if:${dataloader.validation.dataset.name},true,false}"
 train.best_checkpoint.metrics = ["val/total_loss"]
 train.compile.module = ""  # the whole model
 train.visualizer = L(ReconstructionVisualizer)(

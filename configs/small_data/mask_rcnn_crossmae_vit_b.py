@@ -17,9 +17,7 @@ dataloader.train.mapper.augmentations[1].update(min_scale=0.5, max_scale=2.0)
 
 # The first half of the blocks stays as pretrained: a smaller ViT lost nothing by that, and a step
 # takes less time and memory. From random weights all are trained.
-model.backbone.net.freeze_blocks = (
-    "${crossmae.either:${crossmae.is_set:${train.init_checkpoint}},6,0}"
-)
+model.backbone.net.freeze_blocks = "${crossmae.if:${train.init_checkpoint},6,0}"
 
 # The published rate, not scaled down from 64 images, and the same for every batch: the linear rule
 # would give 6.25e-6 here. Larger rates were better still for a smaller ViT.
@@ -32,6 +30,6 @@ train.clip_grad.enabled = True
 # a validation set all epochs are run.
 train.eval_period = "${crossmae.fraction:${train.max_iter},20,1}"
 train.checkpointer.period = "${train.eval_period}"
-_has_test_set = "${crossmae.is_set:${oc.select:dataloader.test.dataset.names,null}}"
+_has_test_set = "${crossmae.if:${oc.select:dataloader.test.dataset.names,null},true,false}"
 train.validation_loss.enabled = _has_test_set
 train.early_stopping.update(enabled=_has_test_set, patience=5)

@@ -1,8 +1,8 @@
-"""The zoo's records: results and checkpoints as data, each row with where it comes from.
+"""Results and checkpoints as data, each row with its origin.
 
-Three JSON files lie in ``data/``: ``published.json`` has what others measured, ``measured.json``
-what was measured with this project, ``checkpoints.json`` the files of weights. In each, ``origins``
-names the sources, and every row lists those that it is from.
+``data/`` holds three JSON files: ``published.json`` (results of others), ``measured.json`` (results
+of this project) and ``checkpoints.json`` (weights). In each, ``origins`` describes the sources, and
+every row lists its own.
 """
 
 import json
@@ -14,28 +14,23 @@ from crossmae_det.utils import atomic_path
 
 FOLDER = Path(__file__).parent / "data"
 
-
-# What an origin has to say: where something stands, or how and on what it was measured.
+# Keys of an origin, and one that it may have: how the command was run.
 ORIGIN_KEYS = {
     "published": ("text", "url"),
     "checkpoints": ("text", "url"),
     "measured": ("command", "machine"),
 }
+OPTIONAL_ORIGIN_KEYS = ("how",)
 
-# What it may say: how the command was run.
-MAY_SAY = ("how",)
-
-# The groups of checkpoints.json, and what every checkpoint has.
 CHECKPOINT_GROUPS = ("pretraining", "fine_tuned", "detection")
+CHECKPOINT_KEYS = ("name", "config", "holds", "license", "url", "origin")
 
-# What a file has beside its origins.
+# Keys of a file besides ``origins``.
 PARTS: dict[str, tuple[str, ...]] = {
     "published": ("tables",),
     "checkpoints": CHECKPOINT_GROUPS,
     "measured": ("machines", "tables", "costs"),
 }
-
-CHECKPOINT_KEYS = ("name", "config", "holds", "license", "url", "origin")
 
 
 def read_records(name: str, folder: Path = FOLDER) -> dict[str, Any]:
@@ -45,12 +40,9 @@ def read_records(name: str, folder: Path = FOLDER) -> dict[str, Any]:
         name: "published", "measured" or "checkpoints".
         folder: where the files are.
 
-    Returns:
-        What the file holds.
-
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not JSON, a row without an origin, or one without a value that it needs.
+        ValueError: not JSON, a row without an origin, or a row that lacks a value.
     """
     path = folder / f"{name}.json"
     try:
@@ -69,7 +61,7 @@ def read_records(name: str, folder: Path = FOLDER) -> dict[str, Any]:
 
 
 def write_records(name: str, records: Mapping[str, Any], folder: Path = FOLDER) -> None:
-    """Write one file of records, whole or not at all.
+    """Write one file of records atomically.
 
     Raises:
         OSError: the file cannot be written.
@@ -80,13 +72,13 @@ def write_records(name: str, records: Mapping[str, Any], folder: Path = FOLDER) 
 
 
 def checkpoints(folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """Every checkpoint of the records, those of pretraining first."""
+    """All checkpoints, those of pretraining first."""
     records = read_records("checkpoints", folder)
     return [row for group in CHECKPOINT_GROUPS for row in records[group]]
 
 
 def _rows(records: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Sequence[str]]]:
-    """(What it is called, the row, what it must have) of everything that needs an origin."""
+    """(Description, row, required keys) of everything that needs an origin."""
     for table in records.get("tables", []):
         for index, row in enumerate(table["rows"], 1):
             yield f"row {index} of '{table['title']}'", row, table["columns"]
@@ -101,10 +93,12 @@ def _check_origins(
     origins: Mapping[str, Mapping[str, str]], keys: Sequence[str], machines: Mapping[str, str]
 ) -> None:
     for name, origin in origins.items():
-        if not set(keys) <= set(origin) <= {*keys, *MAY_SAY} or not all(origin.values()):
+        if not set(keys) <= set(origin) <= {*keys, *OPTIONAL_ORIGIN_KEYS} or not all(
+            origin.values()
+        ):
             raise ValueError(f"the origin '{name}' must have {' and '.join(keys)}")
         if "machine" in keys and origin["machine"] not in machines:
-            raise ValueError(f"the origin '{name}' is on no machine of the file's")
+            raise ValueError(f"the origin '{name}' names a machine that the file lacks")
 
 
 def _check_row(
@@ -114,9 +108,9 @@ def _check_row(
         raise ValueError(f"{where} has no origin")
     for name in row["origin"]:
         if name not in origins:
-            raise ValueError(f"{where} has an origin that the file does not explain: '{name}'")
+            raise ValueError(f"{where} has an origin that the file does not describe: '{name}'")
     for column in columns:
         if column not in row:
             raise ValueError(f"{where} has no '{column}'")
     if "license" in columns and not row["license"]:
-        raise ValueError(f"{where} does not say its license")
+        raise ValueError(f"{where} has no license")

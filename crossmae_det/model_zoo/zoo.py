@@ -1,7 +1,4 @@
-"""Finding and reading configs, lazy or yaml.
-
-Models of the shipped configs, with published weights where there are any.
-"""
+"""Shipped configs by name, lazy or yaml, and their models with published weights."""
 
 import difflib
 import logging
@@ -15,51 +12,34 @@ from torch import nn
 from crossmae_det.checkpoint import load
 from crossmae_det.detection.yaml_config import read_yaml, to_lazy
 from crossmae_det.engine import resolve_device
-from crossmae_det.model_zoo import (
-    records,
-    resolvers,  # noqa: F401  (registers the rules of the configs)
-)
+from crossmae_det.model_zoo import records
 from crossmae_det.model_zoo.overrides import apply_overrides
 
 logger = logging.getLogger(__name__)
 
-
+# Of an installed package and of a checkout.
 PACKAGE_CONFIGS = Path(__file__).parent / "configs"
-
 CHECKOUT_CONFIGS = Path(__file__).parents[2] / "configs"
 
 # Parts that configs share; they cannot be run.
 SHARED = "common"
 
-# One of each kind, for help texts and messages.
+# One of each task, for help texts and messages.
 EXAMPLES = (
     "coco/mask_rcnn_crossmae_vit_b_100ep.py",
     "pretraining/crossmae_vit_b_800ep.py",
     "demo/mask_rcnn.py",
 )
 
-# Where a config that names no folder puts its runs: a folder of its own for each config.
+# The run folder of a config that names none.
 OUTPUT_DIR = "output/{name}"
 
-
-def _folder() -> Path:
-    return PACKAGE_CONFIGS if PACKAGE_CONFIGS.is_dir() else CHECKOUT_CONFIGS
-
-
-def _names() -> list[str]:
-    """Every file of the configs' folder that is a config or a part of one."""
-    folder = _folder()
-    files = (path for path in folder.rglob("*") if path.suffix in (".py", ".yaml"))
-    return sorted(path.relative_to(folder).as_posix() for path in files)
+# What a record's checkpoint holds, if it is the model of the config.
+WHOLE = "whole model"
 
 
 def list_configs() -> list[str]:
-    """The names of the shipped configs that can be run, sorted.
-
-    Returns:
-        Names that :func:`get_config` and ``--config-file`` take: "coco/...", "demo/...",
-        "pretraining/...".
-    """
+    """The names of the shipped configs that can be run ("coco/...", "pretraining/..."), sorted."""
     return [name for name in _names() if not name.startswith(f"{SHARED}/")]
 
 
@@ -67,7 +47,7 @@ def get_config_file(config_path: str) -> str:
     """The path of a shipped config.
 
     Args:
-        config_path: relative to the configs' folder: "coco/mask_rcnn_crossmae_vit_b_100ep.py".
+        config_path: its name, such as "coco/mask_rcnn_crossmae_vit_b_100ep.py".
 
     Raises:
         ValueError: there is no such config.
@@ -80,126 +60,51 @@ def get_config_file(config_path: str) -> str:
     return str(path)
 
 
-def _find_config(config_file: str) -> str:
-    """The path of a config file: the file itself, or the shipped config of that name.
-
-    Raises:
-        FileNotFoundError: there is neither.
-    """
-    if not config_file:
-        raise FileNotFoundError(
-            "no config is named: add --config-file with a path or the name of a shipped config, "
-            f"such as {', '.join(EXAMPLES)} (--help of the training tools lists them)"
-        )
-    if Path(config_file).is_file():
-        return config_file
-    try:
-        return get_config_file(config_file)
-    except ValueError as error:
-        raise FileNotFoundError(f"no config file '{config_file}', and {error}") from None
-
-
-def usage_examples(tool: str) -> str:
-    """Examples and the shipped configs, for the end of a tool's ``--help``.
-
-    Args:
-        tool: how the tool is called.
-    """
-    lazy, *_ = EXAMPLES
-    commands = (
-        f"{tool} --config-file demo/mask_rcnn.py",
-        f"{tool} --config-file {lazy} --num-gpus 8 train.init_checkpoint=backbone.pth",
-        f"{tool} --config-file {lazy} dataloader.train.dataset.names=train.json:images "
-        "dataloader.train.total_batch_size=8",
-        f"{tool} --config-file {lazy.replace('.py', '.yaml')} SOLVER.IMS_PER_BATCH 8",
-        f"{tool} --config-file output/mask_rcnn_crossmae_vit_b_100ep/config.yaml --eval-only",
-    )
-    lines = ["Examples:", *(f"  {command}" for command in commands), "", "Shipped configs:"]
-    return "\n".join([*lines, *(f"  {name}" for name in list_configs())])
-
-
 def get_config(
     config_file: str, overrides: Sequence[str] = (), *, trained: bool = False
 ) -> DictConfig:
-    """Read a config with its five keys and apply overrides.
+    """Read a config and apply overrides.
 
     Args:
         config_file: a path, or the name of a shipped config. A yaml file with detectron2's keys is
-            turned into the lazy config that it stands for.
-        overrides: ``path.key=value`` for lazy configs, ``PATH.KEY VALUE`` pairs for yaml ones.
-        trained: to look at a trained model. Where the config is a run's own config.yaml and no
-            override names weights, ``train.init_checkpoint`` is the run's best checkpoint, or its
-            last, instead of the weights that it started from.
+            converted to the equivalent lazy config.
+        overrides: ``path.key=value`` for lazy configs, ``PATH.KEY VALUE`` pairs for yaml configs.
+        trained: use the weights of a finished run. If the config is the config.yaml of a run and
+            no override names weights, ``train.init_checkpoint`` is the run's best checkpoint, or
+            its last.
 
     Returns:
-        The unresolved config: values that follow from others still do. Where it names no
-        ``train.output_dir``, that is ``output/NAME_OF_CONFIG``.
+        The unresolved config: values that follow from others still do. ``train.output_dir``
+        defaults to ``output/NAME_OF_CONFIG``.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not a config, or an override of an unknown key.
+        FileNotFoundError, ValueError: no such file, not a config, or an invalid override.
     """
     path = _find_config(config_file)
     yaml_config = None if path.endswith(".py") else read_yaml(path, overrides)
-    # A run's own config.yaml is a lazy config in yaml's clothes.
-    lazy = _load(path) if yaml_config is None else to_lazy(yaml_config, get_config)
+    # The config.yaml of a run is a lazy config.
+    cfg = _load(path) if yaml_config is None else to_lazy(yaml_config, get_config)
     default = OUTPUT_DIR.format(name=Path(path).stem)
-    if "train" in lazy and not lazy.train.get("output_dir"):
-        lazy.train.output_dir = default
+    if "train" in cfg and not cfg.train.get("output_dir"):
+        cfg.train.output_dir = default
     if yaml_config is None:
         if trained and (checkpoint := _checkpoint_of_run(path)):
-            lazy.train.init_checkpoint = checkpoint
-        apply_overrides(lazy, overrides)
-        if "train" in lazy and not lazy.train.output_dir:  # train.output_dir=null
-            lazy.train.output_dir = default
-    return lazy
-
-
-def _load(path: str) -> DictConfig:
-    """A lazy config as it is in its file.
-
-    Raises:
-        ValueError: running the file fails, or its keys have no keys below them.
-    """
-    try:
-        cfg = LazyConfig.load(path)
-    except Exception as error:  # a user's code may raise anything
-        if isinstance(error, OSError) or Path(path).is_relative_to(_folder()):
-            raise
-        logger.debug("Traceback of the error", exc_info=True)
-        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-    for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train"):
-        if key in cfg and not OmegaConf.is_dict(cfg[key]):
-            raise ValueError(f"{path} is not a config of a job: '{key}' must have keys below it")
+            cfg.train.init_checkpoint = checkpoint
+        apply_overrides(cfg, overrides)
+        if "train" in cfg and not cfg.train.output_dir:  # train.output_dir=null
+            cfg.train.output_dir = default
     return cfg
 
 
-def _checkpoint_of_run(config_file: str) -> str | None:
-    """The best checkpoint of the run that a config is of, or its last; None without a run."""
-    folder = Path(config_file).parent
-    best, pointer = folder / "model_best.pth", folder / "last_checkpoint"
-    if best.is_file():
-        return str(best)
-    last = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else "model_final.pth"
-    return str(folder / last) if (folder / last).is_file() else None
-
-
-WHOLE = "whole model"
-
-
 def get_checkpoint_url(config_path: str) -> str:
-    """The published checkpoint of a shipped config: what its recipe produced, and nothing else.
-
-    Args:
-        config_path: as in :func:`get_config_file`: "pretraining/crossmae_vit_b_800ep_pred75.py".
-
-    Returns:
-        The URL of a file that holds the whole model of the config.
+    """The URL of the published checkpoint with the whole model of a shipped config.
 
     Raises:
         ValueError: there is no such config, or no checkpoint of it is published.
     """
     get_config_file(config_path)
-    urls = _urls()
+    rows = records.checkpoints()
+    urls = {row["config"]: row["url"] for row in rows if row["config"] and row["holds"] == WHOLE}
     if config_path not in urls:
         raise ValueError(
             f"no checkpoint of the whole model of '{config_path}' is published; there is one of"
@@ -214,32 +119,92 @@ def get(
     device: str | None = None,
     overrides: Sequence[str] = (),
 ) -> nn.Module:
-    """The model of a shipped config.
+    """The model of a shipped config, in training mode as detectron2's.
 
     Args:
-        config_path: as in :func:`get_config_file`.
-        trained: load the published checkpoint of the config; else the weights are random.
-        device: where the model goes; None for ``train.device`` of the config.
+        config_path: its name, as in :func:`get_config_file`.
+        trained: load the published checkpoint of the config; otherwise the weights are random.
+        device: the device of the model; None for ``train.device`` of the config.
         overrides: as in :func:`get_config`.
 
-    Returns:
-        The model, in training mode as detectron2's.
-
     Raises:
-        ValueError: there is no such config, device or key, or, with ``trained``, no checkpoint of
-            it is published, or the overrides make another model than the checkpoint's.
+        ValueError: there is no such config, device or key; or, with ``trained``, no checkpoint is
+            published, or the overrides change the model.
         OSError: the checkpoint cannot be read.
     """
     url = get_checkpoint_url(config_path) if trained else None
     cfg = get_config(get_config_file(config_path), overrides)
-    place = resolve_device(cfg.train.device if device is None else device)
+    target = resolve_device(cfg.train.device if device is None else device)
     model = instantiate(cfg.model)
     if url is not None:
         load(model, url, whole=True)
-    return model.to(place)
+    return model.to(target)
 
 
-def _urls() -> dict[str, str]:
-    """Config -> URL of the checkpoint of its whole model."""
-    rows = records.checkpoints()
-    return {row["config"]: row["url"] for row in rows if row["config"] and row["holds"] == WHOLE}
+def usage_examples(tool: str) -> str:
+    """Examples and the shipped configs, for the end of ``--help``.
+
+    Args:
+        tool: the command, such as "crossmae-det train".
+    """
+    lazy = EXAMPLES[0]
+    commands = (
+        f"{tool} --config-file demo/mask_rcnn.py",
+        f"{tool} --config-file {lazy} --num-gpus 8 train.init_checkpoint=backbone.pth",
+        f"{tool} --config-file {lazy} dataloader.train.dataset.names=train.json:images",
+        f"{tool} --config-file {lazy.replace('.py', '.yaml')} SOLVER.IMS_PER_BATCH 8",
+        f"{tool} --config-file output/mask_rcnn_crossmae_vit_b_100ep/config.yaml --eval-only",
+    )
+    lines = ["Examples:", *(f"  {command}" for command in commands), "", "Shipped configs:"]
+    return "\n".join([*lines, *(f"  {name}" for name in list_configs())])
+
+
+def _folder() -> Path:
+    return PACKAGE_CONFIGS if PACKAGE_CONFIGS.is_dir() else CHECKOUT_CONFIGS
+
+
+def _names() -> list[str]:
+    """Every shipped config and shared part."""
+    folder = _folder()
+    files = (path for path in folder.rglob("*") if path.suffix in (".py", ".yaml"))
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def _find_config(config_file: str) -> str:
+    """The path of a config file or of the shipped config of that name."""
+    if not config_file:
+        raise FileNotFoundError(
+            "no config: add --config-file with a path or the name of a shipped config, such as"
+            f" {', '.join(EXAMPLES)}"
+        )
+    if Path(config_file).is_file():
+        return config_file
+    try:
+        return get_config_file(config_file)
+    except ValueError as error:
+        raise FileNotFoundError(f"no config file '{config_file}', and {error}") from None
+
+
+def _load(path: str) -> DictConfig:
+    """Load a lazy config and check its structure."""
+    try:
+        cfg = LazyConfig.load(path)
+    except Exception as error:  # the file is code and may raise anything
+        if isinstance(error, OSError) or Path(path).is_relative_to(_folder()):
+            raise
+        logger.debug("Traceback of the error", exc_info=True)
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train"):
+        if key in cfg and not OmegaConf.is_dict(cfg[key]):
+            raise ValueError(f"{path} is not a config: '{key}' must have keys below it")
+    return cfg
+
+
+def _checkpoint_of_run(config_file: str) -> str | None:
+    """The best checkpoint of the run that a config belongs to, or its last."""
+    folder = Path(config_file).parent
+    best, pointer = folder / "model_best.pth", folder / "last_checkpoint"
+    if best.is_file():
+        return str(best)
+    last = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else "model_final.pth"
+    return str(folder / last) if (folder / last).is_file() else None

@@ -15,7 +15,7 @@ from crossmae_det.engine.trainer import Trainer
 from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.model_zoo.zoo import CHECKOUT_CONFIGS
-from crossmae_det.modeling import SIZES, build_vit
+from crossmae_det.modeling import SIZES
 from crossmae_det.pretraining import MAE, CrossMAE, find_images
 
 CONFIGS = sorted(
@@ -29,7 +29,7 @@ IMAGENET = 1_281_167
 
 @pytest.fixture(autouse=True)
 def _no_imagenet(tmp_path, monkeypatch):
-    """The published number of images, whatever lies in the data folder of this machine."""
+    """Use the published number of images, whatever the data folder of this machine holds."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "none"))
 
 
@@ -45,14 +45,14 @@ def folder(tmp_path):
 
 
 def read(name):
-    """What the name of a config promises: (method, size, side of the images, ratio, epochs)."""
+    """What the name of a config says: (method, size, image size, ratio, epochs)."""
     parts = name.removeprefix("pretraining/").removesuffix(".py").split("_")
     ratio = 0.75 if parts[0] == "mae" or parts[-1] == "pred75" else 0.25
     (epochs,) = (int(part.removesuffix("ep")) for part in parts if part.endswith("ep"))
     return parts[0], LETTERS[parts[2]], 448 if "448" in parts else 224, ratio, epochs
 
 
-def test_there_is_a_config_for_each_published_model():
+def test_every_published_model_has_a_config():
     published = {("crossmae", size, 224, 0.25, 800) for size in LETTERS.values()}
     published |= {("crossmae", size, 224, 0.75, 800) for size in ("small", "base", "large")}
     published |= {("mae", size, 224, 0.75, 800) for size in ("small", "base", "large")}
@@ -108,7 +108,7 @@ def test_the_schedule_is_a_warmup_of_40_epochs_and_half_a_cosine():
         assert schedule(epoch / 800) == pytest.approx(expected, abs=1e-6)
 
 
-def test_one_key_changes_all_that_depends_on_it(folder):
+def test_values_follow_the_keys_they_depend_on(folder):
     def resolved(*overrides):
         cfg = get_config(B_800, overrides)
         OmegaConf.resolve(cfg)
@@ -158,15 +158,10 @@ def test_the_built_in_set_is_written_on_first_use(tmp_path):
         shapes.register(usual)
 
 
-def test_a_registered_set_without_images_is_refused(monkeypatch):
+def test_a_registered_set_without_images_is_rejected(monkeypatch):
     monkeypatch.setitem(DatasetCatalog.data, "no_images", list)
-    with pytest.raises(ValueError, match="'no_images' has no image folder; name the folder itself"):
+    with pytest.raises(ValueError, match="'no_images'"):
         image_set("no_images")
-
-
-def test_an_unknown_size_is_refused():
-    with pytest.raises(ValueError, match="unknown backbone size 'giant'; sizes are tiny, small"):
-        build_vit("giant")
 
 
 def tiny(folder, *overrides, batch_size=4):
@@ -200,7 +195,7 @@ def build(cfg):
 
 @pytest.mark.parametrize("name", CONFIGS + DEMO)
 def test_every_config_trains_two_iterations(name, folder):
-    # Not the width and depth of the size, but everything that the config sets beside them.
+    # All that the config sets, but a small width and depth.
     cfg = get_config(name, tiny(folder))
     OmegaConf.resolve(cfg)
     trainer, model = build(cfg)

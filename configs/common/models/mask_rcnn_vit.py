@@ -39,5 +39,5 @@ _heads.box_predictor.input_shape = L(ShapeSpec)(channels="${model.roi_heads.box_
 _heads.num_classes = "${crossmae.count:${dataloader.categories}}"
 _heads.mask_head._target_ = PartiallySupervisedMaskHead
 _heads.mask_in_features = (
-    "${crossmae.when:${dataloader.train.mapper.use_instance_mask},${.box_in_features}}"
+    "${crossmae.if:${dataloader.train.mapper.use_instance_mask},${.box_in_features}}"
 )
