@@ -16,7 +16,7 @@ def model_zoo() -> str:
     page = (REPO / "MODEL_ZOO.md").read_text(encoding="utf-8")
     page = page.replace("docs/benchmarks.md", "benchmarks.md")
     # Browsers show .txt and download .py.
-    return re.sub(r"(\]: configs/\S+\.(?:py|yaml))", r"\1.txt", page)
+    return re.sub(r"(\]\(configs/[^)]+\.(?:py|yaml))\)", r"\1.txt)", page)
 
 
 def api_pages() -> Iterator[tuple[str, str]]:

@@ -336,7 +336,8 @@ def pretraining_spec(
 
     Args:
         device: where it computes.
-        config_file, overrides: as in :func:`get_config`.
+        config_file: as in :func:`get_config`.
+        overrides: as in :func:`get_config`.
         variation: more overrides, of the model, which become part of the name.
 
     Raises:

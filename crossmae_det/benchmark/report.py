@@ -102,7 +102,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """Tables, and what they were measured on.
+    """Tables, and what they were measured on. Files are written atomically.
 
     Attributes:
         command: the command line that makes it.
@@ -123,11 +123,7 @@ class Report:
         return "\n\n".join([*parts, f"{self.command}\n{machine(self.environment)}"])
 
     def write_markdown(self, path: str | os.PathLike[str]) -> None:
-        """Write the tables for a README.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write the tables as Markdown, for a README."""
         parts = [
             f"**{section.title}**\n\n{section.table('pipe')}\n\n{' '.join(section.notes)}"
             for section in self.sections
@@ -137,21 +133,13 @@ class Report:
             temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the results in full precision.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write the results in full precision."""
         head = {"version": JSON_VERSION, "command": self.command, "environment": self.environment}
         values = {section.key: section.values for section in self.sections}
         write_json(path, head | values, indent=2, default=asdict)
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the tables, one below the other, each under the key of its section.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write the tables, one below the other, each under the key of its section."""
         with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             for section in self.sections:
@@ -231,10 +219,10 @@ def published_ap() -> dict[str, PublishedAP]:
 
 
 def plot_sections(sections: Iterable[Section], folder: str | os.PathLike[str]) -> list[Path]:
-    """Plot what the sections have: latency and AP of backbones, growth of blocks.
+    """Plot latency, memory and published AP of backbones, and the growth of blocks.
 
     Args:
-        sections: of a report.
+        sections: of a report; those of other things, and cases that failed, are not plotted.
         folder: for the plots.
 
     Returns:
@@ -244,111 +232,81 @@ def plot_sections(sections: Iterable[Section], folder: str | os.PathLike[str]) -
         OSError: a file cannot be written.
     """
     values = {section.key: section.values for section in sections}
-    measured = [record for record in values.get("backbones", []) if not record["failure"]]
+    records = [record for record in values.get("backbones", []) if not record["failure"]]
     known = published_ap()
-    flops = {
-        known[record["backbone"]]: record["flops"]
+    precision = [
+        (known[record["backbone"]], record["flops"] / 1e9)
         for record in values.get("backbones", [])
         if record["backbone"] in known and record["image_size"] == DETECTION_SIZE
-    }
-    files = []
+    ]
+    figures = {}
     if "growth" in values:
-        files += plot_growth(values["growth"], Path(folder, "growth"))
-    if measured:
-        files += plot_latency(measured, Path(folder, "latency"))
-    if flops:
-        files += plot_precision(flops, Path(folder, "precision"))
+        figures["growth"] = _plot_growth(values["growth"])
+    if records:
+        figures["latency"] = _plot_latency(records)
+    if precision:
+        figures["precision"] = _plot_precision(precision)
+    files = []
+    for name, figure in figures.items():
+        for suffix in PLOT_FORMATS:
+            files.append(Path(folder, f"{name}.{suffix}"))
+            with atomic_path(files[-1]) as temporary:
+                figure.savefig(temporary)
     return files
 
 
-def plot_latency(records: Sequence[Mapping[str, Any]], stem: str | os.PathLike[str]) -> list[Path]:
-    """Plot the latency of an image and the peak memory against the image size.
-
-    Args:
-        records: of the section "backbones", at least one and none that failed.
-        stem: of the files, which get ``.png`` and ``.svg``.
-
-    Returns:
-        The files.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+def _plot_latency(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Latency of an image and peak memory, against the image size."""
     figure, (time, memory) = _figure(2)
     curves: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["image_size"]):
         curves.setdefault((record["backbone"], record["batch_size"]), []).append(record)
     several = len({batch for _, batch in curves}) > 1
     for (name, batch), points in curves.items():
-        sides = [point["image_size"] for point in points]
-        style: dict[str, Any] = dict(marker="o", markersize=4)
-        style["label"] = f"{name}, batch {batch}" if several else name
-        time.plot(sides, [1e3 * p["median_seconds"] / batch for p in points], **style)
-        memory.plot(sides, [p["peak_bytes"] / 2**20 for p in points], **style)
+        sizes = [point["image_size"] for point in points]
+        label = f"{name}, batch {batch}" if several else name
+        latency = [1e3 * point["median_seconds"] / batch for point in points]
+        time.plot(sizes, latency, "o-", markersize=4, label=label)
+        memory.plot(sizes, [point["peak_bytes"] / 2**20 for point in points], "o-", markersize=4)
     first = records[0]
     step = "training step" if first["train"] else "forward pass"
     where = f"{step}, {first['precision']}, {first['device']}"
-    for axes, title, unit in (
-        (time, "Latency of an image", "ms"),
-        (memory, "Peak memory", "MiB"),
-    ):
+    for axes, title, unit in (time, "Latency of an image", "ms"), (memory, "Peak memory", "MiB"):
         _decorate(axes, f"{title}: {where}", "image size (pixels)", unit)
         axes.set_ylim(bottom=0)
         _mark_sizes(axes, {record["image_size"] for record in records})
     _add_legend(time)
-    return _save(figure, stem)
+    return figure
 
 
-def plot_precision(flops: Mapping[PublishedAP, float], stem: str | os.PathLike[str]) -> list[Path]:
-    """Plot the published AP of backbones against their FLOPs.
-
-    Args:
-        flops: AP of a backbone -> FLOPs of a forward pass.
-        stem: of the files.
-
-    Returns:
-        The files.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+def _plot_precision(points: Sequence[tuple[PublishedAP, float]]) -> Figure:
+    """Published AP of backbones, against the GFLOPs of a forward pass."""
     figure, (axes,) = _figure(1)
-    for known, value in flops.items():
-        point = (value / 1e9, known.box_ap)
-        axes.plot(*point, "o")
-        text = f"{known.backbone}, {known.weights}"
+    for known, gflops in dict(points).items():
+        axes.plot(gflops, known.box_ap, "o")
         axes.annotate(
-            text, point, xytext=(0, 8), textcoords="offset points", fontsize=9, ha="center"
+            f"{known.backbone}, {known.weights}",
+            (gflops, known.box_ap),
+            xytext=(0, 8),
+            textcoords="offset points",
+            fontsize=9,
+            ha="center",
         )
     axes.margins(0.35)
     title = "Published box AP on COCO against cost"
     _decorate(axes, title, "GFLOPs of a forward pass", "box AP (%)")
-    return _save(figure, stem)
+    return figure
 
 
-def plot_growth(
-    curves: Mapping[str, Mapping[str, Any]], stem: str | os.PathLike[str]
-) -> list[Path]:
-    """Plot time and memory of blocks against the image size, both axes logarithmic.
-
-    Args:
-        curves: the values of the section "growth".
-        stem: of the files.
-
-    Returns:
-        The files.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+def _plot_growth(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Time and memory of blocks, against the image size; both axes are logarithmic."""
     figure, panels = _figure(2)
     for axes, title, unit, key, exponent, scale in (
         (panels[0], "Time of one block", "ms", "median_seconds", "time_exponent", 1e3),
         (panels[1], "Peak memory of one block", "MiB", "peak_bytes", "memory_exponent", 2**-20),
     ):
         _decorate(axes, title, "image size (pixels)", unit)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set(xscale="log", yscale="log")
         sizes: set[int] = set()
         for kind, curve in curves.items():
             points = {p["image_size"]: scale * p[key] for p in curve["points"] if p.get(key)}
@@ -360,7 +318,7 @@ def plot_growth(
         if sizes:
             _mark_sizes(axes, sizes)
             _add_legend(axes)
-    return _save(figure, stem)
+    return figure
 
 
 def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
@@ -378,19 +336,10 @@ def _mark_sizes(axes: Axes, sizes: Iterable[int]) -> None:
 
 def _decorate(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _add_legend(axes: Axes) -> None:
     axes.legend(frameon=True, framealpha=0.85, fontsize=9)
-
-
-def _save(figure: Figure, stem: str | os.PathLike[str]) -> list[Path]:
-    files = [Path(f"{os.fspath(stem)}.{suffix}") for suffix in PLOT_FORMATS]
-    for path in files:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary)
-    return files
