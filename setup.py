@@ -43,10 +43,11 @@ setup(
     package_dir={CONFIGS: "configs"},
     package_data={
         **{name: ["*.yaml"] for name in CONFIG_PACKAGES},
+        "crossmae_det": ["py.typed"],
         "crossmae_det.model_zoo": ["data/*.json", "data/*.j2"],
     },
     # detectron2 is needed as well but is not on PyPI, so it cannot be named here:
-    # tools/install_detectron2.py, or its own instructions.
+    # `crossmae-det install-detectron2`, or its own instructions.
     install_requires=[
         "torch>=2.7",
         "torchvision>=0.22",  # detectron2's NMS and ROIAlign
@@ -74,5 +75,6 @@ setup(
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources
     ],
     extras_require={"dev": ["mypy", "pre-commit", "pytest>=7", "pytest-xdist", "ruff"]},
+    entry_points={"console_scripts": ["crossmae-det = crossmae_det.__main__:main"]},
     zip_safe=False,
 )

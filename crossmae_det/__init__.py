@@ -5,14 +5,34 @@ in detectron2 and the resolvers of its configs in OmegaConf. Without detectron2,
 ``layers``, ``modeling``, ``data``, ``pretraining`` and ``classification`` still import.
 """
 
+import sys
 from importlib.util import find_spec
-
-from crossmae_det.utils.messages import ignore_library_warnings
+from pathlib import Path
 
 __version__ = "0.1.0"
 
-ignore_library_warnings()
-if find_spec("detectron2") is not None:
-    from crossmae_det import detection as detection
-    from crossmae_det import model_zoo as model_zoo
-    from crossmae_det.model_zoo import resolvers as _  # noqa: F401  (registers them)
+
+def register() -> None:
+    """Register everything; importing the package has done so, except in the command line."""
+    from crossmae_det.utils.messages import ignore_library_warnings
+
+    ignore_library_warnings()
+    if find_spec("detectron2") is not None:
+        from crossmae_det import detection, model_zoo  # noqa: F401
+        from crossmae_det.model_zoo import resolvers  # noqa: F401
+
+
+def _is_command_line() -> bool:
+    """Whether this process is ``crossmae-det`` or ``python -m crossmae_det``.
+
+    It calls :func:`register` when a command needs it: ``--help`` then takes no seconds, and
+    ``doctor`` runs where a library is missing or broken.
+    """
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # until Python has found the module
+        return "crossmae_det" in sys.orig_argv
+    return Path(program).stem == "crossmae-det"
+
+
+if not _is_command_line():
+    register()

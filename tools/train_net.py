@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Train or evaluate a yaml config, with detectron2's keys and those of this project."""
+"""Train or evaluate a yaml config: ``crossmae-det train``."""
 
-from lazyconfig_train_net import main, run_tool
+from crossmae_det.__main__ import run_command
 
 if __name__ == "__main__":
-    run_tool(lambda: main(__doc__))
+    run_command("train")

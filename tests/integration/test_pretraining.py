@@ -16,6 +16,7 @@ import torch
 from detectron2.config import instantiate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from crossmae_det.__main__ import run_command
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine import run
 from crossmae_det.model_zoo import get_config
@@ -163,9 +164,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(repo, options, tmp_path):
         "save = torch.save\n"
         "def full(data, path): save(data, '/dev/full')\n"
         "torch.save = full\n"
-        f"sys.path.insert(0, {str(repo / 'tools')!r})\n"
-        "import lazyconfig_train_net as tool\n"
-        "tool.run_tool(lambda: tool.main(''))\n"
+        "from crossmae_det.__main__ import run_command\n"
+        "run_command('train')\n"
     )
     arguments = ["--resume", "--config-file", "pretraining/crossmae_vit_b_800ep.py"]
     longer = [*options, "train.max_iter=10"]
@@ -207,13 +207,10 @@ def test_bad_input_is_told_in_one_line(
     (tmp_path / "file").write_text("in the way")
     heads = "model.decoder_num_heads=4"
     arguments = [*options, heads, "train.visualizer=null", *(o.format(tmp_path) for o in overrides)]
-    monkeypatch.syspath_prepend(str(repo / "tools"))
-    import lazyconfig_train_net as tool
-
     config = ["--config-file", "pretraining/crossmae_vit_b_800ep.py"]
     monkeypatch.setattr(sys, "argv", ["lazyconfig_train_net.py", *config, *arguments])
     with pytest.raises(SystemExit) as stop:
-        tool.run_tool(lambda: tool.main(""))
+        run_command("train")
     captured = capsys.readouterr()
     assert stop.value.code == 2
     assert "Traceback" not in captured.out + captured.err

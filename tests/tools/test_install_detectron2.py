@@ -1,4 +1,4 @@
-"""tools/install_detectron2.py, without the network: a small archive stands in for the carrier."""
+"""install-detectron2 without the network: a small archive stands in for the carrier."""
 
 import base64
 import csv
@@ -15,6 +15,8 @@ import pytest
 from packaging.metadata import Metadata
 from packaging.utils import parse_wheel_filename
 
+from crossmae_det.tools import install_detectron2
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "tools" / "install_detectron2.py"
 
@@ -30,14 +32,6 @@ CARRIER = {
 }
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def write_carrier(path: Path, names=tuple(CARRIER), date=(2016, 1, 1, 0, 0, 0)) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
@@ -46,8 +40,8 @@ def write_carrier(path: Path, names=tuple(CARRIER), date=(2016, 1, 1, 0, 0, 0)) 
 
 
 @pytest.fixture
-def wheel(tool, tmp_path) -> Path:
-    return tool.build_wheel(write_carrier(tmp_path / "carrier.whl"), tmp_path)
+def wheel(tmp_path) -> Path:
+    return install_detectron2.build_wheel(write_carrier(tmp_path / "carrier.whl"), tmp_path)
 
 
 def run(*arguments: str, pythonpath: Path | None = None) -> subprocess.CompletedProcess:
@@ -107,11 +101,11 @@ def test_wheel_name_and_metadata_are_valid(wheel):
     assert requirements["iopath"].specifier.contains("0.1.9")
 
 
-def test_same_carrier_contents_give_the_same_bytes(tool, tmp_path, wheel):
+def test_same_carrier_contents_give_the_same_bytes(tmp_path, wheel):
     again = tmp_path / "again"
     again.mkdir()
     carrier = write_carrier(again / "c.whl", tuple(reversed(CARRIER)), (2020, 2, 2, 2, 2, 2))
-    assert tool.build_wheel(carrier, again).read_bytes() == wheel.read_bytes()
+    assert install_detectron2.build_wheel(carrier, again).read_bytes() == wheel.read_bytes()
     with zipfile.ZipFile(wheel) as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 

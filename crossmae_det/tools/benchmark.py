@@ -1,0 +1,344 @@
+"""Commands that report costs: ``benchmark`` measures them, ``zoo`` lists them for each config."""
+
+import argparse
+import json
+import shlex
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from crossmae_det import benchmark as bench
+from crossmae_det.benchmark import cases
+from crossmae_det.benchmark.comparison import PARTS, check_earlier, check_sizes
+from crossmae_det.benchmark.loading import crop_loading, detection_loading
+from crossmae_det.benchmark.measuring import check_repeats
+from crossmae_det.benchmark.report import DETECTION_SIZE, plot_sections
+from crossmae_det.benchmark.zoo_page import PAGE, is_up_to_date, updated, write_page
+from crossmae_det.engine import resolve_device
+from crossmae_det.model_zoo import list as list_configs
+from crossmae_det.model_zoo.records import FOLDER, checkpoints, read_records, write_records
+from crossmae_det.model_zoo.resolvers import image_set
+from crossmae_det.modeling import SIZES
+from crossmae_det.pretraining import find_images
+
+CONFIGS = [
+    f"pretraining/{name.format(size)}.py"
+    for size in "sbl"
+    for name in ("mae_vit_{}_800ep", "crossmae_vit_{}_800ep", "crossmae_vit_{}_800ep_pred75")
+]
+CROP_SIZE = 224
+GROWTH_SIZES = [256, 384, 512, 768, 1024, 1280, 1536]
+
+# What the arguments ask for, checked; calling it measures.
+Measurement = Callable[[], Iterable[bench.Section]]
+
+
+def benchmark(parser: ArgumentParser) -> None:
+    """Measure FLOPs, time and memory of backbones, pretraining steps and data loaders.
+
+    Examples:
+      crossmae-det benchmark --backbones detectron2-vit-base vit-base --image-sizes 512 1024
+      crossmae-det benchmark --backbones vit-small timm/convnext_tiny --part detector --train
+      crossmae-det benchmark --growth base
+      crossmae-det benchmark --pretraining --step
+      crossmae-det benchmark --data coco_2017_val
+    """
+    args = _benchmark_arguments(parser)
+    device = resolve_device(args.device)
+    if str(device) not in ("cpu", "cuda", "cuda:0"):
+        raise ValueError(
+            f"--device {args.device}: use cpu or cuda; CUDA_VISIBLE_DEVICES selects the GPU"
+        )
+    check_repeats(args.repeats)
+    if not args.image_sizes:
+        args.image_sizes = GROWTH_SIZES if args.growth else [DETECTION_SIZE]
+    check_sizes(args.image_sizes, args.batch_sizes)
+    modes = (
+        (args.backbones, compared),
+        (args.growth, growth),
+        (args.pretraining, pretraining),
+        (args.data, loading),
+    )
+    # Everything is checked before the first measurement, which may take hours.
+    prepared = [prepare(args, device.type) for asked, prepare in modes if asked is not None]
+    writers = (
+        (args.json, bench.Report.write_json),
+        (args.csv, bench.Report.write_csv),
+        (args.markdown, bench.Report.write_markdown),
+    )
+    files = [(Path(path), write) for path, write in writers if path]
+    folders = [path.parent for path, _ in files] + ([Path(args.plots)] if args.plots else [])
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    sections = [section for measure in prepared for section in measure()]
+    program = parser.prog if parser.prog.startswith("crossmae-det ") else f"python {sys.argv[0]}"
+    command = f"{program} {shlex.join(sys.argv[1:])}"
+    report = bench.Report(command, bench.environment(device), sections)
+    print(report)
+    for path, write in files:
+        write(report, path)
+    if args.plots:
+        plot_sections(sections, args.plots)
+
+
+def _benchmark_arguments(parser: ArgumentParser) -> argparse.Namespace:
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--backbones",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(cases.BACKBONES)}, timm/NAME, a checkpoint, or CONFIG[=CHECKPOINT];"
+        " for this project's, @ and an attention backend or act-checkpoint may follow;"
+        " the first is the baseline",
+    )
+    what.add_argument(
+        "--growth", choices=SIZES, metavar="SIZE", help="blocks of a ViT over image sizes"
+    )
+    what.add_argument(
+        "--pretraining",
+        nargs="*",
+        metavar="CONFIG",
+        help="decoder and forward FLOPs of these configs"
+        " (default: MAE, and CrossMAE with prediction ratios 0.25 and 0.75; S, B and L)",
+    )
+    what.add_argument(
+        "--step",
+        action="store_true",
+        help="also time and memory of training steps of the configs, interleaved; all models are in"
+        " memory together",
+    )
+    what.add_argument(
+        "--data",
+        metavar="DATASET",
+        help="images/s of one core, compared with the usual pipeline; for a detection dataset also"
+        " with large-scale jitter",
+    )
+    how = parser.add_argument_group("how to measure")
+    how.add_argument(
+        "--part",
+        choices=PARTS,
+        default="alone",
+        help="backbone alone (default), with the pyramid, or in Mask R-CNN",
+    )
+    how.add_argument("--train", action="store_true", help="forward, backward and optimizer")
+    how.add_argument("--image-sizes", type=int, nargs="+", metavar="PIXELS", help="default: 1024")
+    how.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N")
+    for name, kind, metavar, text in (
+        ("--prediction-ratios", float, "RATIO", "prediction ratios"),
+        ("--decoder-depths", int, "BLOCKS", "numbers of decoder blocks"),
+    ):
+        text = f"with --pretraining: every CrossMAE with these {text}"
+        how.add_argument(name, type=kind, nargs="+", default=[], metavar=metavar, help=text)
+    how.add_argument("--compile", action="store_true", help="compile the backbones")
+    how.add_argument("--batch-size", type=int, default=32, help="for --step (default: 32)")
+    how.add_argument("--precision", choices=bench.PRECISIONS, default="fp32", help="default: fp32")
+    how.add_argument("--repeats", type=int, default=10, help="default: 10")
+    how.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    out = parser.add_argument_group("where to write results")
+    out.add_argument("--json", metavar="FILE", help="all digits")
+    out.add_argument("--csv", metavar="FILE", help="the tables, for spreadsheets")
+    out.add_argument("--markdown", metavar="FILE", help="the tables, for a README")
+    out.add_argument("--plots", metavar="FOLDER", help="figures as PNG and SVG")
+    out.add_argument("--against", metavar="JSON", help="compare --backbones with an earlier --json")
+    parser.add_argument("--opts", nargs="*", default=[], help="overrides of every config")
+    args = parser.parse_args()
+    if all(mode is None for mode in (args.backbones, args.growth, args.pretraining, args.data)):
+        parser.error("nothing to measure: add --backbones, --growth, --pretraining or --data")
+    if args.step and args.pretraining is None:
+        parser.error("--step times the configs of --pretraining: add it")
+    if (args.prediction_ratios or args.decoder_depths) and args.pretraining is None:
+        parser.error("--prediction-ratios and --decoder-depths vary --pretraining: add it")
+    configs = any(map(cases.is_config, args.backbones or []))
+    if args.opts and args.pretraining is None and not configs:
+        parser.error("--opts overrides configs, and no config is measured")
+    if (args.growth or args.step) and len(args.batch_sizes) > 1:
+        parser.error("--growth takes one of --batch-sizes, and --step takes --batch-size")
+    if args.data and len(args.image_sizes or []) > 1:
+        parser.error("--data takes one of --image-sizes")
+    if args.growth and (args.backbones or args.data):
+        parser.error("--growth has its own --image-sizes: run it alone")
+    if args.against and not args.backbones:
+        parser.error("--against compares backbones: add --backbones")
+    return args
+
+
+def compared(args: argparse.Namespace, device: str) -> Measurement:
+    for name in args.backbones:
+        cases.check_name(name, args.opts)
+    groups = [
+        [
+            bench.BackboneCase(
+                name=name,
+                build=partial(cases.build, name, args.part, size, args.opts),
+                part=args.part,
+                image_size=size,
+                batch_size=batch,
+                train=args.train,
+                precision=args.precision,
+                device=device,
+                compiled=args.compile,
+            )
+            for name in args.backbones
+        ]
+        for size in args.image_sizes
+        for batch in args.batch_sizes
+    ]
+    earlier = None
+    if args.against:
+        earlier = bench.read_json(args.against)
+        check_earlier((case for group in groups for case in group), earlier)
+
+    def measure() -> Iterator[bench.Section]:
+        yield from bench.comparison_sections(bench.compare(groups, args.repeats), earlier)
+
+    return measure
+
+
+def growth(args: argparse.Namespace, device: str) -> Measurement:
+    # Position tables are made for one size, and resampled for the others.
+    builds = {
+        kind: partial(cases.build_block, args.growth, kind, DETECTION_SIZE)
+        for kind in ("windowed", "global")
+    }
+    case = bench.BackboneCase(
+        name=f"vit-{args.growth}",
+        build=builds["global"],
+        part="alone",
+        image_size=DETECTION_SIZE,
+        batch_size=args.batch_sizes[0],
+        train=args.train,
+        precision=args.precision,
+        device=device,
+        compiled=args.compile,
+    )
+
+    def measure() -> Iterator[bench.Section]:
+        yield bench.grow(case, builds, args.image_sizes, args.repeats)
+
+    return measure
+
+
+def pretraining(args: argparse.Namespace, device: str) -> Measurement:
+    # The learning rate depends on the batch size.
+    overrides = [f"dataloader.train.total_batch_size={args.batch_size}", *args.opts]
+    builds = [
+        partial(cases.pretraining_spec, device, config, overrides, variation)
+        for config in args.pretraining or CONFIGS
+        for variation in cases.variations(config, args.prediction_ratios, args.decoder_depths)
+    ]
+    specs = [build() for build in builds]
+    costs = [(spec.name, bench.pretraining_cost(spec)) for spec in specs]
+
+    def measure() -> Iterator[bench.Section]:
+        yield bench.pretraining_section(costs)
+        if args.step:
+            yield bench.time_steps(
+                builds,
+                batch_size=args.batch_size,
+                precision=args.precision,
+                repeats=args.repeats,
+                device=torch.device(device),
+            )
+
+    return measure
+
+
+def loading(args: argparse.Namespace, device: str) -> Measurement:
+    images = find_images(image_set(args.data))
+
+    def measure() -> Iterator[bench.Section]:
+        yield crop_loading(args.data, images, CROP_SIZE, args.repeats)
+        yield from detection_loading(args.data, args.image_sizes[0], args.repeats)
+
+    return measure
+
+
+def zoo(parser: ArgumentParser) -> None:
+    """List the shipped configs and the published checkpoints.
+
+    Parameters and GFLOPs are those of the whole model at the image size of the config. The AP is
+    published by others, see MODEL_ZOO.md: one value for each kind of pretraining.
+
+    Examples:
+      crossmae-det zoo
+      crossmae-det zoo --json
+    """
+    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    page = parser.add_argument_group("the page MODEL_ZOO.md, for developers")
+    action = page.add_mutually_exclusive_group()
+    action.add_argument("--write-page", action="store_true", help="write the page from the records")
+    action.add_argument(
+        "--check", action="store_true", help="exit with 1 if the page differs from the records"
+    )
+    action.add_argument(
+        "--measure",
+        action="store_true",
+        help="count parameters and FLOPs of every config anew, then write the page",
+    )
+    page.add_argument(
+        "--data", type=Path, default=FOLDER, metavar="FOLDER", help="default: the package's records"
+    )
+    page.add_argument(
+        "--page", type=Path, default=PAGE, metavar="FILE", help="default: MODEL_ZOO.md"
+    )
+    args = parser.parse_args()
+    if args.check:
+        if not is_up_to_date(args.page, args.data):
+            command = "crossmae-det zoo --write-page"
+            print(f"{args.page} differs from {args.data}: run {command}", file=sys.stderr)
+            sys.exit(1)
+    elif args.measure or args.write_page:
+        if args.measure:
+            write_records("measured", updated(read_records("measured", args.data)), args.data)
+        write_page(args.page, args.data)
+    else:
+        configs, files = zoo_rows(args.data), checkpoints(args.data)
+        if args.json:
+            print(json.dumps({"configs": configs, "checkpoints": files}, indent=2))
+            return
+        print(tabulate(configs, headers="keys", floatfmt=".1f", missingval="-"))
+        print("\nCheckpoints, for train.init_checkpoint:")
+        print(tabulate([[f["name"], f["holds"], f["license"], f["url"]] for f in files]))
+
+
+def zoo_rows(folder: Path = FOLDER) -> list[dict[str, object]]:
+    """One row per shipped config: parameters, FLOPs and published AP, None where not recorded.
+
+    Args:
+        folder: of the records.
+    """
+    costs = read_records("measured", folder)["costs"]
+    parameters: dict[str, float] = {}
+    flops: dict[str, float] = {}
+    for row in (row for group in ("pretraining", "detection") for row in costs[group]):
+        if row["overrides"]:
+            continue
+        if "decoder_flops" in row:
+            count = row["encoder_parameters"] + row["decoder_parameters"]
+            operations = row["encoder_flops"] + row["decoder_flops"]
+        else:
+            count, operations = sum(row["parameters"].values()), sum(row["flops"].values())
+        parameters |= dict.fromkeys(row["configs"], count / 1e6)
+        flops |= dict.fromkeys(row["configs"], operations / 1e9)
+    precision: dict[str, list[str]] = {}
+    for table in read_records("published", folder)["tables"]:
+        for row in table["rows"]:
+            if "box AP" in row and "mask AP" in row:
+                for config in row["configs"]:
+                    source = row.get("pretraining") or table["title"].partition(" ")[0]
+                    text = f"{source} {row['box AP']} / {row['mask AP']}"
+                    precision.setdefault(config, []).append(text)
+    return [
+        {
+            "config": name,
+            "M parameters": parameters.get(name),
+            "GFLOPs": flops.get(name),
+            "published box / mask AP": "\n".join(precision.get(name, [])) or None,
+        }
+        for name in list_configs()
+    ]

@@ -1,0 +1,256 @@
+"""The command doctor: what an issue report needs to say about the environment.
+
+The module imports the standard library only. Every section imports what it reports on, so that a
+missing or broken library costs one line, not the report.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import crossmae_det
+from crossmae_det.tools.install_detectron2 import InstallError, existing_detectron2
+
+# Instruction sets that decide about speed: AVX2 and AVX-512, bf16 and int8 on x86 and ARM.
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python")
+# Compiled libraries: an import shows whether they fit together.
+IMPORTS = ("torch", "torchvision", "timm", "cv2", "pycocotools.mask", "faster_coco_eval")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+REASONS = {
+    "chunked": "more query-key pairs than fit into the cache",
+    "eager": "few query-key pairs, with gradients",
+    "sdpa": "fused attention, without gradients of the mask",
+    "folded": "plain attention, for the flash kernels",
+    "flex": "too many channels for the flash kernels",
+}
+
+Lines = Iterator[tuple[str, str]]
+
+
+def doctor(parser: argparse.ArgumentParser) -> int:
+    """Report versions, devices, precision and attention backends, datasets and free disk space.
+
+    Add the report to an issue. The exit code is 1 if a required library is missing or broken.
+    """
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    args = parser.parse_args()
+    problems: list[str] = []
+    sections: tuple[tuple[str, Callable[[list[str]], Lines]], ...] = (
+        ("Versions", versions),
+        ("CPU and threads", cpu),
+        ("GPU", gpu),
+        ("Chosen automatically here", choices),
+        ("Datasets", datasets),
+        ("Free disk space", disks),
+    )
+    report = {title: dict(_degraded(section, problems)) for title, section in sections}
+    report["Problems"] = {str(number): text for number, text in enumerate(problems, 1)}
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        for title, lines in report.items():
+            print(f"{title}:" if lines else f"{title}: none")
+            for name, text in lines.items():
+                print(f"  {name:<24} {text}")
+    return int(bool(problems))
+
+
+def _degraded(section: Callable[[list[str]], Lines], problems: list[str]) -> Lines:
+    """A section up to the first error, which is its last line: a library is missing or broken."""
+    try:
+        yield from section(problems)
+    except Exception as error:  # whatever a broken library raises
+        yield "not available", _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def versions(problems: list[str]) -> Lines:
+    """Versions of Python, this package and all that it requires, each checked."""
+    yield "crossmae_det", f"{crossmae_det.__version__}, in {Path(crossmae_det.__file__).parent}"
+    yield "Python", f"{platform.python_version()}, {sys.executable}"
+    yield "system", platform.platform()
+    try:
+        found = existing_detectron2()
+    except InstallError as error:
+        found = str(error)
+        problems.append(found)
+    else:
+        if found is None:
+            problems.append("detectron2 is not installed: run 'crossmae-det install-detectron2'")
+    yield "detectron2", found or "not installed"
+    for requirement in _requirements():
+        name = re.match(r"[\w.-]+", requirement)[0]  # type: ignore[index]
+        installed = [one for one in (OPENCV if name in OPENCV else [name]) if _version(one)]
+        text = ", ".join(f"{one} {_version(one)}".removeprefix(f"{name} ") for one in installed)
+        yield name, text or "missing"
+        if not installed:
+            problems.append(f"{name} is missing: run 'pip install \"{requirement}\"'")
+        elif not _fits(requirement, _version(installed[0])):
+            problems.append(f"{name} {text} is outside of the supported range: {requirement}")
+        if len(installed) > 1:
+            problems.append(f"{' and '.join(installed)} overwrite each other: keep one of them")
+    for module in IMPORTS:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            pass  # reported as missing
+        except Exception as error:
+            problems.append(f"{module} does not import: {_one_line(error)}")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _requirements() -> list[str]:
+    """What setup.py requires; from a checkout that is not installed, the most important names."""
+    try:
+        declared = importlib.metadata.requires("crossmae_det") or []
+    except importlib.metadata.PackageNotFoundError:
+        declared = ["torch", "torchvision", "timm", "numpy", "pycocotools", "opencv-python"]
+    return [requirement for requirement in declared if "extra ==" not in requirement]
+
+
+def _fits(requirement: str, version: str) -> bool:
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return True
+    return Requirement(requirement).specifier.contains(version, prereleases=True)
+
+
+def cpu(problems: list[str]) -> Lines:
+    """Cores, instruction sets, and the threads that torch and OpenCV use."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        text = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.M)
+    yield "model", model[1] if model else platform.processor() or platform.machine()
+    if flags:
+        yield "instruction sets", " ".join(f for f in CPU_FLAGS if f in flags[1].split()) or "-"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield "cores", f"{usable} usable of {os.cpu_count()}"
+    for name in THREADS:
+        yield name, os.environ.get(name, "not set")
+    import torch
+
+    yield "torch threads", f"{torch.get_num_threads()} ({torch.backends.cpu.get_cpu_capability()})"
+    import cv2
+
+    yield "OpenCV threads", f"{cv2.getNumThreads()}"
+
+
+def gpu(problems: list[str]) -> Lines:
+    """The GPUs that torch sees, and the driver."""
+    import torch
+
+    yield "torch built for CUDA", f"{torch.version.cuda or 'no'}"
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True)
+        yield "driver", (done.stdout or done.stderr).strip().partition("\n")[0]
+    if not torch.cuda.is_available():
+        yield "devices", "none"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        yield f"cuda:{index}", f"{device.name}, {memory:.0f} GiB, sm_{device.major}{device.minor}"
+
+
+def choices(problems: list[str]) -> Lines:
+    """What ``auto`` stands for on this machine: device, precision, attention backend."""
+    import torch
+
+    from crossmae_det.layers import attention_backends as backends
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield "device", device.type
+    fixed = backends.DEVICES
+    usable = [b for b in backends.BACKENDS if fixed.get(b, device.type) == device.type]
+    yield "attention backends", f"{', '.join(usable)} run on {device.type}"
+    crossmae_det.register()
+    try:
+        from crossmae_det.engine.trainer import amp_dtype
+    except ImportError as error:
+        yield "precision", f"unknown: {_one_line(error)}"
+        precision = None
+    else:
+        precision = amp_dtype({"amp": {"enabled": True, "dtype": "auto"}}, device)
+        if device.type == "cpu":
+            reason = "the CPU has bf16 instructions" if precision else "no bf16 instructions here"
+        else:
+            reason = "the GPU has bf16" if precision == "bf16" else "the GPU is older than Ampere"
+        yield "precision", f"{precision or 'float32'}: {reason}"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "", torch.float32)
+    for name, side in (("global blocks", 64), ("windows", 14)):  # ViT-B, 1024 pixels
+        matrices = 12 if side == 64 else 12 * 25
+        parts = torch.empty(1, matrices, side * side, side, device="meta")
+        training, inference = (
+            backends.choose_backend(device.type, dtype, 64, (parts, parts), grad)
+            for grad in (True, False)
+        )
+        yield f"attention, {name}", f"training: {training} ({REASONS[training]})"
+        yield f"at inference, {name}", f"{inference} ({REASONS[inference]})"
+
+
+def datasets(problems: list[str]) -> Lines:
+    """Where datasets are looked for, and which known ones are there."""
+    root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    source = "DETECTRON2_DATASETS" if "DETECTRON2_DATASETS" in os.environ else "default"
+    state = source if os.path.isdir(root) else f"{source}, missing"
+    yield "folder", f"{os.path.abspath(root)} ({state})"
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from crossmae_det.model_zoo.resolvers import IMAGE_FOLDERS
+
+    found = 0
+    for name in DatasetCatalog.list():
+        metadata = MetadataCatalog.get(name)
+        json_file, images = metadata.get("json_file") or "", metadata.get("image_root") or ""
+        if os.path.isfile(json_file):
+            found += 1
+            yield name, "found" if os.path.isdir(images) else f"images are missing: {images}"
+    for name, (folder, *_) in IMAGE_FOLDERS.items():
+        if os.path.isdir(os.path.join(root, folder)):
+            found += 1
+            yield name, "found"
+    if not found:
+        yield "known datasets", "none found"
+
+
+def disks(problems: list[str]) -> Lines:
+    """Free space where runs, datasets and downloads are written."""
+    home = Path.home()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", home / ".cache"))
+    folders = {
+        "output": Path("output"),
+        "datasets": Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser(),
+        "Hugging Face cache": Path(os.environ.get("HF_HOME", cache / "huggingface")),
+        "detectron2 cache": Path(os.environ.get("FVCORE_CACHE", home / ".torch/iopath_cache")),
+        "temporary files": Path(tempfile.gettempdir()),
+    }
+    for name, folder in folders.items():
+        path = folder.absolute()
+        existing = next(parent for parent in (path, *path.parents) if parent.is_dir())
+        usage = shutil.disk_usage(existing)
+        writable = "" if os.access(existing, os.W_OK) else ", not writable"
+        yield name, f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB in {path}{writable}"
