@@ -50,7 +50,7 @@ def test_what_cannot_be_converted_ends_in_one_line(convert, mae, tmp_path):
     (tmp_path / "text.pth").write_text("not a checkpoint")
     for arguments, message in (
         ((tmp_path / "text.pth", "--inspect"), "is no file of torch.save, safetensors or pickle"),
-        ((mae,), "name OUTPUT and --to, or --inspect"),
+        ((mae,), "--inspect"),
     ):
         process = convert(*arguments)
         assert process.returncode == 2
