@@ -1,7 +1,7 @@
 """COCO with large-scale jitter (https://arxiv.org/abs/2012.07177), as ViTDet trains.
 
-The free keys are ``image_size``, ``train.total_batch_size`` and the two ``dataset.names``: each a
-name that is registered in detectron2, or ``annotations.json:image_folder``.
+Set ``image_size``, ``train.total_batch_size`` and the two ``dataset.names``: each a name registered
+in detectron2, or ``annotations.json:image_folder``.
 """
 
 import detectron2.data.transforms as T
@@ -21,10 +21,10 @@ from crossmae_det.model_zoo import resolvers
 dataloader = OmegaConf.create(flags={"allow_objects": True})
 
 # A side in pixels, or [height, width]: large-scale jitter crops to it, test images are fitted into
-# it, and the model pads to it and has its position tables for it.
+# it, and the model pads to it and sizes its position tables by it.
 dataloader.image_size = 1024
 
-# What follows from the datasets. A run's config keeps it as `recorded`, for where they are not.
+# Derived from the datasets. A run saves it in its config as `recorded`, for use without them.
 dataloader.dataset_info = "${dataset.info:${.train.dataset},${.test.dataset}}"
 dataloader.recorded = {}
 
@@ -36,7 +36,7 @@ dataloader.train = L(TrainLoader)(
         names="coco_2017_train",
         categories="${dataloader.categories}",
         filter_empty=True,
-        crowd="ignore",  # or keep: train on annotations with iscrowd: 1 like on any other
+        crowd="ignore",  # or keep: train on annotations with iscrowd: 1 as on any other
         skip_undecodable="${..skip_undecodable}",
     ),
     mapper=L(DetectionMapper)(
@@ -64,24 +64,24 @@ dataloader.train = L(TrainLoader)(
             "${oc.select:model.roi_heads.mask_head,''},${dataloader.train.dataset.crowd}}"
         ),
         recompute_boxes="${.use_instance_mask}",  # a crop cuts masks, and so their boxes
-        min_size="${oc.select:model.backbone.net.patch_size,1}",  # refuse smaller images
+        min_size="${oc.select:model.backbone.net.patch_size,1}",  # smaller images are an error
     ),
     total_batch_size=64,
     num_workers=4,
     seed="${train.seed}",
-    # An annotated image that cannot be decoded ends training with its name. True: such images are
-    # skipped, counted and logged.
+    # An image that cannot be decoded ends training with an error that names it. True: such images
+    # are skipped, counted and logged.
     skip_undecodable=False,
 )
 
 dataloader.test = L(build_detection_test_loader)(
-    # Unless one is named: COCO's own for COCO and for other training sets with its classes, else
-    # none (null), which trains without evaluation.
+    # Default: COCO's own for COCO and for other training sets with its classes, else none (null),
+    # which trains without evaluation.
     dataset=L(get_dataset_dicts)(
         names="${dataset.default_val:${dataloader.train.dataset.names},coco_2017_val}",
         categories="${dataloader.categories}",  # matched by name: ids may differ
         filter_empty=False,
-        crowd="ignore",  # or keep: as in training, in place of COCO's rule for crowd regions
+        crowd="ignore",  # COCO's rule for crowd regions; or keep, as in training
     ),
     mapper=L(DetectionMapper)(
         is_train=False,

@@ -1,12 +1,11 @@
-"""Datasets by one string: a name registered in detectron2, or a user's own ``JSON:IMAGE_FOLDER``.
+"""Datasets named by one string: a name registered in detectron2, or ``JSON:IMAGE_FOLDER``.
 
-A config needs to know a dataset before any image is read (`describe`: how many images, which
-classes, boxes or masks), and the loaders need its records (`get_dataset_dicts`), checked.
+Configs look at a dataset before any image is read (`describe`: number of images, classes, whether
+there are masks); loaders get its checked records (`get_dataset_dicts`).
 """
 
 import contextlib
 import difflib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,18 +32,13 @@ from crossmae_det.detection.coco_records import (
 )
 from crossmae_det.utils.image_files import locate
 
-logger = logging.getLogger(__name__)
-
-
-# COCO train2017 holds 118,287 images, but every published schedule counts it as 118,000: 100 epochs
-# are 184,375 iterations of 64 images, and 184,375 x 64 = 100 x 118,000. `describe` counts alike, so
-# that the schedules computed from it are the published ones. No other dataset is rounded.
+# COCO train2017 has 118,287 images, but published schedules count 118,000: 100 epochs are 184,375
+# iterations of 64 images, and 184,375 x 64 = 100 x 118,000. `describe` follows them for this
+# dataset only, so that the schedules computed from it are the published ones.
 _TRAIN2017_IMAGES = 118_287
-
 _TRAIN2017_SCHEDULED_IMAGES = 118_000
 
-
-# Sizes of COCO's splits, for a config that is looked at where the data is not.
+# Sizes of COCO's splits, for configs that are looked at where the data are absent.
 _NUM_IMAGES = {
     "coco_2014_train": 82_783,
     "coco_2014_val": 40_504,
@@ -55,9 +49,7 @@ _NUM_IMAGES = {
     "coco_2017_val_100": 100,
 }
 
-
-# The JSON:IMAGE_FOLDER strings that resolve_name registered.
-_registered: dict[str, CocoInfo] = {}
+_registered: dict[str, CocoInfo] = {}  # the JSON:IMAGE_FOLDER strings that resolve_name registered
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ class DatasetInfo:
     """What a config needs to know of a dataset.
 
     Attributes:
-        num_images: number of images an epoch counts.
+        num_images: number of images in an epoch.
         categories: dataset category id -> name, in the order of the contiguous class ids.
         has_masks: False when no annotation has a mask, so that only boxes can be trained.
     """
@@ -76,15 +68,15 @@ class DatasetInfo:
 
 
 def resolve_name(spec: str) -> str:
-    """Return the name under which detectron2 knows a dataset, registering a user's own first.
+    """Return the name under which detectron2 knows a dataset, registering ``JSON:IMAGE_FOLDER``.
 
     Args:
         spec: a name registered in ``DatasetCatalog``, or ``"instances.json:image_folder"``, which
             is registered under that very string, with the metadata that detectron2's evaluators
-            and visualizers want. The records are loaded when ``DatasetCatalog.get`` asks for them.
+            and visualizers need. ``DatasetCatalog.get`` loads its records.
 
     Raises:
-        ValueError: neither of the two, or the json is not COCO.
+        ValueError: it is neither, or the json is not COCO.
         FileNotFoundError: the json or the image folder does not exist.
     """
     if spec in DatasetCatalog and spec not in _registered:
@@ -92,10 +84,10 @@ def resolve_name(spec: str) -> str:
     json_file, image_root = _split(spec)
     info = inspect(json_file)
     if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"{image_root}: no such image folder; check the dataset {spec!r}")
+        raise FileNotFoundError(f"{image_root}: no such image folder: check the dataset {spec!r}")
     if _registered.get(spec) == info:
         return spec
-    if spec in _registered:  # the file was rewritten; metadata cannot be changed, only replaced
+    if spec in _registered:  # the file changed; metadata cannot be modified, only replaced
         DatasetCatalog.remove(spec)
         MetadataCatalog.remove(spec)
     _registered[spec] = info
@@ -120,41 +112,43 @@ def describe(
 ) -> DatasetInfo:
     """Describe a dataset without loading its images.
 
-    A COCO json is read once and again only when it changes. Where the json of a registered name is
-    absent, the metadata describe it if its size is known (COCO's own names, or ``num_images`` in
-    the metadata): a config can be looked at where the data is not, or not yet.
+    Where the json of a registered name is absent, the metadata describe it if its size is known:
+    for COCO's own names, or from ``num_images`` in the metadata.
 
     Args:
         spec: what `resolve_name` accepts.
-        filter_empty, max_images, crowd: as in `get_dataset_dicts`; the images are counted that
-            remain, which for COCO train2017 are 118,000 by convention.
+        filter_empty, max_images, crowd: as in `get_dataset_dicts`; only the images that remain are
+            counted. For COCO train2017, 118,000 are counted, as in its published schedules.
 
     Raises:
-        ValueError, FileNotFoundError: as `resolve_name`; or an absent json of unknown size.
+        ValueError, FileNotFoundError: as `resolve_name`; or the json is absent, its size unknown.
     """
     name = resolve_name(spec)
     metadata = MetadataCatalog.get(name)
-    most = max_images if max_images is not None else float("inf")
+    known = metadata.get("num_images", _NUM_IMAGES.get(name))
+    info = None
     if not _is_coco(name):
         records = _call_loader(name)
         if filter_empty and "annotations" in records[0]:
             records = Summary().filter_empty(records)
         annotations = (a for record in records for a in record.get("annotations", []))
         has_masks = any(a.get("segmentation") for a in annotations if not a.get("iscrowd", 0))
-        return DatasetInfo(int(min(len(records), most)), dataset_categories(name, None), has_masks)
-    known = metadata.get("num_images", _NUM_IMAGES.get(name))
-    if known is not None and not os.path.isfile(_local(metadata.json_file)):
-        return DatasetInfo(int(min(known, most)), dataset_categories(name, None), has_masks=True)
-    info = _inspect(name)
-    num_images = info.num_images
-    if num_images == _TRAIN2017_IMAGES and info.categories == dataset_categories(
-        "coco_2017_train", None
-    ):
-        num_images = _TRAIN2017_SCHEDULED_IMAGES
-    elif filter_empty:
-        num_images = info.num_with_crowds if crowd == "keep" else info.num_with_objects
-    has_masks = info.has_masks or (crowd == "keep" and info.crowds_have_masks)
-    return DatasetInfo(int(min(num_images, most)), dataset_categories(name, info), has_masks)
+        num_images = len(records)
+    elif known is not None and not os.path.isfile(_json_file(name)):
+        num_images, has_masks = known, True
+    else:
+        info = inspect_registered(name)
+        num_images = info.num_images
+        if num_images == _TRAIN2017_IMAGES and info.categories == dataset_categories(
+            "coco_2017_train", None
+        ):
+            num_images = _TRAIN2017_SCHEDULED_IMAGES
+        elif filter_empty:
+            num_images = info.num_with_crowds if crowd == "keep" else info.num_with_objects
+        has_masks = info.has_masks or (crowd == "keep" and info.crowds_have_masks)
+    if max_images is not None:
+        num_images = min(num_images, max_images)
+    return DatasetInfo(num_images, dataset_categories(name, info), has_masks)
 
 
 def get_dataset_dicts(
@@ -169,35 +163,35 @@ def get_dataset_dicts(
 ) -> list[dict]:
     """Load the records of one or more datasets in detectron2's format, after checking them.
 
-    Every COCO json is checked whole and read in its clean form: see
-    `crossmae_det.detection.coco_json.load`. What is used, left out and repaired is logged.
+    A COCO json is checked completely and read in its clean form: see `coco_json.load`. What is
+    used, left out and repaired is logged.
 
     Args:
         names: what `resolve_name` accepts, or a sequence of it.
-        categories: id -> name in the order of the model's classes; the categories of every dataset
-            are mapped to them by name, whatever their ids. None: those of the first dataset.
+        categories: id -> name in the order of the model's classes; the categories of each dataset
+            are matched to them by name, whatever their ids. None: those of the first dataset.
         filter_empty: leave out images without an annotation that is not a crowd region.
-        max_images: keep only the first so many images, by ascending image id within each dataset,
-            the datasets in the order given, counted after `filter_empty`.
-        invalid_annotations: what to do with annotations whose box or mask has no area: "error", or
-            "skip" to leave them out with a warning. None is "error" for ``JSON:IMAGE_FOLDER`` and
-            "skip" for registered names, because COCO's own files have a few of them.
-        crowd: "ignore" trains nothing on crowd regions (``iscrowd: 1``), as COCO means them;
-            "keep" makes them objects like any other, for exports that set it on every mask.
-        skip_undecodable: whether training skips images that cannot be used; they are then warned
-            of here rather than raised. None: it cannot be chosen, as in a test set.
+        max_images: keep only this many images, the first by image id within each dataset, the
+            datasets in the order given, counted after `filter_empty`.
+        invalid_annotations: for annotations whose box or mask has no area or is outside of the
+            image: "error", or "skip" to leave them out with a warning. None is "error" for
+            ``JSON:IMAGE_FOLDER`` and "skip" for registered names: COCO's own files have a few.
+        crowd: "ignore" trains nothing on crowd regions (``iscrowd: 1``), as COCO intends;
+            "keep" makes them ordinary objects, for exports that set it on every mask.
+        skip_undecodable: whether training skips images that cannot be used: they are then logged
+            rather than raised. None: there is no such choice, as in a test set.
 
     Returns:
         One dict per image: ``file_name``, ``height``, ``width``, ``image_id``, ``annotations``. An
         annotation without a mask among others that have one has no ``segmentation``.
 
     Raises:
-        ValueError: a dataset is not as it must be, or nothing of it is left; one line.
-        FileNotFoundError: a json, an image folder or images in it are absent; one line.
+        ValueError: a dataset is invalid, or no image is left.
+        FileNotFoundError: a json, an image folder or images in it are absent.
     """
     specs = [names] if isinstance(names, str) else list(names or ())
     if not specs:
-        raise ValueError("no dataset is named; give a registered name or JSON:IMAGE_FOLDER")
+        raise ValueError("no dataset is given: name a registered one or JSON:IMAGE_FOLDER")
     if invalid_annotations not in (None, "error", "skip"):
         raise ValueError(
             f"invalid_annotations={invalid_annotations!r}: choose error, skip or null (None)"
@@ -220,34 +214,51 @@ def get_dataset_dicts(
             loaded = sorted(loaded, key=lambda record: id_order(record["image_id"]))
         records += loaded
         versions.append(version)
-    has_instances = "annotations" in records[0]
     summary.found = len(records)
-    if filter_empty and has_instances:
+    if filter_empty and "annotations" in records[0]:
         records = summary.filter_empty(records)
     source = ", ".join(specs)
     if not records:
         advice = "annotate some"
         if summary.skipped[CROWDS_ONLY]:
-            advice = f"those that there are have iscrowd: 1; {KEEP_CROWDS}"
-        raise ValueError(f"{source}: no image has an annotation to train on; {advice}")
+            advice = f"the existing ones have iscrowd: 1; {KEEP_CROWDS}"
+        raise ValueError(f"{source}: no image has an annotation to train on: {advice}")
     if max_images is not None and max_images < len(records):
-        summary.skipped[f"beyond the first {max_images} by image id (max_images)"] = (
-            len(records) - max_images
-        )
+        reason = f"beyond the first {max_images} by image id (max_images)"
+        summary.skipped[reason] = len(records) - max_images
         records = records[:max_images]
     if all(versions):
-        check_headers(
-            records,
-            source,
-            skip_undecodable=skip_undecodable,
-            key=(*versions, filter_empty, max_images, crowd),
-        )
+        key = (*versions, filter_empty, max_images, crowd)
+        check_headers(records, source, skip_undecodable=skip_undecodable, key=key)
     summary.log(source, records, None if classes is None else list(classes.values()))
     return records
 
 
+def inspect_registered(name: str) -> CocoInfo:
+    """Describe the COCO json of a registered dataset, letting its loader write the file first.
+
+    Raises:
+        ValueError, FileNotFoundError: as `coco_json.inspect`.
+    """
+    path = _json_file(name)
+    if not os.path.isfile(path) and name not in _registered:
+        with contextlib.suppress(FileNotFoundError):  # a loader may write its files when called
+            DatasetCatalog.get(name)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{path}: the annotations of {name} are absent: set DETECTRON2_DATASETS to the "
+                "folder that has them, or give the dataset as JSON:IMAGE_FOLDER"
+            )
+    return inspect(path, needs_annotations=name in _registered)
+
+
+def _json_file(name: str) -> str:
+    path = os.fspath(MetadataCatalog.get(name).json_file)
+    return PathManager.get_local_path(path) if "://" in path else path
+
+
 def _split(spec: str) -> tuple[str, str]:
-    """Split JSON:IMAGE_FOLDER; a colon may also occur inside either path."""
+    """Split JSON:IMAGE_FOLDER; either path may contain further colons."""
     if not isinstance(spec, str):
         raise ValueError(f"dataset {spec!r}: give a registered name or JSON:IMAGE_FOLDER")
     pairs = [(spec[:i], spec[i + 1 :]) for i, character in enumerate(spec) if character == ":"]
@@ -257,62 +268,40 @@ def _split(spec: str) -> tuple[str, str]:
         if json_file.lower().endswith(".json") and image_root
     ]
     if pairs:
-        # Where no such json exists, the last colon gives the path that the error will name.
+        # Where no such json exists, the last colon gives the path that the error names.
         return next((pair for pair in pairs if os.path.isfile(pair[0])), pairs[0])
     if spec.lower().rstrip(":").endswith(".json"):
         raise ValueError(f"dataset {spec!r}: add the image folder, as in {spec.rstrip(':')}:FOLDER")
     similar = difflib.get_close_matches(spec, list(DatasetCatalog), n=1)
     hint = f" (did you mean {similar[0]}?)" if similar else ""
     raise ValueError(
-        f"dataset {spec!r} is not registered in detectron2{hint}; "
-        "a dataset of your own is named by JSON:IMAGE_FOLDER"
+        f"dataset {spec!r} is not registered in detectron2{hint}: "
+        "give a registered name or JSON:IMAGE_FOLDER"
     )
 
 
 def _is_coco(name: str) -> bool:
-    """Whether a dataset is a COCO json, which `inspect` can read, rather than anything else."""
+    """Whether a dataset is a COCO json, which `inspect` can read."""
     metadata = MetadataCatalog.get(name)
-    return (
-        bool(metadata.get("json_file") and metadata.get("image_root"))
-        and metadata.get("evaluator_type", "coco") == "coco"
-    )
+    has_files = metadata.get("json_file") and metadata.get("image_root")
+    return bool(has_files) and metadata.get("evaluator_type", "coco") == "coco"
 
 
 def _is_plain(name: str) -> bool:
-    """Whether the records of a COCO json are those that the json has, and no function's choice."""
+    """Whether the records of a COCO json are those of the json, unchanged by a custom loader."""
     loader = DatasetCatalog[name]
     module = getattr(loader, "func", loader).__module__
     return name in _registered or module in (load_coco_json.__module__, shapes.__name__)
 
 
-def _local(path: Any) -> str:
-    path = os.fspath(path)
-    return PathManager.get_local_path(path) if "://" in path else path
-
-
-def _inspect(name: str) -> CocoInfo:
-    path = _local(MetadataCatalog.get(name).json_file)
-    if name in _registered:
-        return inspect(path)
-    if not os.path.isfile(path):
-        with contextlib.suppress(FileNotFoundError):  # a loader may make its files when called
-            DatasetCatalog.get(name)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{path}: the annotations of {name} are absent; set DETECTRON2_DATASETS to the folder "
-            "that has them, or give the dataset as JSON:IMAGE_FOLDER"
-        )
-    return inspect(path, needs_annotations=False)
-
-
 def _call_loader(name: str) -> list[dict]:
     records = DatasetCatalog.get(name)
     if isinstance(records, IterableDataset):
-        raise ValueError(f"dataset {name!r} is an IterableDataset; a resumable run needs a list")
+        raise ValueError(f"dataset {name!r} is an IterableDataset: resuming needs a list")
     if isinstance(records, Dataset):
         records = [records[i] for i in range(len(records))]  # type: ignore[arg-type]
     if not len(records):
-        raise ValueError(f"dataset {name!r} has no images")
+        raise ValueError(f"dataset {name!r} has no images: check its loader")
     return records
 
 
@@ -327,20 +316,16 @@ def _load(
     """Load the records of one dataset, checked where it is a COCO json.
 
     Returns:
-        The records, with the indices of ``classes``; its own categories; and what changes when its
-        files do, None where there is nothing to check the images by.
+        The records, with the indices of ``classes``; its own categories; and a value that changes
+        when its files do, None where the images cannot be checked.
     """
-    info = _inspect(name) if _is_coco(name) else None
+    info = inspect_registered(name) if _is_coco(name) else None
     metadata = MetadataCatalog.get(name)
     own: dict[int, str] | None = None
     if info is not None or metadata.get("thing_classes") is not None or classes is not None:
         own = dataset_categories(name, info)
     policy = invalid_annotations or ("error" if name in _registered else "skip")
-    options: dict[str, Any] = {
-        "invalid_annotations": policy,
-        "crowd": crowd,
-        "summary": summary,
-    }
+    options: dict[str, Any] = dict(invalid_annotations=policy, crowd=crowd, summary=summary)
     image_root = os.fspath(metadata.get("image_root", ""))
     if info is None or own is None or not _is_plain(name):
         file = None
@@ -356,12 +341,13 @@ def _load(
 
     if own.keys() != info.categories.keys():
         raise ValueError(
-            f"{info.path}: its categories are not those that {name} is registered with; "
+            f"{info.path}: its categories are not those that {name} is registered with: "
             "give the dataset as JSON:IMAGE_FOLDER instead"
         )
     indices = category_indices(own, classes or own, name, reference)
+    needs_annotations = name in _registered
     records = load_records(
-        info.path, image_root, indices, needs_annotations=name in _registered, **options
+        info.path, image_root, indices, needs_annotations=needs_annotations, **options
     )
     if metadata.get("thing_classes") is None:  # as detectron2's loader does
         metadata.thing_classes = list(own.values())

@@ -1,9 +1,4 @@
-"""Augmentations that detectron2 does not have.
-
-From one dataset record to one model input: detectron2's mapper on this project's reader.
-
-The training loader for detection: see `crossmae_det.sampling` for what it guarantees.
-"""
+"""From dataset records to batches: the mapper, its augmentations, and the training loader."""
 
 import copy
 import random
@@ -31,14 +26,17 @@ from crossmae_det.utils.image_reading import (
     read_image,
 )
 
+# detectron2's threshold: boxes with a shorter side, in pixels, are not targets.
+_MIN_SIDE = 1e-5
+
 
 class ResizeToFit(T.Augmentation):
-    """Resize an image, its shape kept, to the largest size that fits into a box.
+    """Resize an image, keeping its aspect ratio, to the largest size that fits into a box.
 
-    For a square box it is detectron2's ``ResizeShortestEdge`` with both of its sizes equal.
+    For a square box, this is detectron2's ``ResizeShortestEdge`` with both of its sizes equal.
 
     Args:
-        max_size: side of the box in pixels, int or (H, W).
+        max_size: size of the box in pixels, int or (H, W).
     """
 
     def __init__(self, max_size: int | tuple[int, int]):
@@ -46,53 +44,31 @@ class ResizeToFit(T.Augmentation):
         self.max_size = to_2tuple(max_size)
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """The transform of an image (H, W, C) of any type."""
+        """The transform of an image (H, W, C) of any dtype."""
         height, width = image.shape[:2]
         box_height, box_width = self.max_size
-        # The shorter edge may become as long as that side of the box, if the longer one fits then.
+        # The shorter edge may fill its side of the box if the longer one fits then.
         short, long = (box_height, box_width) if height <= width else (box_width, box_height)
         size = T.ResizeShortestEdge.get_output_shape(height, width, short, long)
         new_height, new_width = (max(1, side) for side in size)
         return T.ResizeTransform(height, width, new_height, new_width)
 
 
-class Augmentations(T.AugmentationList):
-    """detectron2's list of augmentations, under which each side of an image keeps a pixel.
+class _AugInput(T.AugInput):
+    """detectron2's input of augmentations; each side of the image keeps at least one pixel.
 
-    The short side of a long, thin image rounds to nothing where the long one is made to fit.
+    The short side of a long, thin image would round to 0 when the image is scaled down.
     """
 
-    def __call__(self, aug_input: T.AugInput) -> T.TransformList:
-        """Apply them to ``aug_input`` in place, and return what was applied."""
-        return super().__call__(_KeepsPixels(aug_input))
-
-
-class _KeepsPixels:
-    """An ``AugInput``, but for resizing to nothing."""
-
-    def __init__(self, aug_input: T.AugInput):
-        object.__setattr__(self, "_input", aug_input)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._input, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._input, name, value)
-
-    def transform(self, transform: T.Transform) -> None:
-        steps = transform.transforms if isinstance(transform, T.TransformList) else [transform]
-        for step in steps:
+    def transform(self, tfm: T.Transform) -> None:
+        for step in tfm.transforms if isinstance(tfm, T.TransformList) else [tfm]:
             if isinstance(step, T.ResizeTransform):
                 step.new_h, step.new_w = max(1, step.new_h), max(1, step.new_w)
-        self._input.transform(transform)
-
-
-# Boxes with a shorter side, in pixels, are no targets: detectron2's threshold.
-_MIN_SIDE = 1e-5
+        super().transform(tfm)
 
 
 class DetectionMapper(DatasetMapper):
-    """detectron2's ``DatasetMapper`` for boxes and masks, with these differences.
+    """detectron2's ``DatasetMapper`` for boxes and masks, with these differences:
 
     - Images are read by :func:`crossmae_det.utils.image_reading.read_image`, and keep at least one
       pixel of each side when they are resized.
@@ -100,20 +76,24 @@ class DetectionMapper(DatasetMapper):
       raises an `ImageError` that names the file.
     - Polygons and run-length masks may be mixed: an image with a run-length mask gets ``BitMasks``
       and any other ``PolygonMasks``. Pixels that an augmentation pads are outside of every mask
-      (detectron2 marks them with 255, which its ``BitMasks`` take for inside).
+      (detectron2 fills them with 255, which its ``BitMasks`` take for inside).
     - An image without a target gets empty ``gt_boxes`` and ``gt_masks`` like any other.
-    - An object may have a box only among others that have masks. Its image then has a field
-      ``gt_has_mask``, (number of objects) bool, and it has its box for a mask. An image where no
-      object has one has no ``gt_masks``.
+    - Some objects of an image may have only a box. The image then has a field ``gt_has_mask``,
+      (number of objects) bool, and the box stands in for the mask. An image where no object has a
+      mask has no ``gt_masks``.
 
     Args:
         is_train: False leaves out the annotations.
         augmentations: detectron2 augmentations or transforms, applied in order.
-        image_format: "RGB", "BGR" or "L" (gray), what the model was made for.
-        use_instance_mask: whether to give masks.
+        image_format: "RGB", "BGR" or "L" (gray), the input format of the model.
+        use_instance_mask: whether to return masks.
         recompute_boxes: make the boxes tight around the masks after augmentation.
-        min_size: smallest height and width, in pixels, of an image file that can be used; configs
-            give the patch size.
+        min_size: smallest usable height and width of an image file, in pixels; configs set the
+            patch size.
+
+    Raises:
+        ValueError: the image format is unknown, an augmentation is not detectron2's, or
+            ``recompute_boxes`` is set without ``use_instance_mask``.
     """
 
     def __init__(
@@ -132,8 +112,8 @@ class DetectionMapper(DatasetMapper):
         for item in augmentations:
             if not isinstance(item, T.Augmentation | T.Transform):
                 raise ValueError(
-                    f"mapper.augmentations: {item!r} is no augmentation of detectron2; change one"
-                    " by its keys, such as mapper.augmentations.0.prob=0.5"
+                    f"mapper.augmentations: {item!r} is not an augmentation of detectron2: change "
+                    "one by its keys, such as mapper.augmentations.0.prob=0.5"
                 )
         super().__init__(
             is_train,
@@ -142,7 +122,6 @@ class DetectionMapper(DatasetMapper):
             use_instance_mask=use_instance_mask,
             recompute_boxes=recompute_boxes,
         )
-        self.augmentations = Augmentations(augmentations)
         self.min_size = min_size
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +139,7 @@ class DetectionMapper(DatasetMapper):
             ImageError: a side of the image is smaller than `min_size`.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
-        augmented = T.AugInput(self._read(dataset_dict))
+        augmented = _AugInput(self._read(dataset_dict))
         transforms = self.augmentations(augmented)
         image = augmented.image
         dataset_dict["image"] = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
@@ -172,7 +151,7 @@ class DetectionMapper(DatasetMapper):
 
     def _read(self, dataset_dict: dict[str, Any]) -> np.ndarray:
         file_name = dataset_dict["file_name"]
-        # In training, the loader says what to do: it may skip the image.
+        # In training, the loader adds the advice: it may skip the image.
         advice = "" if self.is_train else ": replace the file or take it out of the dataset"
         try:
             with naming_errors(file_name), PathManager.open(file_name, "rb") as file:
@@ -191,8 +170,8 @@ class DetectionMapper(DatasetMapper):
             ) from error
         if min(height, width) < self.min_size:
             raise ImageError(
-                f"{file_name}: the image is {width}x{height} pixels, smaller than the least usable "
-                f"size {self.min_size} (a patch): take it out of the dataset"
+                f"{file_name}: the image is {width}x{height} pixels, but both sides must be at "
+                f"least {self.min_size} (a patch): take it out of the dataset"
             )
         return image
 
@@ -238,15 +217,15 @@ class TrainLoader(ResumableLoader):
 
     Args:
         dataset: records in detectron2's format, or a map-style dataset of them.
-        mapper: makes a model input of a record. It may return None to have another image tried,
+        mapper: makes a model input from a record. It may return None to have another image drawn,
             and draw from ``random``, ``numpy.random`` and ``torch`` (CPU), which are seeded for it.
         total_batch_size: images per iteration over all processes.
         num_workers: worker processes of each process; 0 loads in the process itself.
-        seed: any number >= 0, the same in every process.
-        skip_undecodable: replace an `UndecodableImageError` by another image, rather than raise it.
+        seed: at least 0, the same in every process.
+        skip_undecodable: replace an image that raises `UndecodableImageError` by another one.
 
     Raises:
-        ValueError: the dataset is empty, or the batch size or the seed cannot be used.
+        ValueError: the dataset is empty, or the batch size or the seed is invalid.
     """
 
     def __init__(
@@ -271,10 +250,10 @@ class TrainLoader(ResumableLoader):
 
 
 class _SeededMapper:
-    """A mapper that draws from the global generators, with these seeded for each record."""
+    """Calls a mapper with the global random generators seeded for each record."""
 
     def __init__(self, mapper: Callable[[dict], dict | None]):
-        self.mapper = PicklableWrapper(mapper)  # a lambda may be sent to a worker as well
+        self.mapper = PicklableWrapper(mapper)  # a lambda can then be sent to a worker
 
     def __call__(self, record: dict, seed_sequence: list[int]) -> dict | None:
         with _seeded(seed_sequence):
@@ -288,7 +267,7 @@ def _seeded(seed_sequence: list[int]) -> Iterator[None]:
     words = np.random.SeedSequence(seed_sequence).generate_state(8, np.uint32)
     random.seed(words[:4].tobytes())
     np.random.seed(words[4:6])
-    # torch.manual_seed would seed the GPUs too, whose state is not restored here.
+    # torch.manual_seed would also seed the GPUs, whose state is not restored here.
     torch.default_generator.manual_seed(int(words[6:].view(np.uint64)[0] >> np.uint64(1)))
     try:
         yield

@@ -1,16 +1,7 @@
-"""Drawing the images of the built-in dataset: textured shapes, and which pixel belongs to which.
+"""The built-in dataset: textured shapes with exact masks, generated on first use, in COCO format.
 
-Classes differ in outline only: size, rotation, color and texture are drawn alike for all of them.
-Later shapes hide earlier ones. A shape that would make itself or another one hard to recognize is
-not drawn.
-
-Legend: H x W pixels of an image or of a window in it. Pixel i reaches from i to i + 1. Windows are
-(x0, y0, x1, y1), the ends excluded.
-
-The built-in dataset: textured shapes with exact masks, generated once, in COCO format.
-
-One variant is one folder, whose name holds the version of the generator and every parameter, so
-that variants lie side by side. A folder that is there is complete:
+Each variant is one folder, whose name holds the version of the generator and every parameter, so
+that variants lie side by side. A folder that exists is complete:
 
     ROOT/shapes_v1_128px_4000_150_seed0/
         train/000001.jpg ...              also a plain image folder, for pretraining
@@ -19,8 +10,13 @@ that variants lie side by side. A folder that is there is complete:
         annotations/instances_val.json
         shapes.json                       the parameters
 
-An image holds one to six shapes of six classes on a textured ground; ``scenes.py`` draws it. A mask
-is what is to be seen of its shape, and every shape that is drawn has its annotation.
+An image holds one to six shapes of six classes on a textured ground. Classes differ in outline
+only: size, rotation, color and texture are drawn from the same distributions. Later shapes hide
+earlier ones; a shape that would make itself or another one hard to recognize is not drawn. A mask
+is the visible part of its shape, and every shape has its annotation.
+
+Legend: H x W pixels of an image or of a window in it. Pixel i extends from i to i + 1. Windows are
+(x0, y0, x1, y1), the ends excluded.
 """
 
 import colorsys
@@ -31,7 +27,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,41 +41,236 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_util
 
+logger = logging.getLogger(__name__)
+
 Array = NDArray[Any]
-
-Outline = list[Array]
-
+Outline = list[Array]  # closed polygons of x, y; further ones are holes in the first
 Window = tuple[int, int, int, int]
 
-
 CLASSES = ("ellipse", "rectangle", "triangle", "star", "ring", "cross")
-
 SPLITS = ("train", "val")
 
+_DEFAULTS = {"num_train": 4000, "num_val": 150, "image_size": 128, "seed": 0}
+_LEAST = {"num_train": 1, "num_val": 1, "image_size": 32, "seed": 0}
 
+# Part of the folder's name: raise it with every change to what is drawn or written.
+_VERSION = 1
+_JPEG_QUALITY = 95
 _MAX_OBJECTS = 6
+_ATTEMPTS = 20
+_SUPERSAMPLING = 4
 
-# Side of the square as large as the shape, as a fraction of the image's side.
+# Side of the square of the same area as a shape, as a fraction of the image's side.
 _SIDE = (0.15, 0.45)
 
-# A shape, and the hole of a ring, keep at least this part of their area in sight, and a shape at
-# least this many pixels. With less, a ring and an ellipse, or a cross and a star, look the same.
+# At least this part of a shape, and of the hole of a ring, stays visible, and at least this many
+# pixels of a shape. With less, a ring looks like an ellipse, or a cross like a star.
 _MIN_VISIBLE = 0.6
-
 _MIN_PIXELS = 20
 
-_ATTEMPTS = 20
 
-_SUPERSAMPLING = 4
+# The dataset
+
+
+def folder(root: str | os.PathLike[str] | None = None, **parameters: int) -> Path:
+    """The folder of a variant, whether or not it has been built.
+
+    Args:
+        root: data folder; None for the environment's ``DETECTRON2_DATASETS``, or else ``datasets``.
+        parameters: as in :func:`build`.
+
+    Raises:
+        ValueError: a parameter is unknown or out of range.
+    """
+    if root is None:
+        root = os.getenv("DETECTRON2_DATASETS", "datasets")
+    p = _checked(parameters)
+    name = f"shapes_v{_VERSION}_{p['image_size']}px_{p['num_train']}_{p['num_val']}_seed{p['seed']}"
+    return Path(root).expanduser() / name
+
+
+def build(root: str | os.PathLike[str] | None = None, **parameters: int) -> Path:
+    """Write the dataset, unless it exists already.
+
+    It is written to a hidden folder beside its own and renamed, so that a build that is killed or
+    fails leaves nothing under its name. Processes that build the same variant at once wait for the
+    first. The same versions of NumPy, OpenCV and Pillow write the same bytes.
+
+    Args:
+        root: data folder, created if missing; None as in :func:`folder`.
+        num_train: training images, at least 1; default 4000.
+        num_val: validation images, at least 1; default 150.
+        image_size: side of the square images in pixels, at least 32; default 128.
+        seed: at least 0; default 0. An image depends only on the seed, its split, its number and
+            its size.
+
+    Returns:
+        The folder of this variant.
+
+    Raises:
+        ValueError: a parameter is unknown or out of range.
+        OSError: ``root`` cannot be written, or the folder of the variant has other content.
+    """
+    parameters = _checked(parameters)
+    target = folder(root, **parameters)
+    if target.exists():
+        if not _is_complete(target, parameters):
+            raise FileExistsError(
+                f"{target}: not the built-in dataset of this name: move it away to have it built"
+            )
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(str(target.with_name("." + target.name))):
+            if not target.exists():  # another process may have built it meanwhile
+                _build(target, parameters)
+    except OSError as error:
+        raise OSError(
+            f"{target}: cannot write the built-in dataset ({error.strerror or error}): set "
+            "DETECTRON2_DATASETS to a writable data folder"
+        ) from error
+    return target
+
+
+def register(root: str | os.PathLike[str] | None = None, **parameters: int) -> tuple[str, str]:
+    """Register ``shapes_train`` and ``shapes_val`` in detectron2, to be built on first use.
+
+    The metadata are complete at once; ``DatasetCatalog.get`` writes images and annotations. Masks
+    are run-length encoded. A later call with other arguments replaces an earlier one.
+
+    Args:
+        root: data folder; None as in :func:`folder`, read now.
+        parameters: as in :func:`build`.
+
+    Returns:
+        The two names.
+
+    Raises:
+        ValueError: a parameter is unknown or out of range, or one of the names is taken by another
+            dataset.
+    """
+    target = folder(root, **parameters)
+    names = ("shapes_train", "shapes_val")
+    for name in names:
+        if name in DatasetCatalog and getattr(DatasetCatalog[name], "func", None) is not _load:
+            raise ValueError(
+                f"{name}: another dataset is registered under this name: give it another name"
+            )
+    for name, split in zip(names, SPLITS, strict=True):
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)  # metadata cannot be modified, only replaced
+        DatasetCatalog.register(name, partial(_load, name, split, target.parent, parameters))
+        MetadataCatalog.get(name).set(
+            json_file=str(_annotation_file(target, split)),
+            image_root=str(target / split),
+            evaluator_type="coco",
+            thing_classes=list(CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
+        )
+    return names
+
+
+def _load(name: str, split: str, root: Path, parameters: dict[str, int]) -> list[dict[str, Any]]:
+    """Build if need be, and read in detectron2's format."""
+    target = build(root, **parameters)
+    return load_coco_json(str(_annotation_file(target, split)), str(target / split), name)
+
+
+def _annotation_file(target: Path, split: str) -> Path:
+    return target / "annotations" / f"instances_{split}.json"
+
+
+def _checked(parameters: dict[str, int]) -> dict[str, int]:
+    """All parameters, with the defaults of those that are not given."""
+    if unknown := parameters.keys() - _DEFAULTS:
+        raise ValueError(f"shapes: unknown parameter {unknown}: choose from {', '.join(_DEFAULTS)}")
+    complete = _DEFAULTS | parameters
+    for name, value in complete.items():
+        if not isinstance(value, int) or value < _LEAST[name]:
+            raise ValueError(f"shapes: {name} must be an integer >= {_LEAST[name]}, not {value!r}")
+    return complete
+
+
+def _description(parameters: dict[str, int]) -> dict[str, Any]:
+    return {"generator": "crossmae_det.detection.shapes", "version": _VERSION, **parameters}
+
+
+def _is_complete(target: Path, parameters: dict[str, int]) -> bool:
+    try:
+        return json.loads((target / "shapes.json").read_text()) == _description(parameters)
+    except (OSError, ValueError):
+        return False
+
+
+def _build(target: Path, parameters: dict[str, int]) -> None:
+    """Write to a folder beside ``target``, then rename it. The caller holds the lock."""
+    partial_folder = target.with_name(f".{target.name}.partial")
+    if partial_folder.exists():  # left by a build that was killed
+        shutil.rmtree(partial_folder)
+    total = parameters["num_train"] + parameters["num_val"]
+    logger.info("Building the shapes dataset of %d images in %s", total, target)
+    start = time.perf_counter()
+    try:
+        (partial_folder / "annotations").mkdir(parents=True)
+        for split in SPLITS:
+            content = _write_split(partial_folder / split, split, parameters)
+            _annotation_file(partial_folder, split).write_text(json.dumps(content))
+        (partial_folder / "shapes.json").write_text(json.dumps(_description(parameters), indent=2))
+        partial_folder.rename(target)
+    except BaseException:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        raise
+    logger.info("Built %d images in %.1f s", total, time.perf_counter() - start)
+
+
+def _write_split(images: Path, split: str, parameters: dict[str, int]) -> dict[str, Any]:
+    """Write the images of one split and return their annotations in COCO format."""
+    images.mkdir()
+    size, seed = parameters["image_size"], parameters["seed"]
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number in range(1, parameters[f"num_{split}"] + 1):
+        scene = render(split, number, image_size=size, seed=seed)
+        name = f"{number:06d}.jpg"
+        # Full color resolution: subsampling would blur the edges that the masks follow.
+        Image.fromarray(scene.image).save(images / name, quality=_JPEG_QUALITY, subsampling=0)
+        records.append({"id": number, "file_name": name, "height": size, "width": size})
+        for k, category in enumerate(scene.categories, start=1):
+            mask = (scene.owners == k).astype(np.uint8)
+            run_lengths = mask_util.encode(np.asfortranarray(mask))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": category + 1,
+                    "bbox": [int(value) for value in cv2.boundingRect(mask)],
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": {**run_lengths, "counts": run_lengths["counts"].decode()},
+                }
+            )
+    return {
+        "info": {"description": f"crossmae_det shapes, {split}", **_description(parameters)},
+        "images": records,
+        "categories": [
+            {"id": i, "name": name, "supercategory": "shape"}
+            for i, name in enumerate(CLASSES, start=1)
+        ],
+        "annotations": annotations,
+    }
+
+
+# The images
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and what is in it.
+    """One image and its objects.
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
-        owners: (H, W) uint8: 0 where the ground is seen, k where object k is, counted from 1.
+        owners: (H, W) uint8: 0 where the ground is visible, k where object k is, counted from 1.
         categories: for object k, at k - 1, its index into ``CLASSES``.
     """
 
@@ -106,7 +297,7 @@ def render(split: str, number: int, *, image_size: int = 128, seed: int = 0) -> 
 
     owners = np.zeros((image_size, image_size), np.uint8)
     categories: list[int] = []
-    # What must stay in sight: the pixels of every body and hole, and the least number of them.
+    # What must stay visible: the pixels of every body and hole, and the least number of them.
     parts: list[tuple[Array, float]] = []
     count = rng.integers(1, _MAX_OBJECTS + 1)
     attempts = 0
@@ -141,20 +332,12 @@ def render(split: str, number: int, *, image_size: int = 128, seed: int = 0) -> 
     return Scene(_expose(rng, canvas), owners, tuple(categories))
 
 
-# Outlines: closed polygons of x, y; a second one is a hole.
+def _polygon(corners: int) -> Array:
+    angles = np.arange(corners) * (2 * math.pi / corners)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _ellipse(rng: np.random.Generator) -> Outline:
-    return [_polygon(48) * (1.0, rng.uniform(0.65, 1.0))]
-
-
-def _rectangle(rng: np.random.Generator) -> Outline:
-    half_width, half_height = 1.0, rng.uniform(0.6, 1.0)
-    return [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (half_width, half_height)]
-
-
-def _triangle(rng: np.random.Generator) -> Outline:
-    return [_polygon(3) * (1.0, rng.uniform(0.75, 1.25))]
+_SQUARE = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 
 
 def _star(rng: np.random.Generator) -> Outline:
@@ -177,18 +360,13 @@ def _cross(rng: np.random.Generator) -> Outline:
 
 
 _OUTLINES: dict[str, Callable[[np.random.Generator], Outline]] = {
-    "ellipse": _ellipse,
-    "rectangle": _rectangle,
-    "triangle": _triangle,
+    "ellipse": lambda rng: [_polygon(48) * (1.0, rng.uniform(0.65, 1.0))],
+    "rectangle": lambda rng: [_SQUARE * (1.0, rng.uniform(0.6, 1.0))],
+    "triangle": lambda rng: [_polygon(3) * (1.0, rng.uniform(0.75, 1.25))],
     "star": _star,
     "ring": _ring,
     "cross": _cross,
 }
-
-
-def _polygon(corners: int) -> Array:
-    angles = np.arange(corners) * (2 * math.pi / corners)
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def _area(polygon: Array) -> float:
@@ -196,7 +374,7 @@ def _area(polygon: Array) -> float:
 
 
 def _place(rng: np.random.Generator, outline: Outline, side: float, image_size: int) -> Outline:
-    """Turn, scale to an area of side x side (holes aside) and move to pixel coordinates."""
+    """Rotate, scale to an area of side x side (without holes) and move to pixel coordinates."""
     angle = rng.uniform(0, 2 * math.pi)
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     scale = side / math.sqrt(_area(outline[0]) - sum(map(_area, outline[1:])))
@@ -214,7 +392,7 @@ def _window(outline: Outline, side: float, image_size: int) -> Window:
 
 
 def _coverage(outline: Outline, window: Window) -> Array:
-    """How much of each pixel in the window lies inside the outline: (H, W) float32 in [0, 1]."""
+    """The fraction of each pixel of the window inside the outline: (H, W) float32 in [0, 1]."""
     x0, y0, x1, y1 = window
     fine = np.zeros(((y1 - y0) * _SUPERSAMPLING, (x1 - x0) * _SUPERSAMPLING), np.uint8)
     fraction_bits = 4
@@ -237,14 +415,14 @@ def _shadow(alpha: Array, angle: float, side: float) -> Array:
 
 
 def _texture(rng: np.random.Generator, window: Window, image_size: int) -> Array:
-    """A pattern for the window: (H, W) float32 in [0, 1], the share of the second color."""
+    """A pattern for the window: (H, W) float32 in [0, 1], the weight of the second color."""
     x0, y0, x1, y1 = window
     angle = rng.uniform(0, 2 * math.pi)
     x = np.arange(x0, x1, dtype=np.float32)[None, :] / image_size - 0.5
     y = np.arange(y0, y1, dtype=np.float32)[:, None] / image_size - 0.5
     across = x * np.float32(math.cos(angle)) + y * np.float32(math.sin(angle))
     along = y * np.float32(math.cos(angle)) - x * np.float32(math.sin(angle))
-    # Cycles in an image. Finer ones would be lost in small images, as would a hard edge.
+    # Cycles per image. Finer ones, or a hard edge, would be lost in small images.
     turns = np.float32(2 * math.pi * rng.uniform(5, 14))
     phase = np.float32(rng.uniform(0, 2 * math.pi))
     kind = rng.choice(("gradient", "stripes", "checks", "dots", "noise"))
@@ -271,8 +449,8 @@ def _color_pair(
     value: tuple[float, float],
     away_from: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Two related RGB colors in [0, 1], the mean of which stands out from ``away_from``."""
-    # A bounded search: a color that stands out is found in a few draws, whatever the ground.
+    """Two related RGB colors in [0, 1], whose mean stands out from ``away_from``."""
+    # A bounded search: whatever the ground, a few draws suffice.
     for _ in range(20):
         hue = rng.random()
         first = _rgb(hue, rng.uniform(*saturation), rng.uniform(*value))
@@ -292,251 +470,10 @@ def _paint(texture: Array, first: Array, second: Array) -> Array:
 
 
 def _expose(rng: np.random.Generator, canvas: Array) -> Array:
-    """Uneven light and sensor noise over a picture in [0, 1]: (H, W, 3) uint8."""
+    """Add uneven light and sensor noise to colors in [0, 1]: (H, W, 3) uint8."""
     size = canvas.shape[0]
     corners = rng.uniform(0.7, 1.15, size=(2, 2)).astype(np.float32)
     light = cv2.resize(corners, (size, size), interpolation=cv2.INTER_LINEAR)
     noise = rng.standard_normal(canvas.shape, dtype=np.float32)
-    picture = canvas * light[..., None] + np.float32(rng.uniform(0.005, 0.03)) * noise
-    return (picture * 255 + 0.5).clip(0, 255).astype(np.uint8)
-
-
-logger = logging.getLogger(__name__)
-
-
-# Part of the folder's name: raise it with every change to what is drawn or written.
-_VERSION = 1
-
-_JPEG_QUALITY = 95
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """The parameters of :func:`build`, checked."""
-
-    num_train: int = 4000
-    num_val: int = 150
-    image_size: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_train", 1), ("num_val", 1), ("image_size", 32), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"shapes: {name} must be a whole number >= {least}, not {value!r}")
-
-    @property
-    def folder_name(self) -> str:
-        return (
-            f"shapes_v{_VERSION}_{self.image_size}px_{self.num_train}_{self.num_val}"
-            f"_seed{self.seed}"
-        )
-
-    @property
-    def description(self) -> dict[str, Any]:
-        return {"generator": "crossmae_det.detection.shapes", "version": _VERSION, **asdict(self)}
-
-
-def folder(root: str | os.PathLike[str] | None = None, **parameters: int) -> Path:
-    """The folder of one variant, whether it has been built or not.
-
-    Args:
-        root: data folder; None for the environment's ``DETECTRON2_DATASETS``, or else ``datasets``.
-        parameters: as in :func:`build`.
-
-    Raises:
-        ValueError: for a parameter out of range.
-    """
-    return _data_folder(root) / _variant(parameters).folder_name
-
-
-def build(
-    root: str | os.PathLike[str] | None = None,
-    *,
-    num_train: int = 4000,
-    num_val: int = 150,
-    image_size: int = 128,
-    seed: int = 0,
-) -> Path:
-    """Write the dataset, unless it is there already.
-
-    It is written to a hidden folder beside its own and renamed, so that a build that is killed or
-    fails leaves nothing under its name. Processes that build the same variant at once wait for the
-    first. The same versions of NumPy, OpenCV and Pillow write the same bytes.
-
-    Args:
-        root: data folder, made if missing; None as in :func:`folder`.
-        num_train: training images, at least 1.
-        num_val: held-out images, at least 1.
-        image_size: side of the square images in pixels, at least 32.
-        seed: at least 0. An image depends only on the seed, its split, its number and its size.
-
-    Returns:
-        The folder of this variant.
-
-    Raises:
-        ValueError: for a parameter out of range.
-        OSError: when ``root`` cannot be written, or something else lies where the variant should.
-    """
-    variant = _Variant(num_train, num_val, image_size, seed)
-    target = _data_folder(root) / variant.folder_name
-    if _is_built(target, variant):
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(str(target.with_name("." + target.name))):
-            if not target.exists():  # another process may have built it meanwhile
-                _build(target, variant)
-    except OSError as error:
-        raise OSError(
-            f"{target}: cannot write the built-in dataset here ({error.strerror or error}); "
-            "choose a data folder that can be written (environment variable DETECTRON2_DATASETS)"
-        ) from error
-    return target
-
-
-def register(root: str | os.PathLike[str] | None = None, **parameters: int) -> tuple[str, str]:
-    """Register ``shapes_train`` and ``shapes_val`` in detectron2, to be built when first asked for.
-
-    The metadata is there at once; images and annotations are there after ``DatasetCatalog.get``.
-    Masks are run-length encoded. A later call with other arguments replaces an earlier one.
-
-    Args:
-        root: data folder; None as in :func:`folder`, read now.
-        parameters: as in :func:`build`.
-
-    Returns:
-        The two names.
-
-    Raises:
-        ValueError: for a parameter out of range, or when one of the names is taken by other data.
-    """
-    data_folder = _data_folder(root)
-    variant = _variant(parameters)
-    target = data_folder / variant.folder_name
-    names = ("shapes_train", "shapes_val")
-    for name in names:
-        if name in DatasetCatalog and getattr(DatasetCatalog[name], "func", None) is not _load:
-            raise ValueError(
-                f"{name}: a dataset of this name is registered already; give it another name"
-            )
-    for name, split in zip(names, SPLITS, strict=True):
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            # The metadata of a name cannot be changed, only dropped.
-            MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, partial(_load, name, split, data_folder, variant))
-        MetadataCatalog.get(name).set(
-            json_file=str(_annotation_file(target, split)),
-            image_root=str(target / split),
-            evaluator_type="coco",
-            thing_classes=list(CLASSES),
-            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
-        )
-    return names
-
-
-def _data_folder(root: str | os.PathLike[str] | None) -> Path:
-    if root is None:
-        root = os.getenv("DETECTRON2_DATASETS", "datasets")
-    return Path(root).expanduser()
-
-
-def _variant(parameters: dict[str, int]) -> _Variant:
-    unknown = parameters.keys() - asdict(_Variant()).keys()
-    if unknown:
-        raise ValueError(
-            f"shapes: no parameter {', '.join(sorted(unknown))}; "
-            f"there are {', '.join(asdict(_Variant()))}"
-        )
-    return _Variant(**parameters)
-
-
-def _annotation_file(target: Path, split: str) -> Path:
-    return target / "annotations" / f"instances_{split}.json"
-
-
-def _is_built(target: Path, variant: _Variant) -> bool:
-    """Whether the variant is there.
-
-    Raises:
-        FileExistsError: when something else is there.
-    """
-    if not target.exists():
-        return False
-    parameters = target / "shapes.json"
-    try:
-        found = json.loads(parameters.read_text()) if parameters.is_file() else None
-    except ValueError:
-        found = None
-    if found != variant.description:
-        raise FileExistsError(
-            f"{target}: not the built-in dataset of this name; move it away, and it is built again"
-        )
-    return True
-
-
-def _build(target: Path, variant: _Variant) -> None:
-    """Write to a folder beside ``target``, then rename it. The caller holds the lock."""
-    partial_folder = target.with_name(f".{target.name}.partial")
-    if partial_folder.exists():  # left by a build that was killed
-        shutil.rmtree(partial_folder)
-    total = variant.num_train + variant.num_val
-    logger.info("Building the shapes dataset of %d images at %s", total, target)
-    start = time.perf_counter()
-    try:
-        (partial_folder / "annotations").mkdir(parents=True)
-        for split, count in zip(SPLITS, (variant.num_train, variant.num_val), strict=True):
-            content = _write_split(partial_folder / split, split, count, variant)
-            _annotation_file(partial_folder, split).write_text(json.dumps(content))
-        (partial_folder / "shapes.json").write_text(json.dumps(variant.description, indent=2))
-        partial_folder.rename(target)
-    except BaseException:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        raise
-    logger.info("Built %d images in %.1f s", total, time.perf_counter() - start)
-
-
-def _write_split(images: Path, split: str, count: int, variant: _Variant) -> dict[str, Any]:
-    """Write the images of one split and return their annotations in COCO format."""
-    images.mkdir()
-    records: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number in range(1, count + 1):
-        scene = render(split, number, image_size=variant.image_size, seed=variant.seed)
-        name = f"{number:06d}.jpg"
-        # Full color resolution: halved, it would blur the edges that the masks are exact about.
-        Image.fromarray(scene.image).save(images / name, quality=_JPEG_QUALITY, subsampling=0)
-        size = variant.image_size
-        records.append({"id": number, "file_name": name, "height": size, "width": size})
-        for k, category in enumerate(scene.categories, start=1):
-            mask = (scene.owners == k).astype(np.uint8)
-            encoded = mask_util.encode(np.asfortranarray(mask))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": category + 1,
-                    "bbox": [int(value) for value in cv2.boundingRect(mask)],
-                    "area": int(mask.sum()),
-                    "iscrowd": 0,
-                    "segmentation": {
-                        "size": encoded["size"],
-                        "counts": encoded["counts"].decode("ascii"),
-                    },
-                }
-            )
-    return {
-        "info": {"description": f"crossmae_det shapes, {split}", **variant.description},
-        "images": records,
-        "categories": [
-            {"id": i + 1, "name": name, "supercategory": "shape"} for i, name in enumerate(CLASSES)
-        ],
-        "annotations": annotations,
-    }
-
-
-def _load(name: str, split: str, data_folder: Path, variant: _Variant) -> list[dict[str, Any]]:
-    """Build if need be, and read in detectron2's format."""
-    target = build(data_folder, **asdict(variant))
-    return load_coco_json(str(_annotation_file(target, split)), str(target / split), name)
+    exposed = canvas * light[..., None] + np.float32(rng.uniform(0.005, 0.03)) * noise
+    return (exposed * 255 + 0.5).clip(0, 255).astype(np.uint8)

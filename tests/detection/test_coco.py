@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 import pytest
 from coco_json_files import SQUARE, example, write
@@ -9,8 +8,6 @@ from torch.utils.data import Dataset, IterableDataset
 
 from crossmae_det.detection import coco, coco_json, describe, get_dataset_dicts, resolve_name
 from crossmae_det.detection.coco_records import dataset_categories
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco"
 
 # Names
 
@@ -42,13 +39,16 @@ def test_rewritten_json_replaces_the_metadata(tmp_path):
     assert len(get_dataset_dicts(spec)) == 2
 
 
-def test_split_takes_the_last_colon_after_an_existing_json(tmp_path):
+def test_both_paths_may_contain_colons(tmp_path):
     folder = tmp_path / "a.json:b"
     folder.mkdir()
-    (folder / "x.json").touch()
-    assert coco._split(f"{folder}/x.json:im:ages") == (f"{folder}/x.json", "im:ages")
-    (folder / "x.json:y.json").touch()
-    assert coco._split(f"{folder}/x.json:y.json:z") == (f"{folder}/x.json:y.json", "z")
+    write(folder, example())
+    (folder / "images").rename(folder / "im:ages")
+    spec = f"{folder}/set.json:{folder}/im:ages"
+    assert MetadataCatalog.get(resolve_name(spec)).json_file == f"{folder}/set.json"
+    (folder / "set.json").rename(folder / "set.json:x.json")
+    spec = f"{folder}/set.json:x.json:{folder}/im:ages"
+    assert MetadataCatalog.get(resolve_name(spec)).image_root == f"{folder}/im:ages"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,8 @@ def test_what_is_no_dataset_says_what_one_is(spec, text):
     with pytest.raises(ValueError) as error:
         resolve_name(spec)
     assert text in one_line(error) and str(spec) in one_line(error)
+    with pytest.raises(ValueError, match="no dataset"):
+        get_dataset_dicts([])
 
 
 def test_missing_files_are_named(tmp_path):
@@ -217,29 +219,6 @@ def test_max_images_takes_the_lowest_ids(tmp_path):
         ids(max_images=0)
 
 
-def test_several_sets_need_the_same_classes(tmp_path):
-    content = example()
-    specs = []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        specs.append(write(tmp_path / name, content))
-        content["categories"][0]["name"] = "other"
-    with pytest.raises(ValueError) as error:
-        get_dataset_dicts(specs)
-    assert all(spec in one_line(error) for spec in specs)
-    assert len(get_dataset_dicts([specs[0], specs[0]])) == 4
-    with pytest.raises(ValueError, match="no dataset"):
-        get_dataset_dicts([])
-
-
-def test_registered_name_with_a_json_of_other_classes(tmp_path, register):
-    name = register.coco("other_classes", write(tmp_path, example()))
-    MetadataCatalog.get(name).thing_classes = ["cat", "dog"]
-    with pytest.raises(ValueError) as error:
-        get_dataset_dicts(name)
-    assert "set.json" in one_line(error) and "JSON:IMAGE_FOLDER" in one_line(error)
-
-
 def test_nothing_left_is_an_error(tmp_path):
     content = example()
     content["annotations"] = content["annotations"][3:]
@@ -271,10 +250,10 @@ def test_images_in_folders_are_listed_once_per_folder(tmp_path, monkeypatch):
     assert sorted(listed) == [str(tmp_path / "images" / folder) for folder in "ab"]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real COCO subset (../shared/data) is absent")
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
-def test_real_coco(split):
-    spec = f"{SHARED}/annotations/instances_{split}.json:{SHARED}/{split}"
+def test_real_coco(shared_data, split):
+    folder = shared_data / "coco"
+    spec = f"{folder}/annotations/instances_{split}.json:{folder}/{split}"
     info = describe(spec)
     assert (info.num_images, len(info.categories), info.has_masks) == (80, 80, True)
     assert info.categories == dataset_categories("coco_2017_train", None)

@@ -263,7 +263,7 @@ def test_data_of_others_is_not_replaced(catalog, tmp_path):
     shapes.register(tmp_path, **SMALL)
     DatasetCatalog.remove("shapes_val")
     DatasetCatalog.register("shapes_val", list)
-    with pytest.raises(ValueError, match="shapes_val: a dataset of this name"):
+    with pytest.raises(ValueError, match="shapes_val"):
         shapes.register(tmp_path, **SMALL)
     assert DatasetCatalog.get("shapes_val") == []
 
@@ -281,20 +281,20 @@ def test_default_root_is_that_of_detectron2(monkeypatch):
 )
 def test_parameters_out_of_range(tmp_path, change):
     (name,) = change
-    with pytest.raises(ValueError, match=f"^shapes: {name} must be a whole number >= [^\n]*$"):
+    with pytest.raises(ValueError, match=f"^shapes: {name} must be [^\n]*$"):
         shapes.build(tmp_path, **{**SMALL, **change})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_parameter(tmp_path):
-    with pytest.raises(ValueError, match="no parameter size; there are num_train"):
+    with pytest.raises(ValueError, match="'size'.* num_train"):
         shapes.register(tmp_path, size=3)
 
 
 def test_root_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match="cannot write the built-in dataset here [^\n]*$"):
+        with pytest.raises(OSError, match=f"^{root}/shapes_v1_[^\n]* DETECTRON2_DATASETS [^\n]*$"):
             shapes.build(root, **SMALL)
 
 
@@ -305,6 +305,6 @@ def test_something_else_of_that_name(tmp_path, content):
     if content is not None:
         (target / "shapes.json").write_text(content)
     before = files(tmp_path)
-    with pytest.raises(OSError, match=f"{target.name}: not the built-in dataset [^\n]*$"):
+    with pytest.raises(OSError, match=f"^{target}: [^\n]*$"):
         shapes.build(tmp_path, **SMALL)
     assert files(tmp_path) == before

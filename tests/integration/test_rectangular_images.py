@@ -6,10 +6,8 @@ from argparse import Namespace
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
 
 from crossmae_det.checkpoint import read_checkpoint
-from crossmae_det.detection import ResizeToFit
 from crossmae_det.detection.predictor import predict_files
 from crossmae_det.engine import run
 from crossmae_det.model_zoo import get_config
@@ -111,32 +109,3 @@ def test_image_sizes_that_are_none_are_rejected(size, tiny_overrides):
     with pytest.raises(Exception, match="dataloader.image_size") as error:
         run(cfg, TRAIN)
     assert "\n" not in str(error.value.__context__ or error.value)
-
-
-@pytest.mark.parametrize("side", [64, 1024])
-@pytest.mark.parametrize(
-    "shape", [(480, 640), (640, 480), (427, 640), (100, 100), (33, 1000), (3, 1)]
-)
-def test_a_square_is_fitted_as_by_detectron2(side, shape):
-    image = torch.zeros(*shape, 3, dtype=torch.uint8).numpy()
-    ours = ResizeToFit(side).get_transform(image)
-    theirs = ResizeShortestEdge(side, side).get_transform(image)
-    assert isinstance(ours, ResizeTransform)
-    names = ("h", "w", "new_h", "new_w", "interp")
-    assert [getattr(ours, n) for n in names] == [getattr(theirs, n) for n in names]
-
-
-@pytest.mark.parametrize(
-    ("shape", "box", "expected"),
-    [
-        ((480, 640), (512, 1024), (512, 683)),
-        ((480, 640), (1024, 512), (384, 512)),
-        ((640, 480), (512, 1024), (512, 384)),
-        ((640, 480), (1024, 512), (683, 512)),
-        ((100, 400), (512, 1024), (256, 1024)),
-        ((16, 33000), (512, 1024), (1, 1024)),
-    ],
-)
-def test_an_image_is_as_large_as_fits(shape, box, expected):
-    transform = ResizeToFit(box).get_transform(torch.zeros(*shape, 3).numpy())
-    assert (transform.new_h, transform.new_w) == expected

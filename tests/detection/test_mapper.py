@@ -14,11 +14,13 @@ from detectron2.data import transforms as T
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
 from detectron2.structures import BitMasks, Boxes, BoxMode, PolygonMasks
 from detectron2.utils.events import EventStorage
+from image_files import encode, photo
 from PIL import Image
 from shorthand import one_line, take
 
 from crossmae_det.data.loader import _Samples
-from crossmae_det.detection import DetectionMapper, TrainLoader
+from crossmae_det.detection import DetectionMapper, ResizeToFit, TrainLoader
+from crossmae_det.model_zoo import get_config
 from crossmae_det.utils import ImageError, UndecodableImageError
 
 HEIGHT, WIDTH = 24, 32
@@ -364,3 +366,97 @@ def test_mapper_in_detectron2_test_loader(records):
     with pytest.raises(UndecodableImageError) as error:
         made(records[0])
     assert "dataloader.train" not in one_line(error) and "take it out" in one_line(error)
+
+
+# Image sizes and formats
+
+
+@pytest.mark.parametrize("side", [64, 1024])
+@pytest.mark.parametrize(
+    "shape", [(480, 640), (640, 480), (427, 640), (100, 100), (33, 1000), (3, 1)]
+)
+def test_a_square_is_fitted_as_by_detectron2(side, shape):
+    image = torch.zeros(*shape, 3, dtype=torch.uint8).numpy()
+    ours = ResizeToFit(side).get_transform(image)
+    theirs = T.ResizeShortestEdge(side, side).get_transform(image)
+    assert isinstance(ours, T.ResizeTransform)
+    names = ("h", "w", "new_h", "new_w", "interp")
+    assert [getattr(ours, n) for n in names] == [getattr(theirs, n) for n in names]
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "expected"),
+    [
+        ((480, 640), (512, 1024), (512, 683)),
+        ((480, 640), (1024, 512), (384, 512)),
+        ((640, 480), (512, 1024), (512, 384)),
+        ((640, 480), (1024, 512), (683, 512)),
+        ((100, 400), (512, 1024), (256, 1024)),
+        ((16, 33000), (512, 1024), (1, 1024)),
+    ],
+)
+def test_an_image_is_as_large_as_fits(shape, box, expected):
+    transform = ResizeToFit(box).get_transform(torch.zeros(*shape, 3).numpy())
+    assert (transform.new_h, transform.new_w) == expected
+
+
+@pytest.mark.parametrize("size", [(16, 3300), (3300, 16)])
+def test_a_long_thin_image_keeps_a_pixel(tmp_path, size):
+    """At a tenth of its size and less, its short side would round to nothing."""
+    path = tmp_path / "thin.png"
+    path.write_bytes(encode(np.full((*size, 3), 77, np.uint8)))
+    height, width = size
+    box = [width / 4, height / 4, width / 2, height / 2]
+    polygon = [width / 4, height / 4, width, height / 4, width, height]
+    thin = {"file_name": str(path), "height": height, "width": width, "image_id": 1}
+    thin["annotations"] = [target([polygon], bbox=box)]
+    lsj = [
+        T.RandomFlip(horizontal=True),
+        T.ResizeScale(min_scale=0.1, max_scale=0.2, target_height=64, target_width=64),
+        T.FixedSizeCrop(crop_size=(64, 64), pad=False),
+    ]
+    train = DetectionMapper(True, augmentations=lsj, image_format="RGB", use_instance_mask=True)
+    for seed in range(5):
+        np.random.seed(seed)
+        sample = train(thin)
+        image = sample["image"]
+        assert image.shape[0] == 3 and min(image.shape[1:]) == 1 and 6 <= max(image.shape[1:]) <= 13
+        assert (image == 77).all()
+        boxes = sample["instances"].gt_boxes.tensor
+        assert torch.isfinite(boxes).all()
+        assert sample["instances"].image_size == tuple(image.shape[1:])
+    test = DetectionMapper(
+        False, augmentations=[T.ResizeShortestEdge(64, max_size=64)], image_format="L"
+    )
+    assert sorted(test(thin)["image"].shape) == [1, 1, 64]
+
+
+def test_augmentations_are_those_of_detectron2_otherwise(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(photo(40, 60)))
+    augmentations = [
+        T.RandomFlip(prob=1.0, horizontal=True),
+        T.Resize((20, 31)),
+        T.AugmentationList([T.RandomBrightness(0.5, 0.5)]),
+    ]
+    made = DetectionMapper(False, augmentations=augmentations, image_format="BGR")
+    expected = T.AugInput(photo(40, 60)[:, :, ::-1])
+    T.AugmentationList(augmentations)(expected)
+    image = (
+        made({"file_name": str(path), "height": 40, "width": 60})["image"].permute(1, 2, 0).numpy()
+    )
+    np.testing.assert_array_equal(image, expected.image)
+
+
+@pytest.mark.parametrize("image_format", ["RGBA", "YUV-BT.601", "l"])
+def test_an_unknown_image_format_is_an_error_of_one_line(image_format):
+    with pytest.raises(ValueError, match="image_format") as error:
+        DetectionMapper(True, augmentations=[], image_format=image_format)
+    assert "RGB, BGR, L" in one_line(error)
+
+
+def test_both_tasks_have_the_key_that_skips_bad_images():
+    detection = get_config("coco/mask_rcnn_crossmae_vit_b_100ep.py")
+    pretraining = get_config("pretraining/crossmae_vit_b_800ep.py")
+    assert detection.dataloader.train.skip_undecodable is False
+    assert pretraining.dataloader.train.skip_undecodable is True
