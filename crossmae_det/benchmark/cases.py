@@ -72,7 +72,7 @@ class TimmBackbone(Backbone):
 
     Args:
         name: as in ``timm.create_model``.
-        image_size: side of the images in pixels, which some models are built for.
+        image_size: in pixels; some models are built for one size.
 
     Raises:
         ValueError: timm does not know the name, or the model has no features.
@@ -88,12 +88,10 @@ class TimmBackbone(Backbone):
                 self.body = create()
         except (RuntimeError, AttributeError) as error:
             raise ValueError(f"timm has no features of '{name}': {error}") from error
-        info: Any = self.body.feature_info
+        feature_info: Any = self.body.feature_info
         self._shapes = {
-            f"feature{index}": ShapeSpec(channels=channels, stride=stride)
-            for index, (channels, stride) in enumerate(
-                zip(info.channels(), info.reduction(), strict=True)
-            )
+            f"feature{index}": ShapeSpec(channels=info["num_chs"], stride=info["reduction"])
+            for index, info in enumerate(feature_info.get_dicts())
         }
         self._channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
 

@@ -226,9 +226,6 @@ def comparison_sections(
     Args:
         records: from :func:`compare`.
         earlier: from :func:`crossmae_det.benchmark.read_json`.
-
-    Raises:
-        ValueError: the earlier run has no case in common with this one.
     """
     first = records[0]
     repeats = max(len(record.get("seconds", ())) for record in records)
@@ -264,10 +261,7 @@ def comparison_sections(
         title="GFLOPs of the forward pass of one image, by part",
         columns=[
             *CASE_COLUMNS[:2],
-            *(
-                Column(part.replace("_", " "), f"flops_by_part.{part}", ".1f", 1e-9)
-                for part in parts
-            ),
+            *(Column(p.replace("_", " "), f"flops_by_part.{p}", ".1f", 1e-9) for p in parts),
             Column("total", "flops", ".1f", 1e-9),
         ],
         records=[
@@ -282,7 +276,8 @@ def comparison_sections(
 def find_earlier(
     settings: Mapping[str, Any], earlier: Mapping[str, Any]
 ) -> Mapping[str, Any] | None:
-    """The record of an earlier run for a case with these settings; None if it failed, too."""
+    """The record of an earlier run for a case with these settings; None if there is none, or it
+    failed."""
     for record in earlier.get("backbones", []):
         same = all(record.get(key) == settings[key] for key in ("backbone", *SETTINGS))
         if same and not record["failure"]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,28 +25,17 @@ from crossmae_det.benchmark.measuring import Spread, interleaved, ratios
 from crossmae_det.benchmark.report import Column, Section
 from crossmae_det.model_zoo.zoo import get_config
 from crossmae_det.pretraining.crops import RandomCrops
+from crossmae_det.pretraining.image_datasets import ImageFiles, ShardedImages, StoredImage
 
 # Images per repeat, spread evenly over the dataset: some seconds.
 CROP_IMAGES = 256
 JITTER_IMAGES = 64
 
 
-class EncodedImage(Protocol):
-    """An image as it is stored."""
-
-    def read(self) -> bytes: ...
-
-
-class ImageSet(Protocol):
-    """Images by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> EncodedImage: ...
-
+Images = ImageFiles | ShardedImages
 
 # Makes a crop of an image; the numbers decide which.
-Crop = Callable[[Any, Sequence[int]], Tensor]
+Crop = Callable[[StoredImage, Sequence[int]], Tensor]
 
 
 class TorchvisionCrops:
@@ -67,19 +56,19 @@ class TorchvisionCrops:
             ]
         )
 
-    def __call__(self, image: EncodedImage, seed_sequence: Sequence[int]) -> Tensor:
+    def __call__(self, image: StoredImage, seed_sequence: Sequence[int]) -> Tensor:
         """A crop: (3, H, W) float32, normalized. torch's generator draws it, not
         ``seed_sequence``."""
         with Image.open(io.BytesIO(image.read())) as opened:
             return self.transform(opened.convert("RGB"))
 
 
-def crop_loading(dataset: str, images: ImageSet, image_size: int, repeats: int) -> Section:
+def crop_loading(dataset: str, images: Images, image_size: int, repeats: int) -> Section:
     """The rate of this project's crops beside those of torchvision, as a table.
 
     Args:
         dataset: its name, for the table.
-        images: at least one; 256 of them are used, or all where there are fewer.
+        images: at least one; at most 256 are used.
         image_size: side of the crops in pixels.
         repeats: how often each pipeline goes through the images.
 
@@ -122,11 +111,11 @@ def crop_loading(dataset: str, images: ImageSet, image_size: int, repeats: int) 
     )
 
 
-def time_crops(images: ImageSet, crops: Sequence[Crop], repeats: int) -> list[list[float]]:
+def time_crops(images: Images, crops: Sequence[Crop], repeats: int) -> list[list[float]]:
     """Time ways to make a crop of an encoded image, alternately, on one thread.
 
     Args:
-        images: at least one; 256 of them are used, or all where there are fewer.
+        images: at least one; at most 256 are used.
         crops: the ways. Each draws different crops in each repeat.
         repeats: how often each goes through the images.
 

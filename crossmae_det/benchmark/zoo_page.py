@@ -84,11 +84,7 @@ def _billions(count: int) -> str:
 
 
 def write_page(path: Path = PAGE, folder: Path = FOLDER) -> None:
-    """Write the page atomically.
-
-    Args:
-        path: the page.
-        folder: as in :func:`render`.
+    """:func:`render` the page into a file, atomically.
 
     Raises:
         ValueError, OSError: as from :func:`render`, or the page cannot be written.
@@ -99,11 +95,7 @@ def write_page(path: Path = PAGE, folder: Path = FOLDER) -> None:
 
 
 def is_up_to_date(path: Path = PAGE, folder: Path = FOLDER) -> bool:
-    """Whether the page exists and is what the records give.
-
-    Args:
-        path: the page.
-        folder: as in :func:`render`.
+    """Whether the page exists and is what :func:`render` gives.
 
     Raises:
         ValueError, OSError: as from :func:`render`, or the page cannot be read.
