@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 UNFINISHED := $(VENV)/.unfinished
 CHECK_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("setup: Python 3.10 or newer is needed, and " + sys.executable + " is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.12")'
 
-.PHONY: help setup demo compare benchmark test lint format clean
+.PHONY: help setup demo compare benchmark docs test lint format clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' Makefile
@@ -24,7 +24,7 @@ help:  ## list the targets
 setup: $(READY)  ## set up the virtual environment, once
 	@echo "setup: $(VENV) is ready"
 
-$(READY): setup.py $(wildcard requirements/*.txt) tools/setup_environment.py tools/install_detectron2.py
+$(READY): setup.py $(wildcard requirements/*.txt) tools/setup_environment.py crossmae_det/tools/install_detectron2.py
 	@if [ -e $(UNFINISHED) ]; then \
 	    echo "setup: an earlier set-up of $(VENV) was killed: starting over"; \
 	    rm -rf $(VENV); \
@@ -58,7 +58,10 @@ benchmark: $(READY)  ## the backbone against detectron2's, in five minutes, into
 $(BACKBONE): | $(READY)
 	$(PRETRAIN)
 
-test: lint  ## all checks: the linter, the type checker and the tests
+docs: $(READY)  ## build the documentation site, into site/
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+test: lint docs  ## all checks: the linter, the type checker, the documentation and the tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --durations=15 $(PYTEST_ARGS)
 
 lint: $(READY)  ## check style and types
@@ -71,5 +74,5 @@ format: $(READY)  ## rewrite the sources in the project's style
 	$(RUN) -m ruff format .
 
 clean:  ## remove caches and build products; .venv, output and datasets stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find configs crossmae_det tests tools -name __pycache__ -prune -exec rm -rf {} +

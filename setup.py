@@ -65,6 +65,7 @@ setup(
         "hydra-core>=1.1",
         "huggingface-hub>=0.20",
         "jinja2>=3.0",  # MODEL_ZOO.md
+        "packaging>=21.0",
         "pyyaml>=6.0",
         "safetensors>=0.4",
         "tabulate>=0.8",
@@ -74,7 +75,17 @@ setup(
         "scikit-learn>=1.2",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources
     ],
-    extras_require={"dev": ["mypy", "pre-commit", "pytest>=7", "pytest-xdist", "ruff"]},
+    extras_require={
+        "dev": [
+            "mkdocs-material>=9",
+            "mkdocstrings[python]>=1",
+            "mypy",
+            "pre-commit",
+            "pytest>=7",
+            "pytest-xdist",
+            "ruff",
+        ]
+    },
     entry_points={"console_scripts": ["crossmae-det = crossmae_det.__main__:main"]},
     zip_safe=False,
 )

@@ -1,6 +1,7 @@
 """What is installed: setup.py, requirements/, and a wheel built from this tree."""
 
 import ast
+import configparser
 import os
 import runpy
 import shutil
@@ -112,11 +113,18 @@ def test_wheel_contains_every_config_module_and_record(wheel):
     assert expected
     expected |= {
         path.relative_to(REPOSITORY).as_posix()
-        for pattern in ("*.py", "data/*.json", "data/*.j2")
+        for pattern in ("*.py", "py.typed", "data/*.json", "data/*.j2")
         for path in (REPOSITORY / "crossmae_det").rglob(pattern)
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected
+
+
+def test_wheel_has_the_command(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    entries = configparser.ConfigParser()
+    entries.read_string(wheel.read(name).decode())
+    assert dict(entries["console_scripts"]) == {"crossmae-det": "crossmae_det.__main__:main"}
 
 
 def test_wheel_metadata(wheel):
