@@ -16,7 +16,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from crossmae_det.checkpoint.layouts import (
-    TITLES,
+    LAYOUTS,
     depth_of,
     export,
     size_of,
@@ -46,8 +46,8 @@ class CheckpointInfo:
     """What a checkpoint holds. What the file does not tell is None.
 
     Attributes:
-        layout: the naming scheme of the tensors, a value of
-            :data:`~crossmae_det.checkpoint.layouts.TITLES`.
+        layout: the naming scheme of the tensors, a title in
+            :data:`~crossmae_det.checkpoint.layouts.LAYOUTS`.
         size: name in :data:`~crossmae_det.modeling.SIZES`.
         embed_dim: channels of the backbone.
         depth: blocks of the backbone.
@@ -152,7 +152,7 @@ def inspect(
     args = content.get("args")
     options = vars(args) if isinstance(args, Namespace) else {}
     return CheckpointInfo(
-        layout=TITLES[native.layout],
+        layout=LAYOUTS[native.layout].title,
         **_backbone_sizes(backbone, saved_grid(content)),
         **_decoder_sizes(rest),
         classifier_rows=next(classifiers, None),
@@ -279,7 +279,7 @@ def convert(
     unexpected = [name for name in dropped if allowed(name)]
     return Report(
         str(source),
-        TITLES[native.layout],
+        LAYOUTS[native.layout].title,
         loaded=list(tensors),
         dropped=[native.sources.get(name, name) for name in dropped if name not in unexpected],
         unexpected=native.unexpected + unexpected,

@@ -1,27 +1,18 @@
-"""What a load did with every tensor.
+"""Loading weights into a model: every tensor is accounted for, or nothing changes.
 
-How the parts of a checkpoint lie to the parts of a model, which may be of another kind.
+A file holds either the whole model, or a backbone in any layout of
+:mod:`~crossmae_det.checkpoint.layouts`: alone, in a pretraining model, or in a detector. The
+backbone of any of these fits the backbone of any model. Keys in a file are source keys, those in
+the model target keys.
 
-Memory of tensors that lie in a mapped file.
-
-Tensors that are spread over processes: whole in a file, in parts in a model.
-
-Tensors of a checkpoint in the sizes of a model.
-
-Legend: L patches on a grid, C channels of the backbone, B channels of an image.
-
-Loading weights into a model: every tensor is accounted for, or nothing is changed.
-
-A file holds either the whole model that it is loaded into, or a backbone, in any layout that
-:mod:`~crossmae_det.checkpoint.layouts` knows: alone, in a pretraining model, or in a detector.
-The backbone of any of these fits the backbone of any model.
+Legend: L patches on a grid, C channels.
 """
 
 import ctypes
 import mmap
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from os import PathLike
@@ -34,9 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from crossmae_det.checkpoint.layouts import (
-    OLD_BUFFERS,
+    LAYOUTS,
     RELATIVE_POSITION,
-    TITLES,
     Native,
     describe_backbone,
     square_side,
@@ -51,20 +41,42 @@ from crossmae_det.layers.position_embedding import (
 )
 from crossmae_det.modeling import ViT
 
+Grid = tuple[int, int]  # (H, W) in patches
+
+# The entry of a checkpoint with the grid of its position embeddings.
+POSITION_GRID = "position_grid"
+
+# Keys of a plain ViT, below the prefix of the backbone.
+BACKBONE_KEY = re.compile(r"(cls_token|pos_embed|patch_embed\..+|blocks\..+)$")
+
+# A part beside the backbone: detectron2's have two names ("roi_heads.mask_head"), a decoder has
+# one. The norm after MAE's encoder is a part of its own: files without a decoder have it, too.
+PART = re.compile(r"decoder\.encoder_norm|decoder|[^.]+(\.[^.]+)?")
+
+# Layers of a detector with a row for every class.
+CLASS_DEPENDENT = re.compile(r"roi_heads\.(box_predictor(s\.\d+)?|mask_head\.predictor)\.")
+
+# Buffers that detectron2 no longer saves; they are not learned.
+OLD_BUFFERS = re.compile(
+    r"pixel_(mean|std)$|proposal_generator\.anchor_generator\.cell_anchors\.\d+$"
+)
+
+MADV_PAGEOUT = 21  # <linux/mman.h>, since Linux 5.4
+
 
 @dataclass
 class Report:
-    """Names of the tensors, by what became of them.
+    """What became of every tensor.
 
     Attributes:
         path: the file.
-        layout: what it was taken for.
-        loaded: names in the model.
-        resampled: names in the model of what was loaded at another size.
-        initialized: names in the model of what is not in the file, and stays as the model had it.
-        dropped: names in the file of what the model has no use for.
-        unexpected: names in the file that have no place, and that the caller allowed.
-        shapes: of each resampled tensor, its shape in the file and in the model.
+        layout: the layout that was recognized.
+        loaded: target keys with the values of the file.
+        resampled: target keys with resampled values of the file.
+        initialized: target keys that the file lacks; they keep the values of the model.
+        dropped: source keys that the model has no use for.
+        unexpected: source keys that the model does not have, and that the caller allowed.
+        shapes: target key -> shapes in the file and in the model, of resampled tensors.
     """
 
     path: str
@@ -77,277 +89,34 @@ class Report:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        table = [
-            (label, len(names), _summary(names))
-            for label, names in (
-                ("loaded", self.loaded),
-                ("resampled", self.resampled),
-                ("initialized", self.initialized),
-                ("dropped", self.dropped),
-                ("unexpected", self.unexpected),
-            )
-        ]
-        lines = [
-            f"weights from {self.path} ({self.layout})",
-            tabulate(table, headers=["", "tensors", "names"], tablefmt="simple"),
-            *(f"resampled {name}: {old} -> {new}" for name, (old, new) in self._first_shapes()),
-        ]
-        return "\n".join(lines)
-
-    def _first_shapes(self) -> list[tuple[str, tuple]]:
-        """One tensor of each kind of resampling: a table of every block would fill the screen."""
-        first: dict[tuple, str] = {}
-        for name, shapes in self.shapes.items():
-            first.setdefault((name.rpartition(".")[2], shapes), name)
-        return [(name, shapes) for (_, shapes), name in first.items()]
+        names = ("loaded", "resampled", "initialized", "dropped", "unexpected")
+        rows = [(name, len(keys := getattr(self, name)), _summary(keys)) for name in names]
+        # One tensor of each kind of resampling: not a line for every block.
+        first = {(k.rpartition(".")[2], shapes): k for k, shapes in reversed(self.shapes.items())}
+        resampled = [k for k in self.shapes if k in first.values()]
+        return "\n".join(
+            [
+                f"weights from {self.path} ({self.layout})",
+                tabulate(rows, headers=["", "tensors", "names"], tablefmt="simple"),
+                *(f"resampled {k}: {' -> '.join(map(str, self.shapes[k]))}" for k in resampled),
+            ]
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report in types that JSON has."""
+        """All attributes, in types that JSON has."""
         return asdict(self)
 
 
-def _summary(names: Sequence[str], longest: int = 5) -> str:
-    """The first parts that the names share, so that a line tells 200 tensors from one another."""
-    groups = list(dict.fromkeys(".".join(name.split(".")[:3]) for name in names))
+def _summary(keys: Sequence[str], longest: int = 5) -> str:
+    """The first parts that keys share, so that one line describes hundreds of them."""
+    groups = list(dict.fromkeys(".".join(key.split(".")[:3]) for key in keys))
     shown = ", ".join(groups[:longest])
     return f"{shown}, and {len(groups) - longest} more" if len(groups) > longest else shown
 
 
-# Beside a backbone: detectron2's parts have two names ("roi_heads.mask_head"), a decoder has one.
-# The norm after MAE's encoder is a part of its own: files of encoders have it, and no decoder.
-PART = re.compile(r"decoder\.encoder_norm|decoder|[^.]+(\.[^.]+)?")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Where tensors of a file go in a model. Names are native.
-
-    Attributes:
-        source: prefix of the backbone in the file.
-        target: prefix of the backbone in the model.
-        inside: names inside the model's backbone.
-        same_kind: whether what is beside the backbone means the same in both: only then is it
-            loaded.
-        in_file: parts beside the backbone that the file has.
-        in_model: parts beside the backbone that the model has.
-    """
-
-    source: str
-    target: str
-    inside: frozenset[str]
-    same_kind: bool
-    in_file: frozenset[str]
-    in_model: frozenset[str]
-
-    @classmethod
-    def of(
-        cls, file: Mapping[str, Tensor], source: str, model: Mapping[str, Tensor], target: str
-    ) -> "Parts":
-        """The parts of a file and a model, by their names and the prefixes of their backbones."""
-        return cls(
-            source,
-            target,
-            frozenset(_backbone_names(model, target)),
-            source == target and _decoder_kind(file) in (_decoder_kind(model), None),
-            frozenset(_part(name) for name in file if not name.startswith(source)),
-            frozenset(_part(name) for name in model if not name.startswith(target)),
-        )
-
-    def place(self, name: str) -> str | None:
-        """The name in the model of a tensor of the file; None where there is none."""
-        if name.startswith(self.source):
-            inside = name.removeprefix(self.source)
-            return self.target + inside if inside in self.inside else None
-        return name if self.same_kind else None
-
-    def may_be_dropped(self, name: str) -> bool:
-        """Whether the model's lack of a tensor of the file is in the nature of the two.
-
-        A model for maps has no class token; what is beside the backbone is of use to the same kind
-        of model only, and there if it has that part at all.
-        """
-        if name.startswith(self.source):
-            return name == f"{self.source}cls_token"
-        return not (self.same_kind and _part(name) in self.in_model)
-
-    def may_be_missing(self, name: str) -> bool:
-        """Whether the file's lack of a tensor of the model is in the nature of the two.
-
-        Relative positions start from zeros after pretraining, which has none.
-        """
-        if name.startswith(self.target) and name.removeprefix(self.target) in self.inside:
-            return RELATIVE_POSITION.search(name) is not None
-        return not (self.same_kind and _part(name) in self.in_file)
-
-
-def _backbone_names(model: Mapping[str, Tensor], prefix: str) -> Iterable[str]:
-    inside = re.compile(r"(cls_token|pos_embed|patch_embed\..+|blocks\..+)$")
-    names = (name.removeprefix(prefix) for name in model if name.startswith(prefix))
-    return (name for name in names if inside.match(name))
-
-
-def _part(name: str) -> str:
-    match = PART.match(name)
-    return match[0] if match else name
-
-
-def _decoder_kind(state: Mapping[str, Tensor]) -> str | None:
-    """CrossMAE's decoder and MAE's share names, but not what they stand for."""
-    for kind, mark in (("crossmae", "decoder.feature_"), ("mae", "decoder.embed.")):
-        if any(name.startswith(mark) for name in state):
-            return kind
-    return None
-
-
-# <linux/mman.h>, since Linux 5.4. It moves memory out and never changes what is read.
-MADV_PAGEOUT = 21
-
-
-def release(tensor: Tensor) -> None:
-    """Give back the memory that holds what has been read of a tensor in a mapped file.
-
-    It would count as this process's for as long as the file is mapped: at the end of a load, the
-    whole file beside the model. Read again, it comes from the file again. An advice: where the
-    system does not know it, nothing happens.
-    """
-    if not sys.platform.startswith("linux") or not tensor.is_contiguous():
-        return
-    begin, page = tensor.data_ptr(), mmap.PAGESIZE
-    first, last = -(-begin // page) * page, (begin + tensor.nbytes) // page * page  # whole pages
-    if first < last:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_PAGEOUT
-        )
-
-
-def gather(content: Any) -> Any:
-    """What a checkpoint holds, with whole tensors in place of those that are spread.
-
-    Every process of the job must call it, with the same content. One tensor at a time is whole on
-    the device.
-
-    Args:
-        content: dicts, lists, tensors and plain values, nested.
-
-    Returns:
-        The same, with tensors that were spread on the CPU.
-    """
-    if isinstance(content, DTensor):
-        return content.full_tensor().cpu()
-    if isinstance(content, dict):
-        return {key: gather(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [gather(value) for value in content]
-    return content
-
-
-def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor in the parts that ``like`` is in; as it is where that is whole.
-
-    Every process of the job must call it, with the same whole tensor of the shape of ``like``.
-    """
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(like.device, like.dtype), like.device_mesh, like.placements)
-
-
-# Where a checkpoint tells the grid (H, W) in patches of its position embeddings.
-POSITION_GRID = "position_grid"
-
-Grid = tuple[int, int]
-
-
-def position_grid(model: nn.Module) -> dict[str, list[int]]:
-    """The entry of a checkpoint that tells the grid of the model's position embeddings.
-
-    A table of 36 positions does not tell 6 x 6 from 4 x 9. Empty for a model without a ViT.
-    """
-    for module in model.modules():
-        if (grid := getattr(module, "pos_grid", None)) is not None:
-            return {POSITION_GRID: list(grid)}
-    return {}
-
-
-def saved_grid(content: Mapping[str, Any]) -> Grid | None:
-    """The grid that a checkpoint tells with :func:`position_grid`; None where it does not."""
-    match content.get(POSITION_GRID):
-        case [int(height), int(width)] if height > 0 and width > 0:
-            return height, width
-    return None
-
-
-def resized(
-    name: str, tensor: Tensor, target: Tensor, grid: Grid | None, file_grid: Grid | None
-) -> Tensor | None:
-    """A tensor in the shape of ``target``.
-
-    Position embeddings are resampled bicubically, relative positions linearly, and patch kernels so
-    that an enlarged patch is embedded as the patch was (FlexiViT,
-    https://arxiv.org/abs/2212.08013).
-
-    Args:
-        name: of the tensor in the model.
-        tensor: of the file.
-        target: of the model.
-        grid: (H, W) in patches where the tensor is a position embedding (1, 1 + L, C), else None.
-        file_grid: the grid of the file's position embeddings where it is known. Else it is the
-            model's, if the table is the sine-cosine table of that; then a square one, if the number
-            of positions allows it; then the model's, if that has as many positions.
-
-    Returns:
-        The tensor itself where it has that shape, and None where it is nothing that can be resized.
-    """
-    if grid is not None and _is_table(tensor) and tensor.shape[-1] == target.shape[-1]:
-        return _resized_positions(tensor, grid, file_grid)
-    if tensor.shape == target.shape:
-        return tensor
-    if tensor.ndim != target.ndim or 0 in tensor.shape:
-        return None
-    if name.endswith("patch_embed.proj.weight"):
-        same_channels = tensor.shape[:2] == target.shape[:2]
-        return (
-            resample_patch_embed(tensor.float(), list(target.shape[2:])) if same_channels else None
-        )
-    if tensor.shape[-1] != target.shape[-1]:
-        return None
-    if RELATIVE_POSITION.search(name) and tensor.ndim == 2:
-        return resample_table(tensor.float(), (len(target) + 1) // 2)
-    return None
-
-
-def _is_table(tensor: Tensor) -> bool:
-    return tensor.ndim == 3 and len(tensor) == 1 and 0 not in tensor.shape
-
-
-def _resized_positions(tensor: Tensor, grid: Grid, file_grid: Grid | None) -> Tensor | None:
-    """A position embedding (1, L, C) or (1, 1 + L, C) of a file on the grid of a model."""
-    length = grid[0] * grid[1]
-    told = 0 if file_grid is None else file_grid[0] * file_grid[1]
-    table = tensor
-    if tensor.shape[1] == length and told != length - 1:
-        table = with_class_row(tensor.float())
-    count, side = table.shape[1] - 1, square_side(table)
-    if file_grid is not None and told == count:
-        old = file_grid
-    elif count == length and (side is None or _is_sincos(table, grid)):
-        old = grid
-    elif side is not None:
-        old = (side, side)
-    else:
-        return None
-    return table if old == grid else resample_position_embedding(table.float(), old, grid)
-
-
-def _is_sincos(table: Tensor, grid: Grid) -> bool:
-    """Whether a table (1, 1 + H * W, C) is that of a pretraining run, which is never trained."""
-    if table.shape[-1] % 4:
-        return False
-    expected = sincos_position_embedding(table.shape[-1], grid)
-    return torch.allclose(table[:, 1:].float(), expected[:, 1:], atol=0.01)  # also from bf16
-
-
-# Layers of a detector that have a row for every class.
-CLASS_DEPENDENT = re.compile(r"roi_heads\.(box_predictor(s\.\d+)?|mask_head\.predictor)\.")
+def matches(key: str, patterns: Sequence[str]) -> bool:
+    """Whether a key matches one of several shell patterns (``*``, ``?``, ``[...]``)."""
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def load(
@@ -364,190 +133,347 @@ def load(
 ) -> Report:
     """Load a checkpoint into a model, strictly.
 
-    The file's backbone is loaded into the model's backbone. From a file of the same kind of model
-    (a detector into a detector), so is every other part of that name, but for the last layers where
-    the classes are others. The rest of the model stays as it is and is listed as initialized, the
-    rest of the file is listed as dropped. Position embeddings, relative-position tables and patch
-    kernels of another size are resampled. The grid of a position embedding is what the file says,
-    as the checkpoints of runs do; without that, a number of positions that is a square is taken for
-    a square grid (but for the sine-cosine table of the model's own grid), and of others only the
-    number that the model has is loaded.
+    The backbone of the file is loaded into the backbone of the model. From a file of the same kind
+    of model (a detector into a detector), so are all parts that both have, except for the last
+    layers where the number of classes differs. The rest of the model is listed as initialized, the
+    rest of the file as dropped.
+
+    Position embeddings, relative-position tables and patch kernels of another size are resampled.
+    The grid of a position embedding is that recorded in the file, as in checkpoints of runs.
+    Without a record, a square number of positions is a square grid (except for the sine-cosine
+    table of the model's grid), and another number must be that of the model.
 
     Args:
-        model: the model, in place. It must contain one ViT where the file is not the whole model's.
-        path: what :func:`read_checkpoint` reads.
-        content: what it has read there, where the caller needs more of it; None reads the file.
-        whole: refuse a file that does not hold the whole model, as evaluation needs.
-        exact: refuse to resample as well, as resuming needs.
+        model: changed in place. It must have one ViT, unless the file holds the whole model.
+        path: see :func:`~crossmae_det.checkpoint.read_checkpoint`; a prefix may follow it.
+        content: what :func:`read_checkpoint` returned for ``path``; None reads it.
+        whole: reject a file that lacks a part of the model, as evaluation needs.
+        exact: reject resampling, as resuming needs.
         weights: "model", or "ema" for the averaged weights of a run.
-        prefix: the part of the file to take, such as "teacher."; it may follow the path as well:
-            see :func:`~crossmae_det.checkpoint.reading.extract_state_dict`.
-        allow_missing: patterns as of a shell (``*``, ``?``, ``[...]``) of names in the model that
-            the file may lack; they are listed as initialized.
-        allow_unexpected: patterns of names in the file that may have no place in the model. A
-            tensor of another shape that both allow is left as the model has it.
-
-    Returns:
-        What was loaded, resampled, initialized, dropped and unexpected.
+        prefix: the part of the file to load, such as "teacher.", see
+            :func:`~crossmae_det.checkpoint.extract_state_dict`.
+        allow_missing: shell patterns of target keys that the file may lack.
+        allow_unexpected: shell patterns of source keys that the model may lack. A tensor of another
+            shape that both patterns allow keeps the values of the model.
 
     Raises:
-        FileNotFoundError, OSError: the file is not there, or cannot be fetched.
-        ValueError: the file cannot be read, or something in it is missing, unexpected or of another
-            shape; the model is then unchanged.
+        FileNotFoundError, OSError: the file does not exist, or cannot be downloaded.
+        ValueError: the file cannot be read, or a tensor is missing, unexpected or of another shape;
+            the model is unchanged.
     """
     if content is None:
         content = read_checkpoint(path)
     state = extract_state_dict(content, path, weights, prefix)
-    plan = _Plan(model, path, allow_missing, allow_unexpected, saved_grid(content))
-    new = plan.match(state, whole=whole, exact=exact)
-    # Only now, when everything fits: a refused file leaves the model as it was.
+    matcher = _Matcher(model, path, state, allow_missing, allow_unexpected)
+    values = matcher.match(saved_grid(content), whole=whole, exact=exact)
+    # After all checks: an error leaves the model unchanged.
     with torch.no_grad():
-        for name, tensor in new.items():
-            plan.target[name].copy_(distribute_like(tensor, plan.target[name]))
-            release(tensor)
-    return plan.report
+        for key, value in values.items():
+            matcher.target[key].copy_(distribute_like(value, matcher.target[key]))
+            _release(value)
+    return matcher.report
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name is one of those that patterns as of a shell stand for."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-class _Plan:
-    """Which tensor of a file goes where in a model; for the arguments see :func:`load`."""
+class _Matcher:
+    """Finds the target key of every tensor of a file; for the arguments see :func:`load`."""
 
     def __init__(
         self,
         model: nn.Module,
         path: str | PathLike[str],
+        state: dict[str, Tensor],
         allow_missing: Sequence[str],
         allow_unexpected: Sequence[str],
-        file_grid: tuple[int, int] | None,
     ):
         self.path = path
-        self.file_grid = file_grid
+        self.allow_missing, self.allow_unexpected = allow_missing, allow_unexpected
+        self.report = Report(str(path))
         self.target: dict[str, Tensor] = model.state_dict()
-        self.backbones = [
-            f"{name}." if name else ""
-            for name, module in model.named_modules()
-            if isinstance(module, ViT)
-        ]
-        # (H, W) in patches of every table of positions, of a backbone or of a decoder, by its name.
-        self.grids: dict[str, tuple[int, int]] = {
+        modules = dict(model.named_modules())
+        self.grids: dict[str, Grid] = {
             f"{name}.pos_embed".lstrip("."): module.pos_grid
-            for name, module in model.named_modules()
+            for name, module in modules.items()
             if hasattr(module, "pos_grid")
         }
-        self.allow_missing = allow_missing
-        self.allow_unexpected = allow_unexpected
-        self.report = Report(str(path))
-
-    def match(self, state: dict[str, Tensor], *, whole: bool, exact: bool) -> dict[str, Tensor]:
-        """The new value of every tensor of the model that the file has one for, in its shape."""
-        native = self._translate(state)
-        self.report.layout = TITLES.get(native.layout, native.layout)
-        self.report.unexpected = native.unexpected
-        parts = None
-        if native.layout in TITLES:
-            parts = Parts.of(native.tensors, native.backbone, self.target, self.backbones[0])
-        sources: dict[str, str] = {}  # name in the model -> native name
-        other_classes, strangers = set(), []
-        for name, tensor in native.tensors.items():
-            place = name if parts is None else parts.place(name)
-            theirs = native.sources[name]
-            if place in self.target:
-                other_shape = tensor.shape != self.target[place].shape
-                known = matches(place, self.allow_missing) and matches(
-                    theirs, self.allow_unexpected
-                )
-                if other_shape and known:
-                    self.report.unexpected.append(theirs)
-                elif CLASS_DEPENDENT.match(place) and other_shape and not whole:
-                    other_classes.add(place)
-                    self.report.dropped.append(theirs)
-                else:
-                    sources[place] = name
-            elif OLD_BUFFERS.match(name) or (
-                parts is not None and parts.may_be_dropped(name) and not whole
-            ):
-                self.report.dropped.append(theirs)
-            elif matches(theirs, self.allow_unexpected):
-                self.report.unexpected.append(theirs)
-            else:
-                strangers.append(name)
-        for name, tensor in self.target.items():
-            if name in sources:
-                continue
-            usual = parts is not None and parts.may_be_missing(name) and not whole
-            if not (usual or name in other_classes or matches(name, self.allow_missing)):
-                raise self._refusal(
-                    native,
-                    f"the file has nothing for '{name}' {tuple(tensor.shape)} of the model",
-                    "take the checkpoint of a whole model"
-                    if whole
-                    else f"--allow-missing '{name}' keeps its initial values",
-                )
-            self.report.initialized.append(name)
-        if strangers:
-            theirs = native.sources[strangers[0]]
-            raise self._refusal(
-                native,
-                f"the model has no place for '{theirs}'"
-                f" {tuple(native.tensors[strangers[0]].shape)}",
-                f"--allow-unexpected '{theirs}' leaves it out",
-            )
-        return {name: self._fit(native, name, source, exact) for name, source in sources.items()}
-
-    def _translate(self, state: dict[str, Tensor]) -> Native:
-        """The file under native names; as it is where its names are the model's."""
-        if state.keys() == self.target.keys():
-            return Native("this model", state, {name: name for name in state})
-        if len(self.backbones) != 1:
+        self.same_model = state.keys() == self.target.keys()
+        if self.same_model:
+            self.native = Native("", state, {key: key for key in state})
+            self.report.layout = "this model"
+            return
+        vits = [f"{name}." if name else "" for name, m in modules.items() if isinstance(m, ViT)]
+        if len(vits) != 1:
             first = min(state.keys() ^ self.target.keys())
             raise ValueError(
-                f"{self.path} does not hold this model (only one of them has '{first}'), and the"
-                f" model has {len(self.backbones)} plain ViTs to take a backbone, not one"
+                f"{path} does not hold this model (only one of them has '{first}'), and the model"
+                f" has {len(vits)} plain ViTs to load a backbone into, not one"
             )
         try:
-            return translate(state, lambda name: matches(name, self.allow_unexpected))
+            self.native = translate(state, lambda key: matches(key, allow_unexpected))
         except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
+            raise ValueError(f"{path}: {error}") from error
+        self.report.layout = LAYOUTS[self.native.layout].title
+        self.report.unexpected = self.native.unexpected
+        self.source_prefix, self.target_prefix = self.native.backbone, vits[0]
+        file_decoder, decoder = _decoder_kind(self.native.tensors), _decoder_kind(self.target)
+        # Whether parts beside the backbone mean the same in both.
+        self.same_kind = self.source_prefix == vits[0] and file_decoder in (decoder, None)
+        self.file_parts = _parts(self.native.tensors, self.source_prefix)
+        self.target_parts = _parts(self.target, self.target_prefix)
 
-    def _fit(self, native: Native, name: str, source: str, exact: bool) -> Tensor:
-        """A tensor of the file in the shape of the model's, and an entry in the report."""
-        tensor, target = native.tensors[source].detach(), self.target[name]
-        new = None
+    def match(self, file_grid: Grid | None, *, whole: bool, exact: bool) -> dict[str, Tensor]:
+        """Target key -> new value, for every tensor of the model that the file has."""
+        native, report = self.native, self.report
+        found: dict[str, str] = {}  # target key -> native key
+        other_classes, unexpected = set(), []
+        for key, tensor in native.tensors.items():
+            target, source = self._target_key(key), native.sources[key]
+            is_allowed = matches(source, self.allow_unexpected)
+            if target in self.target:
+                other_shape = tensor.shape != self.target[target].shape
+                if other_shape and is_allowed and matches(target, self.allow_missing):
+                    report.unexpected.append(source)
+                elif other_shape and CLASS_DEPENDENT.match(target) and not whole:
+                    other_classes.add(target)
+                    report.dropped.append(source)
+                else:
+                    found[target] = key
+            elif OLD_BUFFERS.match(key) or (self._may_be_dropped(key) and not whole):
+                report.dropped.append(source)
+            elif is_allowed:
+                report.unexpected.append(source)
+            else:
+                unexpected.append(key)
+        for target, tensor in self.target.items():
+            if target in found:
+                continue
+            usual = target in other_classes or (self._may_be_missing(target) and not whole)
+            if not usual and not matches(target, self.allow_missing):
+                raise self._error(
+                    f"the file lacks '{target}' {tuple(tensor.shape)} of the model",
+                    "use a checkpoint of a whole model"
+                    if whole
+                    else f"--allow-missing '{target}' keeps its initial values",
+                )
+            report.initialized.append(target)
+        for key in unexpected:
+            source = native.sources[key]
+            raise self._error(
+                f"the model lacks '{source}' {tuple(native.tensors[key].shape)} of the file",
+                f"--allow-unexpected '{source}' leaves it out",
+            )
+        return {t: self._fitted(t, key, file_grid, exact) for t, key in found.items()}
+
+    def _target_key(self, key: str) -> str | None:
+        """The target key of a native key, None where there is none."""
+        if self.same_model:
+            return key
+        if key.startswith(self.source_prefix):
+            inside = key.removeprefix(self.source_prefix)
+            return self.target_prefix + inside if BACKBONE_KEY.match(inside) else None
+        return key if self.same_kind else None
+
+    def _may_be_dropped(self, key: str) -> bool:
+        """Whether the model lacks a tensor of the file by its nature.
+
+        The feature-map path has no class token. Parts beside the backbone are of use to the same
+        kind of model only, if it has them.
+        """
+        if self.same_model:
+            return False
+        if key.startswith(self.source_prefix):
+            return key == f"{self.source_prefix}cls_token"
+        return not (self.same_kind and _part(key) in self.target_parts)
+
+    def _may_be_missing(self, target: str) -> bool:
+        """Whether the file lacks a tensor of the model by its nature.
+
+        Pretraining has no relative positions, which start from zeros.
+        """
+        if self.same_model:
+            return False
+        inside = target.removeprefix(self.target_prefix)
+        if target.startswith(self.target_prefix) and BACKBONE_KEY.match(inside):
+            return RELATIVE_POSITION.search(target) is not None
+        return not (self.same_kind and _part(target) in self.file_parts)
+
+    def _fitted(self, target_key: str, key: str, file_grid: Grid | None, exact: bool) -> Tensor:
+        """A tensor of the file in the shape of the model's, listed in the report."""
+        tensor, target = self.native.tensors[key].detach(), self.target[target_key]
+        new, grid = None, self.grids.get(target_key)
         if tensor.is_floating_point() == target.is_floating_point() and not tensor.is_complex():
-            grid = self.grids.get(name)
-            file_grid = self.file_grid or (grid if exact else None)
-            new = resized(name, tensor, target, grid, file_grid)
+            known_grid = file_grid or (grid if exact else None)
+            new = _resized(target_key, tensor, target, grid, known_grid)
         if new is None or (exact and new is not tensor):
+            source = self.native.sources[key]
             kind = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
-            raise self._refusal(
-                native,
-                f"'{native.sources[source]}' is {tuple(tensor.shape)}{kind} in the file and"
+            raise self._error(
+                f"'{source}' is {tuple(tensor.shape)}{kind} in the file and"
                 f" {tuple(target.shape)} in the model",
-                f"take a checkpoint of this model, or name both: --allow-missing '{name}'"
-                f" --allow-unexpected '{native.sources[source]}'",
+                f"use a checkpoint of this model, or keep the initial values with --allow-missing"
+                f" '{target_key}' --allow-unexpected '{source}'",
             )
         if new is tensor:
-            self.report.loaded.append(name)
+            self.report.loaded.append(target_key)
         else:
-            self.report.resampled.append(name)
-            self.report.shapes[name] = (tuple(tensor.shape), tuple(target.shape))
+            self.report.resampled.append(target_key)
+            self.report.shapes[target_key] = (tuple(tensor.shape), tuple(target.shape))
         return new
 
-    def _refusal(self, native: Native, problem: str, advice: str) -> ValueError:
-        """One line: the file and what it was taken for, the first problem, and what would do."""
-        taken_for = TITLES.get(native.layout)
-        if taken_for:
-            theirs = describe_backbone(native.tensors, native.backbone)
-            ours = describe_backbone(self.target, self.backbones[0])
-            if theirs != ours:
-                advice = (
-                    f"the file's backbone is {theirs} and the model's {ours}: make the model of"
-                    " that size, or take a checkpoint of the model's"
-                )
-        return ValueError(
-            f"{self.path}{f' (taken for: {taken_for})' if taken_for else ''}: {problem}; {advice}"
+    def _error(self, problem: str, advice: str) -> ValueError:
+        """One line: the file and its layout, the problem, and what to do."""
+        if self.same_model:
+            return ValueError(f"{self.path}: {problem}: {advice}")
+        in_file = describe_backbone(self.native.tensors, self.source_prefix)
+        in_model = describe_backbone(self.target, self.target_prefix)
+        if in_file != in_model:
+            advice = (
+                f"the file's backbone is {in_file} and the model's {in_model}, use a model or a"
+                " checkpoint of the other size"
+            )
+        return ValueError(f"{self.path} (layout: {self.report.layout}): {problem}: {advice}")
+
+
+def _parts(state: Mapping[str, Tensor], prefix: str) -> set[str]:
+    """The parts beside a backbone."""
+    return {_part(key) for key in state if not key.startswith(prefix)}
+
+
+def _part(key: str) -> str:
+    match = PART.match(key)
+    return match[0] if match else key
+
+
+def _decoder_kind(state: Mapping[str, Tensor]) -> str | None:
+    """CrossMAE's decoder and MAE's share keys, but not their meaning."""
+    for kind, start in (("crossmae", "decoder.feature_"), ("mae", "decoder.embed.")):
+        if any(key.startswith(start) for key in state):
+            return kind
+    return None
+
+
+# Position grids and resampling
+
+
+def position_grid(model: nn.Module) -> dict[str, list[int]]:
+    """The entry of a checkpoint that records the grid of the model's position embeddings.
+
+    36 positions are 6 x 6 or 4 x 9. Empty for a model without a ViT.
+    """
+    for module in model.modules():
+        if (grid := getattr(module, "pos_grid", None)) is not None:
+            return {POSITION_GRID: list(grid)}
+    return {}
+
+
+def saved_grid(content: Mapping[str, Any]) -> Grid | None:
+    """The grid that a checkpoint records with :func:`position_grid`, None where it does not."""
+    match content.get(POSITION_GRID):
+        case [int(height), int(width)] if height > 0 and width > 0:
+            return height, width
+    return None
+
+
+def _resized(
+    key: str, tensor: Tensor, target: Tensor, grid: Grid | None, file_grid: Grid | None
+) -> Tensor | None:
+    """A tensor in the shape of ``target``: itself where it has that shape, None where it cannot be.
+
+    Position embeddings are resampled bicubically, relative positions linearly, and patch kernels so
+    that an enlarged patch has the same embedding (FlexiViT, https://arxiv.org/abs/2212.08013).
+
+    Args:
+        key: the target key.
+        tensor: of the file.
+        target: of the model.
+        grid: that of the model where the tensor is a position embedding (1, 1 + L, C), else None.
+        file_grid: the grid of the file's position embeddings where it is known.
+    """
+    is_position = grid is not None and tensor.ndim == 3 and len(tensor) == 1
+    if is_position and 0 not in tensor.shape and tensor.shape[-1] == target.shape[-1]:
+        return _resized_position(tensor, grid, file_grid)  # type: ignore[arg-type]
+    if tensor.shape == target.shape:
+        return tensor
+    if tensor.ndim != target.ndim or 0 in tensor.shape:
+        return None
+    if key.endswith("patch_embed.proj.weight") and tensor.shape[:2] == target.shape[:2]:
+        return resample_patch_embed(tensor.float(), list(target.shape[2:]))
+    if RELATIVE_POSITION.search(key) and tensor.ndim == 2 and tensor.shape[1] == target.shape[1]:
+        return resample_table(tensor.float(), (len(target) + 1) // 2)
+    return None
+
+
+def _resized_position(tensor: Tensor, grid: Grid, file_grid: Grid | None) -> Tensor | None:
+    """A position embedding (1, L, C) or (1, 1 + L, C) of a file, on the grid of a model.
+
+    Its own grid is ``file_grid``, if that has as many positions; else the model's, if the table is
+    the sine-cosine table of that; else a square one; else the model's, if that has as many.
+    """
+    length = grid[0] * grid[1]
+    file_length = 0 if file_grid is None else file_grid[0] * file_grid[1]
+    table = tensor
+    if tensor.shape[1] == length and file_length != length - 1:
+        table = with_class_row(tensor.float())
+    count, side = table.shape[1] - 1, square_side(table)
+    if file_grid is not None and file_length == count:
+        old = file_grid
+    elif count == length and (side is None or _is_sincos(table, grid)):
+        old = grid
+    elif side is not None:
+        old = (side, side)
+    else:
+        return None
+    return table if old == grid else resample_position_embedding(table.float(), old, grid)
+
+
+def _is_sincos(table: Tensor, grid: Grid) -> bool:
+    """Whether a table (1, 1 + L, C) is the sine-cosine one, which pretraining does not train."""
+    if table.shape[-1] % 4:
+        return False
+    expected = sincos_position_embedding(table.shape[-1], grid)
+    return torch.allclose(table[:, 1:].float(), expected[:, 1:], atol=0.01)  # also from bf16
+
+
+# Memory and processes
+
+
+def _release(tensor: Tensor) -> None:
+    """Page out what has been read of a tensor in a memory-mapped file.
+
+    It would count as memory of this process until the file is unmapped: in the end, the whole file
+    beside the model. It is read again from the file if needed. Systems may ignore the advice.
+    """
+    if not sys.platform.startswith("linux") or not tensor.is_contiguous():
+        return
+    start, page = tensor.data_ptr(), mmap.PAGESIZE
+    first, last = -(-start // page) * page, (start + tensor.nbytes) // page * page  # whole pages
+    if first < last:
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_PAGEOUT
         )
+
+
+def gather(content: Any) -> Any:
+    """Replace sharded tensors in a checkpoint by whole ones on the CPU.
+
+    Every process must call it with the same content. One tensor at a time is whole on the device.
+
+    Args:
+        content: dicts, lists, tensors and plain values, nested.
+    """
+    if isinstance(content, DTensor):
+        return content.full_tensor().cpu()
+    if isinstance(content, dict):
+        return {key: gather(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [gather(value) for value in content]
+    return content
+
+
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Shard a whole tensor as ``like`` is sharded, or return it where that is whole.
+
+    Every process must call it with the same tensor of the shape of ``like``.
+    """
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device, like.dtype), like.device_mesh, like.placements)

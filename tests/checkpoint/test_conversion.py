@@ -5,6 +5,7 @@ import re
 import pytest
 import safetensors.torch
 import torch
+from checkpoint_models import SIZES
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling.backbone.vit import ViT as DetectronViT
 from timm.models.vision_transformer import VisionTransformer
@@ -15,8 +16,6 @@ from crossmae_det.modeling import ViT, build_vit
 from crossmae_det.modeling.vit import LAYER_NORM
 from crossmae_det.pretraining import MAE, CrossMAE
 from crossmae_det.utils import save_checkpoint
-
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ def test_huggingface_of_mae(tmp_path):
         ("out.pth", "published", "needs 'encoder.cls_token'.*--allow-missing 'encoder.cls_token'"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before(tmp_path, output, to, message):
+def test_invalid_outputs_are_rejected_before_writing(tmp_path, output, to, message):
     backbone = ViT(**SIZES, class_token=False)
     save_checkpoint({"model": backbone.state_dict()}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message):
@@ -128,7 +127,7 @@ def test_what_cannot_be_written_is_refused_before(tmp_path, output, to, message)
     assert not (tmp_path / output).exists()
 
 
-def test_what_a_user_knows_about(tmp_path):
+def test_patterns_allow_missing_and_unexpected_keys(tmp_path):
     backbone = ViTBackbone(**SIZES, use_rel_pos=True)
     state = {f"backbone.net.{name}": tensor for name, tensor in backbone.state_dict().items()}
     save_checkpoint({"model": state}, tmp_path / "a.pth")

@@ -1,13 +1,17 @@
+"""Loading into models: what is loaded, resampled, initialized, dropped or rejected."""
+
 import json
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoint_models import SIZES, Detector, equal, save, values
+from checkpoint_models import SIZES, Detector, autoencoder, equal, save, values
 
-from crossmae_det.checkpoint import load
+from crossmae_det.checkpoint import convert, inspect, load, read_checkpoint, to_published
+from crossmae_det.engine.checkpointing import Checkpointer
 from crossmae_det.modeling import ViT
+from crossmae_det.pretraining import MAE, CrossMAE
 
 
 def test_a_whole_model_comes_back_exactly(tmp_path):
@@ -20,7 +24,7 @@ def test_a_whole_model_comes_back_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "encoder.", "backbone.net."])
-def test_a_backbone_goes_into_a_detector_and_all_is_accounted_for(tmp_path, prefix):
+def test_a_backbone_loads_into_a_detector_and_every_tensor_is_listed(tmp_path, prefix):
     backbone = ViT(**SIZES)
     state = {prefix + name: tensor for name, tensor in backbone.state_dict().items()}
     # What is after the backbone: a classifier's head, a decoder, a detector's.
@@ -43,7 +47,7 @@ def test_a_backbone_goes_into_a_detector_and_all_is_accounted_for(tmp_path, pref
     assert len(report.loaded) + len(report.initialized) == len(after)
 
 
-def test_a_backbone_without_a_class_token_has_its_row_all_the_same(tmp_path):
+def test_a_position_embedding_has_a_row_for_an_absent_class_token(tmp_path):
     """As detectron2's ViT and a backbone for maps: 17 rows are 4 x 4 and the class token's."""
     source, target = Detector().backbone.net, Detector()
     report = load(target, save(tmp_path, source.state_dict()))
@@ -73,7 +77,7 @@ def test_relative_positions_of_another_size_are_resampled(tmp_path):
     torch.testing.assert_close(target.backbone.net.blocks[1].attn.rel_pos_h.detach(), expected)
 
 
-def test_a_published_training_checkpoint_gives_its_backbone(fixtures):
+def test_the_backbone_of_a_published_training_checkpoint(fixtures):
     path = fixtures / "crossmae_tiny_training_checkpoint.pth"
     state = torch.load(fixtures / "crossmae_tiny.pt", weights_only=True)
     config, published = state["config"], state["state_dict"]
@@ -110,7 +114,7 @@ def test_a_detector_fine_tunes_on_other_classes(tmp_path):
         assert torch.equal(after[name], before[name] if name in last else tensor)
 
 
-def test_parts_that_only_one_of_two_detectors_has_are_listed(tmp_path):
+def test_parts_of_one_of_two_detectors_are_listed(tmp_path):
     source, target = Classifying(4), Detector()
     report = load(target, save(tmp_path, source.state_dict()))
     assert sorted(report.loaded) == sorted(target.state_dict())
@@ -160,29 +164,24 @@ def broken(kind):
     [
         (
             "shape",
-            r"\(taken for: timm ViT.*\): 'blocks.1.mlp.fc1.bias' is \(7,\) in the file and"
-            r" \(64,\) in the model; take a checkpoint of this model",
+            r"timm ViT.*'blocks.1.mlp.fc1.bias' is \(7,\) in the file and \(64,\) in the model",
         ),
         (
             "missing",
-            r"the file has nothing for 'backbone.net.blocks.0.attn.qkv.weight' \(48, 16\) of the"
-            " model; --allow-missing 'backbone.net.blocks.0.attn.qkv.weight' keeps its initial",
+            r"'backbone.net.blocks.0.attn.qkv.weight' \(48, 16\)"
+            ".*--allow-missing 'backbone.net.blocks.0.attn.qkv.weight'",
         ),
         (
             "unexpected",
-            r"'blocks.2.norm1.bias' \(16,\); the file's backbone is 16 wide"
-            " with 3 blocks and the model's 16 wide with 2 blocks: make the model of that size",
+            r"'blocks.2.norm1.bias' \(16,\).*16 wide with 3 blocks.*16 wide with 2 blocks",
         ),
         ("position", r"'pos_embed' is \(1, 12, 16\) in the file and \(1, 17, 16\) in the model"),
         ("integers", r"'blocks.0.norm1.bias' is \(16,\) of torch.int64 in the file and \(16,\)"),
-        (
-            "foreign",
-            "no checkpoint of a plain ViT: it has no patch embedding .*'conv1.weight'.*timm",
-        ),
-        ("no tensor", "entry 'blocks.0.norm1.bias' is a int, not a tensor"),
+        ("foreign", "patch embedding .*'conv1.weight'.*timm"),
+        ("no tensor", "blocks.0.norm1.bias. is a int"),
     ],
 )
-def test_a_refused_file_is_named_and_leaves_the_model_as_it_was(tmp_path, kind, message):
+def test_an_error_names_the_file_and_leaves_the_model_unchanged(tmp_path, kind, message):
     model = Detector()
     before = values(model)
     path = save(tmp_path, broken(kind))
@@ -192,8 +191,8 @@ def test_a_refused_file_is_named_and_leaves_the_model_as_it_was(tmp_path, kind, 
     assert equal(values(model), before)
 
 
-def test_evaluation_wants_the_whole_model(tmp_path):
-    with pytest.raises(ValueError, match="nothing for .*; take the checkpoint of a whole model"):
+def test_evaluation_needs_the_whole_model(tmp_path):
+    with pytest.raises(ValueError, match="'backbone.*whole model"):
         load(Detector(), save(tmp_path, ViT(**SIZES).state_dict()), whole=True)
 
 
@@ -234,7 +233,7 @@ def test_a_patch_kernel_of_another_size_is_resampled(tmp_path):
     )
 
 
-def test_what_a_user_knows_about_is_let_pass(tmp_path):
+def test_patterns_allow_missing_and_unexpected_keys(tmp_path):
     state = ViT(**SIZES).state_dict()
     del state["blocks.1.norm2.bias"], state["blocks.1.norm2.weight"]
     state["blocks.0.extra"] = torch.ones(16)
@@ -255,15 +254,15 @@ def test_what_a_user_knows_about_is_let_pass(tmp_path):
         after["backbone.net.blocks.1.attn.qkv.weight"],
         before["backbone.net.blocks.1.attn.qkv.weight"],
     )
-    with pytest.raises(ValueError, match="no place for 'blocks.0.extra' .*--allow-unexpected"):
+    with pytest.raises(ValueError, match="'blocks.0.extra' .*--allow-unexpected"):
         load(model, path, allow_missing=["*norm2*"], allow_unexpected=["blocks.1.extra"])
-    # Another network is no matter of a tensor more or less.
+    # Patterns do not allow another network.
     path = save(tmp_path, state | {"blocks.1.ls1.gamma": torch.ones(16)})
-    with pytest.raises(ValueError, match="'blocks.1.ls1.gamma' .* a ViT with LayerScale, another"):
+    with pytest.raises(ValueError, match="'blocks.1.ls1.gamma' .*LayerScale"):
         load(model, path, allow_missing=["*norm2*"], allow_unexpected=["*"])
 
 
-def test_positions_of_a_grid_that_is_no_square_are_not_guessed(tmp_path):
+def test_the_grid_of_a_rectangular_position_embedding_is_not_guessed(tmp_path):
     """25 rows are 4 x 6 and the class token's, not 5 x 5."""
     source = ViT(**(SIZES | {"img_size": (32, 48)}))
     target = ViT(**(SIZES | {"img_size": 32}))
@@ -306,3 +305,166 @@ def test_positions_without_a_row_for_the_class_token(tmp_path):
     assert load(model, save(tmp_path, state)).resampled == ["backbone.net.pos_embed"]
     loaded = values(model)["backbone.net.pos_embed"]
     assert torch.equal(loaded[:, 1:], state["backbone.net.pos_embed"]) and not loaded[:, 0].any()
+
+
+def test_pretraining_continues_at_another_size(tmp_path):
+    source, target = autoencoder(), autoencoder(img_size=(48, 64))
+    report = load(target, save(tmp_path, source.state_dict()))
+    assert sorted(report.resampled) == ["decoder.pos_embed", "encoder.pos_embed"]
+    assert not report.initialized and not report.dropped
+    # The decoder's table is the one that it would have at that size.
+    expected = source.decoder.positions((6, 8))
+    torch.testing.assert_close(target.decoder.pos_embed, expected)
+
+
+@pytest.mark.parametrize("format", ["crossmae", "mae"])
+def test_a_published_file_of_a_whole_model_loads_as_it_is(tmp_path, format):
+    def build():
+        return autoencoder() if format == "crossmae" else MAE(ViT(**SIZES), decoder_depth=1)
+
+    source, target = build(), build()
+    path = save(tmp_path, to_published(source.state_dict(), format))
+    report = load(target, path, whole=True)
+    assert equal(values(source), values(target))
+    assert sorted(report.loaded) == sorted(source.state_dict())
+
+
+def test_a_file_without_a_decoder_is_not_a_whole_model(tmp_path):
+    model = autoencoder()
+    before = values(model)
+    backbone = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
+    for state in (backbone, model.encoder.state_dict()):
+        path = save(tmp_path, state)
+        with pytest.raises(ValueError, match="weights.pth .*'decoder.*whole model"):
+            load(model, path, whole=True)
+    assert equal(values(model), before)
+
+
+def test_the_decoder_of_the_other_method_is_dropped(tmp_path):
+    source, target = MAE(ViT(**SIZES), decoder_dim=8, decoder_num_heads=2), autoencoder()
+    before = values(target)
+    report = load(target, save(tmp_path, source.state_dict()))
+    assert sorted(report.loaded) == sorted(n for n in before if n.startswith("encoder."))
+    assert sorted(report.initialized) == sorted(n for n in before if n.startswith("decoder."))
+    assert sorted(report.dropped) == sorted(
+        n for n in source.state_dict() if n.startswith("decoder.")
+    )
+
+
+def test_a_decoder_of_another_width_is_left_out_by_patterns(tmp_path):
+    source = CrossMAE(ViT(**SIZES), decoder_dim=16, decoder_depth=2, decoder_num_heads=2)
+    path, target = save(tmp_path, source.state_dict()), autoencoder()
+    with pytest.raises(ValueError, match="--allow-missing 'decoder.*' --allow-unexpected 'decoder"):
+        load(target, path)
+    report = load(target, path, allow_missing=["decoder.*"], allow_unexpected=["decoder.*"])
+    assert {f"encoder.{name}" for name in source.encoder.state_dict()} < set(report.loaded)
+    assert "decoder.mask_token" in report.unexpected and "decoder.mask_token" in report.initialized
+
+
+@pytest.mark.parametrize("method", [CrossMAE, MAE])
+def test_an_encoder_with_its_norm_starts_pretraining(tmp_path, method):
+    """As MAE's encoder files are, and timm's ViTs."""
+    source = MAE(ViT(**SIZES), decoder_dim=8, decoder_depth=1, decoder_num_heads=2)
+    torch.nn.init.normal_(source.decoder.encoder_norm.weight)
+    state = to_published(source.state_dict(), "mae")
+    state = {k: v for k, v in state.items() if "decoder" not in k and k != "mask_token"}
+    model = method(ViT(**SIZES), decoder_dim=8, decoder_depth=1, decoder_num_heads=2)
+    report = load(model, save(tmp_path, state))
+    backbone = {name for name in model.state_dict() if name.startswith("encoder.")}
+    norm = {f"decoder.encoder_norm.{last}" for last in ("weight", "bias")}
+    assert set(report.loaded) == (backbone | norm if method is MAE else backbone)
+    assert report.dropped == ([] if method is MAE else ["norm.weight", "norm.bias"])
+    assert report.initialized
+
+
+def test_an_incomplete_decoder_is_an_error(tmp_path):
+    model = autoencoder()
+    for format, name in (
+        ("native", "decoder.blocks.1.norm1.bias"),
+        ("crossmae", "dec_norms.1.bias"),
+    ):
+        state = dict(model.state_dict())
+        if format != "native":
+            state = to_published(state, format)
+        del state[name]
+        with pytest.raises(ValueError, match="the file lacks 'decoder"):
+            load(autoencoder(), save(tmp_path, state))
+
+
+SQUARE, WIDE = {"img_size": 48}, {"img_size": (32, 72)}  # 6 x 6 and 4 x 9 patches
+
+
+def resampled(table, old, new):
+    grid = table[:, 1:].view(1, *old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new, mode="bicubic")
+    return grid.flatten(2).transpose(1, 2)
+
+
+def randomized(model):
+    """With position embeddings that are not sine-cosine tables, as after training."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("pos_embed"):
+                tensor.normal_()
+    return model
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_a_square_table_is_resampled_to_a_grid_with_as_many_positions(tmp_path, random):
+    source, target = ViT(**(SIZES | SQUARE)), ViT(**(SIZES | WIDE))
+    if random:
+        randomized(source)
+    table = source.pos_embed.detach().clone()
+    report = load(target, save(tmp_path, source.state_dict()))
+    assert report.resampled == ["pos_embed"]
+    torch.testing.assert_close(target.pos_embed[:, 1:], resampled(table, (6, 6), (4, 9)))
+    # Also without a row for the class token.
+    state = source.state_dict() | {"pos_embed": table[:, 1:]}
+    load(target, save(tmp_path, state))
+    torch.testing.assert_close(target.pos_embed[:, 1:], resampled(table, (6, 6), (4, 9)))
+    # Into its own grid it goes as it is.
+    same = ViT(**(SIZES | SQUARE))
+    assert "pos_embed" in load(same, save(tmp_path, source.state_dict())).loaded
+    assert torch.equal(same.pos_embed, table)
+
+
+def test_checkpoints_of_runs_record_their_grid(tmp_path):
+    source = randomized(Detector(pretrain_img_size=WIDE["img_size"]))
+    Checkpointer(source, str(tmp_path)).save("model_final")
+    path = tmp_path / "model_final.pth"
+    table = source.backbone.net.pos_embed.detach()
+    for image_size, grid in ((WIDE["img_size"], (4, 9)), (48, (6, 6)), ((16, 40), (2, 5))):
+        target = Detector(pretrain_img_size=image_size)
+        report = load(target, path)
+        name = "backbone.net.pos_embed"
+        assert name in (report.loaded if grid == (4, 9) else report.resampled)
+        expected = table[:, 1:] if grid == (4, 9) else resampled(table, (4, 9), grid)
+        torch.testing.assert_close(target.backbone.net.pos_embed[:, 1:], expected)
+    assert inspect(path).img_size == (32, 72)
+    with pytest.raises(ValueError, match="pos_embed"):
+        load(Detector(pretrain_img_size=48), path, whole=True, exact=True)
+    # Converted, it still does.
+    convert(path, tmp_path / "vitdet.pkl", "vitdet")
+    assert read_checkpoint(tmp_path / "vitdet.pkl")["position_grid"] == [4, 9]
+
+
+def test_a_pretraining_run_is_recognized_by_its_sine_cosine_table(tmp_path):
+    """A file without its grid: of other tools, or of an earlier version."""
+    source, target = autoencoder(**WIDE), autoencoder(**WIDE)
+    report = load(target, save(tmp_path, source.state_dict()), whole=True)
+    assert not report.resampled
+    half = {name: tensor.bfloat16() for name, tensor in source.state_dict().items()}
+    assert not load(target, save(tmp_path, half), whole=True).resampled
+
+
+def test_resuming_a_file_without_a_recorded_grid_does_not_resample(tmp_path):
+    source, target = (randomized(autoencoder(**WIDE)) for _ in range(2))
+    load(target, save(tmp_path, source.state_dict()), whole=True, exact=True)
+    assert torch.equal(target.encoder.pos_embed, source.encoder.pos_embed)
+
+
+@pytest.mark.parametrize("grid", [[4, 8], [0, 36], "4x9", [[4], 9], [-4, -9]])
+def test_an_invalid_recorded_grid_is_ignored(tmp_path, grid):
+    source, target = ViT(**(SIZES | SQUARE)), ViT(**(SIZES | SQUARE))
+    report = load(target, save(tmp_path, source.state_dict(), position_grid=grid))
+    assert "pos_embed" in report.loaded

@@ -226,10 +226,7 @@ def test_reconstruction_needs_a_decoder(repo, options, tmp_path):
         *("--config-file", "pretraining/crossmae_vit_b_800ep.py", "--input", "nowhere"),
         *("--opts", *options, f"train.init_checkpoint={tmp_path}/encoder.pth"),
     )
-    assert (
-        "the file has nothing for 'decoder.mask_token' (1, 1, 16) of the model; take the"
-        in refusal(process)
-    )
+    assert "'decoder.mask_token' (1, 1, 16)" in refusal(process)
     assert not (tmp_path / "look.png").exists()
 
 

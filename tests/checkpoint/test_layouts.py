@@ -1,3 +1,5 @@
+"""Round trips between layouts are exact, and models of other libraries give the same features."""
+
 import argparse
 import re
 
@@ -24,10 +26,7 @@ def tiny_state(kind, **options):
     return KINDS[kind](encoder, **options).state_dict()
 
 
-def fixture(repo, name):
-    path = repo.parent / "shared" / "fixtures" / name
-    if not path.is_file():
-        pytest.skip(f"the published files' copies are not here: {path} is missing")
+def read(path):
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, weights_only=True)
 
@@ -39,7 +38,7 @@ def assert_identical(got, want):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_our_models_survive_the_round_trip(kind):
+def test_pretraining_models_survive_the_round_trip(kind):
     state = tiny_state(kind)
     published = to_published(state, format=kind)
     assert not any(name.startswith(("encoder.", "decoder.")) for name in published)
@@ -66,14 +65,14 @@ def test_the_encoder_alone_survives_the_round_trip(kind):
 
 
 @pytest.mark.parametrize("name", ["crossmae_tiny", "crossmae_self_attention", "mae_tiny"])
-def test_published_files_survive_the_round_trip(name, repo):
-    published = fixture(repo, f"{name}.pt")["state_dict"]
+def test_published_files_survive_the_round_trip(name, fixtures):
+    published = read(fixtures / f"{name}.pt")["state_dict"]
     kind = name.partition("_")[0]
     assert_identical(to_published(to_native(published), format=kind), published)
 
 
-def test_a_published_training_checkpoint_loads(repo):
-    checkpoint = fixture(repo, "crossmae_tiny_training_checkpoint.pth")
+def test_a_published_training_checkpoint_loads(fixtures):
+    checkpoint = read(fixtures / "crossmae_tiny_training_checkpoint.pth")
     encoder = ViT(64, 16, embed_dim=48, depth=3, num_heads=3)
     depth = checkpoint["args"].decoder_depth
     model = CrossMAE(encoder, decoder_dim=32, decoder_depth=depth, decoder_num_heads=4)
@@ -93,35 +92,35 @@ def test_the_mae_encoder_file_keeps_its_final_norm():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_key_without_a_place_is_named(kind):
+def test_an_unexpected_key_is_named(kind):
     published = to_published(tiny_state(kind), format=kind) | {"head.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"taken for published .*place for 'head.weight' \(1,\)"):
+    with pytest.raises(ValueError, match=r"'head.weight' \(1,\).*published"):
         to_native(published)
 
 
 @pytest.mark.parametrize("state", [{}, {"encoder.cls_token": torch.zeros(1, 1, 8)}])
-def test_other_layouts_are_refused_in_one_line(state):
-    with pytest.raises(ValueError, match="^no checkpoint of a plain ViT: .* known are ") as error:
+def test_unknown_layouts_are_rejected(state):
+    with pytest.raises(ValueError, match="patch embedding") as error:
         to_native(state)
     assert "\n" not in str(error.value)
 
 
-def test_a_mixture_of_both_formats_is_refused():
+def test_a_mixture_of_layouts_is_rejected():
     mixture = {
         **to_published(tiny_state("crossmae"), format="crossmae"),
         **to_published(tiny_state("mae"), format="mae"),
     }
-    with pytest.raises(ValueError, match="published CrossMAE, which has no place for 'decoder_emb"):
+    with pytest.raises(ValueError, match="'decoder_embed.weight'.*published CrossMAE"):
         to_native(mixture)
 
 
-def test_an_unknown_format():
-    with pytest.raises(ValueError, match="no checkpoint format 'swin'; take crossmae, mae, timm"):
+def test_an_unknown_target_layout():
+    with pytest.raises(ValueError, match="'swin'.*crossmae, mae, timm"):
         to_published(tiny_state("mae"), format="swin")
 
 
-def test_a_format_of_another_model():
-    with pytest.raises(ValueError, match="format mae has no place for 'decoder.feature_weights'"):
+def test_a_target_layout_of_another_model():
+    with pytest.raises(ValueError, match="mae.*'decoder.feature_weights'"):
         to_published(tiny_state("crossmae"), format="mae")
 
 
@@ -172,7 +171,7 @@ TIMM = {
 
 
 @pytest.mark.parametrize("kind", TIMM)
-def test_a_vit_of_timm_gives_the_features_that_it_gives_there(kind):
+def test_a_vit_of_timm_gives_the_same_features(kind):
     theirs = timm_vit(**TIMM[kind])
     ours = ViT(32, 8, embed_dim=16, depth=2, num_heads=2)
     if kind == "class token without a position":
@@ -189,7 +188,7 @@ def test_a_vit_of_timm_gives_the_features_that_it_gives_there(kind):
     theirs.norm = theirs.fc_norm = torch.nn.Identity()
     expected = theirs.forward_features(images)
     if kind == "no class token":
-        # In map mode ours has none either; without windows it is the same attention.
+        # Nor has the feature-map path; without windows the attention is the same.
         expected_map = expected.transpose(1, 2).unflatten(2, (4, 4))
         torch.testing.assert_close(ours.forward_map(images), expected_map, atol=1e-5, rtol=0)
     else:
@@ -212,7 +211,7 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_our_backbone_in_timm_loads_strictly_and_gives_the_same_features(norm):
+def test_timm_loads_an_exported_backbone_and_gives_the_same_features(norm):
     if norm:  # MAE's encoder ends with one
         ours = MAE(
             ViT(32, 8, embed_dim=16, depth=2, num_heads=2), decoder_dim=8, decoder_num_heads=2
@@ -237,13 +236,13 @@ def test_our_backbone_in_timm_loads_strictly_and_gives_the_same_features(norm):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        (dict(reg_tokens=4), "'reg_token'.*a ViT with register tokens"),
-        (dict(init_values=1e-5), "'blocks.0.ls1.gamma'.*a ViT with LayerScale"),
+        (dict(reg_tokens=4), "'reg_token'.*register tokens"),
+        (dict(init_values=1e-5), "'blocks.0.ls1.gamma'.*LayerScale"),
         (dict(qk_norm=True), r"'blocks.0.attn.q_norm.weight'.*norms inside the attention"),
         (dict(pre_norm=True), "'norm_pre.weight'.*a norm before the first block"),
     ],
 )
-def test_vits_of_other_kinds_are_refused_by_name(options, name):
+def test_other_networks_are_rejected(options, name):
     with pytest.raises(ValueError, match=name):
         to_native(timm_vit(**options).state_dict())
 
@@ -300,8 +299,9 @@ def test_hugging_face_survives_the_round_trip():
 
 def test_a_query_without_its_key_is_named():
     theirs = to_published(tiny_state("mae"), format="huggingface")
-    del theirs["vit.encoder.layer.1.attention.attention.key.weight"]
-    with pytest.raises(ValueError, match="no 'vit.encoder.layer.1.attention.attention.key.weight'"):
+    missing = "vit.encoder.layer.1.attention.attention.key.weight"
+    del theirs[missing]
+    with pytest.raises(ValueError, match=f"not '{missing}'"):
         to_native(theirs)
 
 
@@ -316,7 +316,7 @@ def detectron2_vit(**options):
 
 
 @pytest.mark.parametrize("class_row", [True, False])
-def test_a_vit_of_detectron2_gives_the_map_that_it_gives_there(class_row):
+def test_a_vit_of_detectron2_gives_the_same_feature_map(class_row):
     theirs = detectron2_vit(
         pretrain_img_size=32,
         pretrain_use_cls_token=class_row,
@@ -345,7 +345,7 @@ def test_a_vit_of_detectron2_gives_the_map_that_it_gives_there(class_row):
     torch.testing.assert_close(ours(images)["last_feat"], expected, atol=1e-5, rtol=0)
 
 
-def test_a_pretrained_backbone_as_vitdets_and_back():
+def test_a_pretrained_backbone_survives_the_round_trip_through_vitdet():
     native = tiny_state("crossmae")
     vitdet = to_published(native, format="vitdet")
     assert "backbone.net.blocks.1.mlp.fc2.bias" in vitdet
@@ -357,12 +357,12 @@ def test_a_pretrained_backbone_as_vitdets_and_back():
     assert torch.equal(backbone["pos_embed"], native["encoder.pos_embed"][:, 1:])
 
 
-def test_a_detector_has_no_class_token_and_relative_positions():
+def test_a_detector_does_not_fit_other_layouts():
     detector = {f"backbone.net.{k}": v for k, v in detectron2_vit().state_dict().items()}
     detector["roi_heads.box_head.fc1.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match="format mae needs 'encoder.cls_token'"):
+    with pytest.raises(ValueError, match="mae .*'encoder.cls_token'"):
         to_published(detector, format="mae")
-    with pytest.raises(ValueError, match="no place for 'encoder.blocks.0.attn.rel_pos_h'"):
+    with pytest.raises(ValueError, match="'encoder.blocks.0.attn.rel_pos_h'"):
         to_published(detector, format="timm")
     tensors, dropped = export(detector, "timm", lambda name: "rel_pos" in name)
     assert not [name for name in tensors if "rel_pos" in name]
