@@ -330,8 +330,7 @@ def zoo_rows(folder: Path = FOLDER) -> list[dict[str, object]]:
         for row in table["rows"]:
             if "box AP" in row and "mask AP" in row:
                 for config in row["configs"]:
-                    source = row.get("pretraining") or table["title"].partition(" ")[0]
-                    text = f"{source} {row['box AP']} / {row['mask AP']}"
+                    text = f"{row['pretraining']} {row['box AP']} / {row['mask AP']}"
                     precision.setdefault(config, []).append(text)
     return [
         {

@@ -13,7 +13,7 @@ from crossmae_det.benchmark import zoo_page
 from crossmae_det.benchmark.zoo_page import BASELINES, PAGE, TEMPLATE, is_up_to_date, measure
 from crossmae_det.model_zoo.records import FOLDER, checkpoints, read_records
 
-STALE = "MODEL_ZOO.md is stale: run python tools/make_model_zoo.py"
+STALE = "MODEL_ZOO.md is stale: run crossmae-det zoo"
 LINK = r"\[([^\]]+)\]\(([^)]+)\)"
 CHEAP = [
     "pretraining/crossmae_vit_s_800ep.py",
@@ -59,7 +59,7 @@ def targets(text):
 
 
 def test_the_page_is_up_to_date():
-    assert is_up_to_date(), STALE
+    assert is_up_to_date(), f"{STALE} --write-page"
 
 
 def test_every_row_names_its_origin_and_no_table_mixes_published_and_measured(sections):
@@ -174,7 +174,7 @@ def test_the_tool_checks_and_writes_the_page(tool, tmp_path, capsys):
 
     assert check() == 1 and not page.exists()
     tool("--page", page)
-    assert page.read_bytes() == PAGE.read_bytes(), STALE
+    assert page.read_bytes() == PAGE.read_bytes(), f"{STALE} --write-page"
     tool("--check", "--page", page)
     assert capsys.readouterr().err == ""
     page.write_text(page.read_text().replace("52.1", "53.1"))

@@ -1,4 +1,4 @@
-"""The comparison of backbones as a user starts it."""
+"""The command that trains detectors from several backbones and compares them."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from crossmae_det.modeling import ViT
 from crossmae_det.utils import save_checkpoint
 
 
-def test_a_comparison_trains_from_each_backbone_and_goes_on(repo, tiny_overrides, tmp_path):
+def test_a_comparison_trains_from_each_backbone_and_resumes(repo, tiny_overrides, tmp_path):
     backbone = ViT(64, 16, embed_dim=32, depth=4, num_heads=2)
     save_checkpoint({"model": backbone.state_dict()}, tmp_path / "backbone.pth")
     config = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
@@ -19,13 +19,8 @@ def test_a_comparison_trains_from_each_backbone_and_goes_on(repo, tiny_overrides
     command = [
         *(sys.executable, repo / "tools" / "compare_backbones.py", "--seeds", "1"),
         *("--config-file", config),
-        *(
-            "--backbones",
-            f"given={tmp_path}/backbone.pth",
-            "random=",
-            "--output",
-            tmp_path / "runs",
-        ),
+        *("--backbones", f"given={tmp_path}/backbone.pth", "random="),
+        *("--output", tmp_path / "runs"),
         *("--opts", *options),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
