@@ -31,6 +31,9 @@ dataloader.recorded = {}
 # Category id -> name, from the training set's json; the number of classes follows.
 dataloader.categories = "${dataset.categories:${.train.dataset.names},${.test.dataset.names}}"
 
+# Keys of the model that must be that number, where the model has them.
+dataloader.num_classes_keys = ["model.roi_heads.num_classes", "model.num_classes"]
+
 dataloader.train = L(TrainLoader)(
     dataset=L(get_dataset_dicts)(
         names="coco_2017_train",

@@ -1,11 +1,9 @@
-"""What of a checkpoint and of a config counts when a run is resumed.
+"""The checkpoints of a run: written atomically, read safely, enough to resume to the same bits.
 
-The config decides every setting, the checkpoint has what was trained. A resumed run takes the
-learning rates, weight decay, betas, schedule, batch size, data and seed of its config, and from the
-checkpoint the weights, the state of the optimizer (by the names of the parameters) and the number
-of images seen. What differs from the run so far is logged; what cannot be combined is rejected.
-
-The checkpoints of a run: atomic, safe to read, enough to continue bit by bit.
+On ``--resume`` the config decides every setting: learning rates, weight decay, betas, schedule,
+batch size, data, seed. The checkpoint has what was trained: the weights, the optimizer's state (by
+the names of the parameters) and the number of images seen. Settings that differ from the run so far
+are logged; those that cannot be combined with the checkpoint are rejected.
 """
 
 import inspect
@@ -33,9 +31,10 @@ from crossmae_det.utils.messages import list_names, shorten
 
 logger = logging.getLogger(__name__)
 
+POINTER = "last_checkpoint"  # the file with the name of the checkpoint that --resume continues from
 
 # The weights are those of the checkpoint, whatever the run started from.
-WITHOUT_EFFECT = frozenset({"train.init_checkpoint"})
+WITHOUT_EFFECT = "train.init_checkpoint"
 
 OPTIMIZER = "optimizer._target_"
 
@@ -50,7 +49,7 @@ class Change(NamedTuple):
     new: Any
 
     def __str__(self) -> str:
-        note = "" if self.key not in WITHOUT_EFFECT else "  (no effect: the weights are the run's)"
+        note = "  (no effect: the weights are the run's)" if self.key == WITHOUT_EFFECT else ""
         old, new = (v if v == _ABSENT else shorten(v) for v in (self.old, self.new))
         return f"{self.key}: {old} -> {new}{note}"
 
@@ -59,14 +58,14 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     """The values of a resolved config by their full keys, for :func:`changes`.
 
     Returns:
-        "train.seed" -> 0 and so on: numbers, strings, booleans, None, and lists and dicts of them.
-        Classes and functions are given by name. All can be saved in a checkpoint.
+        "train.seed" -> 0 and so on: plain values that a checkpoint can hold. Classes and functions
+        are given by name.
     """
     flat: dict[str, Any] = {}
 
     def visit(node: Any, key: str) -> None:
         if isinstance(node, str) and "\n" in node:
-            node = yaml.safe_load(node)  # the config of a model that is built from yaml keys
+            node = yaml.safe_load(node)  # the yaml keys of a model that is built from them
         if isinstance(node, dict) and all(isinstance(name, str) for name in node):
             for name, value in node.items():
                 if name == "_target_" and isinstance(value, str):
@@ -96,17 +95,13 @@ def _plain(value: Any) -> Any:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Where two results of :func:`settings` differ, sorted by key."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        pair = old.get(key, _ABSENT), new.get(key, _ABSENT)
-        if pair[0] != pair[1]:
-            found.append(Change(key, *pair))
-    return found
+    """The differences between two results of :func:`settings`, sorted by key."""
+    pairs = {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in old.keys() | new.keys()}
+    return [Change(key, *pairs[key]) for key in sorted(pairs) if pairs[key][0] != pairs[key][1]]
 
 
 def check_changes(path: str, found: Iterable[Change]) -> None:
-    """Reject what a run cannot take up on its way.
+    """Reject changes that a run cannot continue with.
 
     Args:
         path: the checkpoint, for the message.
@@ -121,21 +116,15 @@ def check_changes(path: str, found: Iterable[Change]) -> None:
                 f"cannot resume {path}: its optimizer is {old} and the config's is {new}: set"
                 f" {key} back, or start a new run from it with train.init_checkpoint={path}"
             )
-        if key == CATEGORIES and _names(old) != _names(new):
-            raise ValueError(
-                f"cannot resume {path}: its classes are {_listing(old)} and those of the config's"
-                f" dataset are {_listing(new)}: take a dataset of the same classes, or start a new"
-                f" run from it with train.init_checkpoint={path}"
-            )
-
-
-def _names(categories: Any) -> Any:
-    return list(categories.values()) if isinstance(categories, Mapping) else categories
-
-
-def _listing(categories: Any) -> str:
-    names = _names(categories)
-    return list_names(names) if isinstance(names, list) else str(names)
+        if key == CATEGORIES:
+            names = [list(v.values()) if isinstance(v, Mapping) else v for v in (old, new)]
+            if names[0] != names[1]:
+                there, here = (list_names(n) if isinstance(n, list) else n for n in names)
+                raise ValueError(
+                    f"cannot resume {path}: its classes are {there} and those of the config's"
+                    f" dataset are {here}: take a dataset of the same classes, or start a new run"
+                    f" from it with train.init_checkpoint={path}"
+                )
 
 
 def check_model(
@@ -182,50 +171,57 @@ def match_optimizer_state(
     optimizer: torch.optim.Optimizer,
     names: list[list[str]],
 ) -> dict[str, Any]:
-    """The state of an optimizer in a file, for the parameters and settings of another one.
+    """The optimizer state of a file, for the parameters and settings of another optimizer.
 
     Args:
         state_dict: of the optimizer in the file.
-        old_names: its :func:`parameter_names`; None in files that have none: parameters are then
+        old_names: its :func:`parameter_names`; None for a file without them: parameters are then
             matched by their order.
-        optimizer: the optimizer to load it into.
+        optimizer: the optimizer to load the state into.
         names: of its parameters.
 
     Returns:
         What ``optimizer.load_state_dict`` takes: the state of every parameter that the file has one
-        for, the groups and their settings as ``optimizer`` has them.
+        for; the groups and their settings are those of ``optimizer``.
 
     Raises:
         ValueError: the file has no names and the parameters are not the same; or the settings of
             ``optimizer`` need a state that the file does not have (amsgrad, say).
     """
-    ours = [name for group in names for name in group]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    wanted = [name for group in names for name in group]
     order = [index for group in state_dict["param_groups"] for index in group["params"]]
     if old_names is None:
-        saved_names = _by_order(state_dict, order, ours, parameters)
+        _check_order(state_dict["state"], order, wanted, optimizer)
+        known = dict(zip(wanted, order, strict=True))
     else:
-        saved_names = [name for group in old_names for name in group]
-    known = dict(zip(saved_names, order, strict=True))
+        known = dict(zip((name for group in old_names for name in group), order, strict=True))
     state = {
-        place: state_dict["state"][known[name]]
-        for place, name in enumerate(ours)
+        index: state_dict["state"][known[name]]
+        for index, name in enumerate(wanted)
         if known.get(name) in state_dict["state"]
     }
-    _check_entries(optimizer, state, ours)
+    _check_entries(optimizer, state, wanted)
     for what, missing in (
-        ("not trained so far start without optimizer state", [n for n in ours if n not in known]),
-        ("are no longer trained: their optimizer state is dropped", known.keys() - set(ours)),
+        ("not trained so far start without optimizer state", set(wanted) - known.keys()),
+        ("are no longer trained: their optimizer state is dropped", known.keys() - set(wanted)),
     ):
         if missing:
             logger.warning("%d parameters %s (first: %s)", len(missing), what, min(missing))
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def _by_order(
-    state_dict: Mapping[str, Any], order: list[int], names: list[str], parameters: list[Tensor]
-) -> list[str]:
-    """The names of a file without names, where its parameters are the same."""
+def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Every parameter of an optimizer in its order, with its group."""
+    return [(p, group) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _check_order(
+    state: Mapping[int, Mapping[str, Any]],
+    order: list[int],
+    names: list[str],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Reject a state without names that is of other parameters, by their number and shapes."""
     advice = (
         "the checkpoint, of an earlier version, has no names for them: resume with the parameters"
         " and groups of that run, or start a new run from its weights by train.init_checkpoint"
@@ -235,39 +231,37 @@ def _by_order(
             f"the optimizer's state is for {len(order)} parameters, and the config trains"
             f" {len(names)}; {advice}"
         )
-    for index, name, parameter in zip(order, names, parameters, strict=True):
-        tensors = [v for v in state_dict["state"].get(index, {}).values() if isinstance(v, Tensor)]
-        for shape in (tensor.shape for tensor in tensors if tensor.ndim == parameter.ndim > 0):
-            if shape != parameter.shape:
+    for index, name, (parameter, _) in zip(order, names, _parameters(optimizer), strict=True):
+        for value in state.get(index, {}).values():
+            same_rank = isinstance(value, Tensor) and value.ndim == parameter.ndim > 0
+            if same_rank and value.shape != parameter.shape:
                 raise ValueError(
-                    f"the optimizer's state in the place of '{name}' {tuple(parameter.shape)} is"
-                    f" {tuple(shape)}; {advice}"
+                    f"the optimizer's state for '{name}' {tuple(parameter.shape)} is"
+                    f" {tuple(value.shape)}; {advice}"
                 )
-    return names
 
 
 def _check_entries(
     optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]], names: list[str]
 ) -> None:
     """Reject settings that need what the state does not have; torch fails at the first step."""
-    place = 0
-    for group in optimizer.param_groups:
-        needed: set[str] | None = None
-        for _ in group["params"]:
-            entries = state.get(place)
-            if entries:
-                needed = _entries(optimizer, group) if needed is None else needed
-                if missing := sorted(needed - entries.keys()):
-                    raise ValueError(
-                        f"the checkpoint has no '{missing[0]}' for '{names[place]}', which the"
-                        f" config's settings of {type(optimizer).__name__} need: set them back"
-                    )
-            place += 1
+    needed: dict[int, set[str]] = {}  # by group
+    for index, (parameter, group) in enumerate(_parameters(optimizer)):
+        if not (entries := state.get(index)):
+            continue
+        if id(group) not in needed:
+            needed[id(group)] = _state_entries(optimizer, group, parameter)
+        if missing := sorted(needed[id(group)] - entries.keys()):
+            raise ValueError(
+                f"the checkpoint has no '{missing[0]}' for '{names[index]}', which the config's"
+                f" settings of {type(optimizer).__name__} need: set them back"
+            )
 
 
-def _entries(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> set[str]:
-    """The names of what an optimizer keeps for a parameter, tried out on one number."""
-    like = group["params"][0]
+def _state_entries(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], like: Tensor
+) -> set[str]:
+    """The names of what an optimizer keeps for a parameter, found by a step on one number."""
     trial = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
     trial.grad = torch.zeros_like(trial)
     arguments = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
@@ -277,13 +271,13 @@ def _entries(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> set[
 
 
 class Resumed(NamedTuple):
-    """What a resumed run began with.
+    """What a resumed run starts with.
 
     Attributes:
         path: the checkpoint.
-        changes: settings that are others than in the checkpoint.
-        missing: what was to be loaded and is not in the file.
-        has_settings: whether the file tells its settings; those of earlier versions do not.
+        changes: settings that differ from those in the checkpoint.
+        missing: optional entries that the file does not have.
+        has_settings: whether the file has settings; those of earlier versions do not.
     """
 
     path: str
@@ -295,16 +289,15 @@ class Resumed(NamedTuple):
 class Checkpointer(FvcoreCheckpointer):
     """fvcore's checkpointer with atomic writes and without arbitrary pickles.
 
-    The random numbers and the data of iteration i depend on the seed and on i alone (see
-    :class:`~crossmae_det.engine.trainer.Trainer`), so a file holds no random state.
+    A file holds no random state: the random numbers and the data of an iteration depend on the seed
+    and the iteration alone (see :class:`~crossmae_det.engine.trainer.Trainer`).
 
     Args:
         model: the model without wrappers.
         save_dir: the run's folder.
         save_to_disk: False in the processes that do not write.
-        run_settings: the settings of the run, which its files hold: see
-            :func:`crossmae_det.engine.checkpointing.settings`.
-        **checkpointables: what is saved beside the model, each with ``state_dict`` and
+        run_settings: from :func:`settings`; saved in every file.
+        **checkpointables: objects to save beside the model, each with ``state_dict`` and
             ``load_state_dict``.
     """
 
@@ -321,7 +314,7 @@ class Checkpointer(FvcoreCheckpointer):
         self.run_settings = dict(run_settings or {})
 
     def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
-        """Write ``name``.pth in the run's folder, from the process that writes; all take part.
+        """Write ``name``.pth in the run's folder. Called in every process; one of them writes.
 
         Args:
             name: file name without suffix.
@@ -347,8 +340,8 @@ class Checkpointer(FvcoreCheckpointer):
             self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Write the name of the checkpoint that ``--resume`` continues from."""
-        with atomic_path(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
+        """Write the name of the checkpoint that ``--resume`` continues from, atomically."""
+        with atomic_path(os.path.join(self.save_dir, POINTER)) as temporary:
             temporary.write_text(last_filename_basename)
 
     def has_run(self) -> bool:
@@ -361,18 +354,17 @@ class Checkpointer(FvcoreCheckpointer):
         if len(set(seen)) > 1:
             raise ValueError(
                 f"cannot resume {self.save_dir}: processes {[i for i, s in enumerate(seen) if s]}"
-                f" of {len(seen)} see a checkpoint there: take a folder that all machines share"
+                f" of {len(seen)} see a checkpoint there: use a folder that all machines share"
             )
         return seen[0]
 
     def resume(self, optional: Sequence[str] = ()) -> Resumed:
         """Load the tagged checkpoint of the run's folder: the model and everything beside it.
 
-        Args:
-            optional: names of what is saved beside the model and may be missing in the file.
+        If it is rejected, no file has changed.
 
-        Returns:
-            What differs from the run so far. Where that is rejected, no file has been changed.
+        Args:
+            optional: checkpointables that the file may lack.
 
         Raises:
             FileNotFoundError, ValueError: the checkpoint is missing or damaged, or it cannot be
@@ -383,7 +375,7 @@ class Checkpointer(FvcoreCheckpointer):
         if not isinstance(checkpoint.get("model"), Mapping):
             raise ValueError(
                 f"cannot resume {path}: it is not a checkpoint of a run; to start from its weights,"
-                f" take train.init_checkpoint={path} and another train.output_dir"
+                f" set train.init_checkpoint={path} and another train.output_dir"
             )
         found = changes(checkpoint.get("settings", self.run_settings), self.run_settings)
         check_changes(path, found)
@@ -397,7 +389,7 @@ class Checkpointer(FvcoreCheckpointer):
                 missing.append(key)
             else:
                 raise ValueError(f"cannot resume {path}: it has no '{key}'")
-        # What a kill during a save may have left.
+        # A kill during a save may have left temporary files.
         for leftover in Path(self.save_dir).glob(".model_*.pth") if self.save_to_disk else ():
             leftover.unlink()
         logger.info("Resumed from %s", path)
@@ -407,8 +399,8 @@ class Checkpointer(FvcoreCheckpointer):
 class PeriodicCheckpointer(PeriodicHook):
     """detectron2's hook, for runs that are resumed.
 
-    Iterations are counted anew where a run is resumed with another batch size, so that a number may
-    come again: the file is then the newest one, and not deleted as the old one of that name.
+    A run that is resumed with another batch size counts its iterations anew, so that a file name
+    may repeat: the file is then the newest one, and not deleted as the old one of that name.
     """
 
     def resume(self) -> None:

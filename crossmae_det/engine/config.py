@@ -1,8 +1,8 @@
-"""From a config to the values that a job runs by, and back to a file that is a config again.
+"""From a config to the values of a job, and back to a file that is a config again.
 
-A saved config holds what the user set as it was set. What follows from the data is not written into
-its keys but beside them, in ``dataloader.recorded``: it follows anew where the data are there, and
-is taken from the record where they are not.
+A saved config has what the user set, as it was set. What follows from the data is not written into
+its keys but beside them, in ``dataloader.recorded``: it is derived again where the data exist, and
+taken from the record where they do not.
 """
 
 import logging
@@ -15,14 +15,13 @@ from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError
 from torch import nn
 
 from crossmae_det.utils import atomic_path
 from crossmae_det.utils.messages import list_names, shorten
 
 logger = logging.getLogger(__name__)
-
 
 FILE = "config.yaml"  # in the folder of a run
 
@@ -33,11 +32,12 @@ DATASET_INFO = "dataloader.dataset_info"
 
 RECORDED = "dataloader.recorded"
 
-# The classes of the model, by dataset id, in their order.
+# The classes of the model by dataset id, in their order, and the keys that must be their number.
 CATEGORIES = "dataloader.categories"
 
-TEST_NAMES = "dataloader.test.dataset.names"
+NUM_CLASSES_KEYS = "dataloader.num_classes_keys"
 
+TEST_NAMES = "dataloader.test.dataset.names"
 
 # (key, least value, whether it is a whole number); keys that a config lacks are not checked.
 RANGES: Sequence[tuple[str, float, bool]] = (
@@ -60,12 +60,11 @@ RANGES: Sequence[tuple[str, float, bool]] = (
 
 WITHOUT_TRAINING = frozenset({"dataloader.image_size", "train.seed"})
 
-# Of whole numbers; seeds and iterations have room.
-LARGEST = 2**31 - 1
+LARGEST = 2**31 - 1  # of whole numbers
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Reject a config that is not one of a job.
+    """Reject a config that cannot be run.
 
     Raises:
         ValueError: one of its five keys is absent.
@@ -77,20 +76,46 @@ def check_keys(cfg: DictConfig) -> None:
         )
 
 
+def check_ranges(cfg: DictConfig, *, training: bool = True) -> None:
+    """Reject values of :data:`RANGES` that are out of range; whole floats become integers.
+
+    Args:
+        cfg: not resolved.
+        training: False checks only what a tool needs to look at a trained model: the other values
+            may follow from data that do not exist here.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    for key, least, whole in RANGES:
+        if not training and key not in WITHOUT_TRAINING:
+            continue
+        value = OmegaConf.select(cfg, key, default=least)
+        kind = "a whole number" if whole else "a number"
+        for number in value if OmegaConf.is_list(value) else [value]:
+            fits = isinstance(number, int | float) and not isinstance(number, bool)
+            if not fits or not least <= number < math.inf or (whole and number != int(number)):
+                raise ValueError(f"{key}={value}: must be {kind} of at least {least}")
+            if whole and number > LARGEST:
+                raise ValueError(f"{key}={value}: must be at most {LARGEST}")
+        if whole and isinstance(value, float):  # 1e3
+            OmegaConf.update(cfg, key, int(value))
+
+
 def resolve(cfg: DictConfig) -> DictConfig:
     """The config with values in place of its references, checked; ``cfg`` is unchanged.
 
     Without a test set (``dataloader.test.dataset.names`` is null) the result has no evaluation.
 
     Raises:
-        ValueError, OSError: a key is absent, a value out of range, or a reference leads nowhere.
+        ValueError, OSError: a key is absent, a value out of range, or a dataset is missing.
     """
     check_keys(cfg)
     resolved = cfg.copy()
     check_ranges(resolved)
     OmegaConf.resolve(resolved)
     _check_classes(resolved)
-    if _is_without_test_set(resolved):  # left out only now: other keys refer to it
+    if _is_without_test_set(resolved):  # removed only now: other keys refer to it
         if OmegaConf.select(resolved, "train.validation_loss.enabled"):
             raise ValueError(f"train.validation_loss needs a validation set: set {TEST_NAMES}")
         for key in ("test", "validation", "evaluator"):
@@ -99,6 +124,34 @@ def resolve(cfg: DictConfig) -> DictConfig:
     if "recorded" in resolved.dataloader:
         resolved.dataloader.recorded = {}
     return resolved
+
+
+def _is_without_test_set(cfg: DictConfig) -> bool:
+    dataset = OmegaConf.select(cfg, "dataloader.test.dataset")
+    evaluated = OmegaConf.select(cfg, "dataloader.evaluator") is not None
+    return evaluated and dataset is not None and "names" in dataset and not dataset.names
+
+
+def _check_classes(cfg: DictConfig) -> None:
+    """Reject a model whose number of classes is set and is not that of the data.
+
+    Raises:
+        ValueError: it is not, or the categories are not a mapping.
+    """
+    categories = OmegaConf.select(cfg, CATEGORIES)
+    if categories is None:
+        return
+    if not isinstance(categories, Mapping | DictConfig):
+        raise ValueError(
+            f"{CATEGORIES}={shorten(categories)}: must be a mapping, {{ID: NAME, ...}}"
+        )
+    for key in OmegaConf.select(cfg, NUM_CLASSES_KEYS) or ():
+        number = OmegaConf.select(cfg, key)
+        if number is not None and number != len(categories):
+            raise ValueError(
+                f"{key}={number}, but the data have {list_names(categories.values())} classes:"
+                " remove the key, the number of classes follows from the data"
+            )
 
 
 def save(cfg: DictConfig, resolved: DictConfig, path: str | os.PathLike[str]) -> None:
@@ -120,7 +173,7 @@ def save(cfg: DictConfig, resolved: DictConfig, path: str | os.PathLike[str]) ->
 
 
 def is_run_of(folder: str | os.PathLike[str], cfg: DictConfig) -> bool:
-    """Whether the run in a folder is one of this very config, on the same data and checkpoint.
+    """Whether the run in a folder has exactly this config, on the same data and checkpoint.
 
     Args:
         folder: of a run.
@@ -141,124 +194,8 @@ def is_run_of(folder: str | os.PathLike[str], cfg: DictConfig) -> bool:
         return found.read_bytes() == wanted.read_bytes()
 
 
-def build_model(cfg: DictConfig) -> nn.Module:
-    """The model of a config.
-
-    Raises:
-        ValueError: its arguments do not fit together.
-    """
-    return build(cfg.model, "model")
-
-
-def build(part: DictConfig, key: str) -> Any:
-    """The object that a part of a config stands for.
-
-    Args:
-        part: a LazyCall, resolved.
-        key: of the part, for messages.
-
-    Raises:
-        ValueError: its arguments do not fit together.
-    """
-    try:
-        return instantiate(part)
-    except OmegaConfBaseException:
-        raise
-    except (
-        TypeError,
-        AttributeError,
-        AssertionError,
-        LookupError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
-        # The shipped configs are built by tests, so it is a key that was changed.
-        logger.debug("Traceback of the error", exc_info=True)
-        raise ValueError(
-            f"{key} cannot be built with these {key}.* keys: {type(error).__name__}: {error}"
-        ) from error
-
-
-def use_trained_classes(cfg: DictConfig, content: Mapping[str, Any]) -> None:
-    """Give the model the classes that its weights were trained for, in place.
-
-    The datasets of the config may have the same classes in another order by now.
-
-    Args:
-        cfg: not resolved.
-        content: of the checkpoint; those of this project's runs name their classes. Of others, the
-            record of a saved config does.
-    """
-    if OmegaConf.select(cfg, "dataloader.train.dataset.names") is None:
-        return
-    names = cfg.dataloader.train.dataset.names
-    first = names if isinstance(names, str) else names[0]
-    recorded = (OmegaConf.select(cfg, RECORDED) or {}).get(first, {})
-    settings = content.get("settings", {})
-    if categories := settings.get(CATEGORIES) or recorded.get("categories"):
-        OmegaConf.update(cfg, CATEGORIES, dict(categories), merge=False)
-
-
-def _is_without_test_set(cfg: DictConfig) -> bool:
-    if OmegaConf.select(cfg, "dataloader.evaluator") is None:
-        return False
-    return (
-        OmegaConf.select(cfg, "dataloader.test.dataset") is not None
-        and "names" in cfg.dataloader.test.dataset
-        and not cfg.dataloader.test.dataset.names
-    )
-
-
-def _check_classes(cfg: DictConfig) -> None:
-    """Reject a model whose number of classes is set and is not that of the data.
-
-    Raises:
-        ValueError: it is not, or the categories are not a mapping.
-    """
-    categories = OmegaConf.select(cfg, CATEGORIES)
-    if categories is None:
-        return
-    if not isinstance(categories, Mapping | DictConfig):
-        raise ValueError(
-            f"{CATEGORIES}={shorten(categories)}: must be a mapping, {{ID: NAME, ...}}"
-        )
-    for key in ("model.roi_heads.num_classes", "model.num_classes"):
-        number = OmegaConf.select(cfg, key)
-        if number is not None and number != len(categories):
-            raise ValueError(
-                f"{key}={number}, but the data have {list_names(categories.values())} classes:"
-                " leave the key out, the number of classes follows from the data"
-            )
-
-
-def check_ranges(cfg: DictConfig, *, training: bool = True) -> None:
-    """Reject values of :data:`RANGES` that are out of range; whole floats become integers.
-
-    Args:
-        cfg: not resolved.
-        training: False checks only what a tool reads that looks at a trained model: the others may
-            follow from data that are not there.
-
-    Raises:
-        ValueError: one is.
-    """
-    for key, least, whole in RANGES:
-        if not training and key not in WITHOUT_TRAINING:
-            continue
-        value = OmegaConf.select(cfg, key, default=least)
-        kind = "a whole number" if whole else "a number"
-        for number in value if OmegaConf.is_list(value) else [value]:
-            fits = isinstance(number, int | float) and not isinstance(number, bool)
-            if not fits or not least <= number < math.inf or (whole and number != int(number)):
-                raise ValueError(f"{key}={value}: must be {kind} of at least {least}")
-            if whole and number > LARGEST:
-                raise ValueError(f"{key}={value}: must be at most {LARGEST}")
-        if whole and isinstance(value, float):  # 1e3
-            OmegaConf.update(cfg, key, int(value))
-
-
 def log_data(cfg: DictConfig, resolved: DictConfig, *, training: bool) -> None:
-    """Log what of the datasets has changed since a run saved its config, and a missing test set.
+    """Log what has changed in the datasets since a run saved its config, and a missing test set.
 
     Args:
         cfg: with references.
@@ -266,7 +203,7 @@ def log_data(cfg: DictConfig, resolved: DictConfig, *, training: bool) -> None:
         training: whether the job trains.
     """
     if training and _is_without_test_set(cfg):
-        logger.info("No validation set is named (%s): training without evaluation", TEST_NAMES)
+        logger.info("No validation set (%s is empty): training without evaluation", TEST_NAMES)
     recorded = OmegaConf.select(cfg, RECORDED) or {}
     now = OmegaConf.select(resolved, DATASET_INFO) or {}
     for name in sorted(recorded.keys() & now.keys()):
@@ -283,3 +220,64 @@ def log_data(cfg: DictConfig, resolved: DictConfig, *, training: bool) -> None:
 
 def _shown(value: Any) -> str:
     return list_names(value.values(), 20) if isinstance(value, Mapping) else shorten(value)
+
+
+def use_trained_categories(cfg: DictConfig, content: Mapping[str, Any]) -> None:
+    """Give the model the classes that its weights were trained for, in place.
+
+    The datasets of the config may have the same classes in another order by now.
+
+    Args:
+        cfg: not resolved.
+        content: of the checkpoint: those of this package's runs have their categories. For others,
+            the record of a saved config is used.
+    """
+    if OmegaConf.select(cfg, "dataloader.train.dataset.names") is None:
+        return
+    names = cfg.dataloader.train.dataset.names
+    first = names if isinstance(names, str) else names[0]
+    recorded = (OmegaConf.select(cfg, RECORDED) or {}).get(first, {})
+    settings = content.get("settings", {})
+    if categories := settings.get(CATEGORIES) or recorded.get("categories"):
+        OmegaConf.update(cfg, CATEGORIES, dict(categories), merge=False)
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The model of a config.
+
+    Raises:
+        ValueError: its arguments do not fit together.
+    """
+    return build(cfg.model, "model")
+
+
+def build(part: DictConfig, key: str) -> Any:
+    """The object that a part of a config describes.
+
+    Args:
+        part: a LazyCall, resolved.
+        key: of the part, for messages.
+
+    Raises:
+        ValueError: its arguments do not fit together.
+    """
+    try:
+        return instantiate(part)
+    except InterpolationResolutionError:
+        raise  # a reference that leads nowhere; the error names its key
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    except (
+        TypeError,
+        AttributeError,
+        AssertionError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        # The shipped configs are built by tests, so it is a key that was changed.
+        logger.debug("Traceback of the error", exc_info=True)
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{key} cannot be built with these {key}.* keys: {type(error).__name__}: {reason}"
+        ) from error

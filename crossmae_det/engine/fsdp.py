@@ -1,8 +1,8 @@
-"""A model spread over the processes of a job by FSDP2 (https://arxiv.org/abs/2304.11277).
+"""FSDP2: a model sharded over the processes of a job (https://arxiv.org/abs/2304.11277).
 
-Each process keeps a part of every parameter, of its gradient and of the optimizer's state; a block
-is put together for as long as it computes. The arithmetic is that of DistributedDataParallel, and
-the checkpoints are, too: see :mod:`crossmae_det.checkpoint.loading`.
+Each process keeps a part of every parameter, of its gradient and of the optimizer's state; the
+parameters of a block are gathered while it computes. Arithmetic and checkpoints are those of
+DistributedDataParallel: see :mod:`crossmae_det.checkpoint.loading`.
 """
 
 import logging
@@ -22,12 +22,8 @@ from crossmae_det.checkpoint.loading import distribute_like
 logger = logging.getLogger(__name__)
 
 
-# Methods that compute beside forward: the parameters are put together for them as well.
-FORWARD_METHODS = ("reconstruct",)
-
-
 def check_config(cfg: DictConfig) -> None:
-    """Refuse a config with what a spread model cannot do.
+    """Reject a config with what a sharded model cannot do.
 
     Raises:
         ValueError: it evaluates, or averages weights.
@@ -39,21 +35,22 @@ def check_config(cfg: DictConfig) -> None:
             " dataloader.evaluator"
         )
     if cfg.train.ema.enabled:
-        raise ValueError("train.fsdp and train.ema do not go together: switch one of them off")
+        raise ValueError("train.fsdp and train.ema exclude each other: disable one of them")
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Spread a model over the processes of the job, each of its transformer blocks as one unit.
+    """Shard a model over the processes of the job, each of its transformer blocks as one unit.
 
     Args:
-        model: on its device; the weights of the first process count. Changed in place.
+        model: on its device; the weights of the first process count. Changed in place. Methods
+            other than ``forward`` that compute are named in its ``forward_methods``.
 
     Returns:
-        The model; as it was where the job has one process.
+        The model; unchanged if the job has one process.
     """
     if comm.get_world_size() == 1:
         return model
-    # Processes are seeded differently, and so are the weights that they begin with.
+    # Processes are seeded differently, and so are their initial weights.
     for tensor in model.state_dict().values():
         torch.distributed.broadcast(tensor, src=0)
     device = next(model.parameters()).device
@@ -63,9 +60,8 @@ def shard(model: nn.Module) -> nn.Module:
             for block in module:
                 fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for method in FORWARD_METHODS:
-        if hasattr(model, method):
-            register_fsdp_forward_method(model, method)
+    for method in getattr(model, "forward_methods", ()):
+        register_fsdp_forward_method(model, method)
     parts = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
     whole = sum(parameter.numel() for parameter in model.parameters())
     logger.info("%d of %d parameters are in this process", sum(parts), whole)
@@ -75,16 +71,16 @@ def shard(model: nn.Module) -> nn.Module:
 def distribute_state(
     optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """An optimizer's state as a file holds it, in the parts that its parameters are in.
+    """Shard the optimizer state of a file like the parameters of an optimizer.
 
     Args:
-        optimizer: over parameters that are spread, or whole.
+        optimizer: over parameters that are sharded, or whole.
         state_dict: of an optimizer over the same parameters, with whole tensors.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def distribute(value: Any, parameter: Tensor) -> Any:
-        # Beside tensors of a parameter's shape there are single numbers, which every process has.
+        # Other values are single numbers, which every process has.
         same_shape = isinstance(value, Tensor) and value.shape == parameter.shape
         return distribute_like(value, parameter) if same_shape else value
 

@@ -1,16 +1,12 @@
-"""Learning-rate schedules as multipliers of the base rate, in iterations.
-
-The metrics of a run as JSON lines that any reader takes.
-
-What every job needs beside detectron2's hooks: one hook, one job.
-"""
+"""Hooks of the training loop, the writer of metrics, and schedules of the learning rate."""
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from detectron2.engine import HookBase
@@ -18,7 +14,7 @@ from detectron2.engine.hooks import EvalHook, LRScheduler
 from detectron2.evaluation import inference_context
 from detectron2.solver import WarmupParamScheduler
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, JSONWriter
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from fvcore.common.param_scheduler import (
     CosineParamScheduler,
     MultiStepParamScheduler,
@@ -26,46 +22,40 @@ from fvcore.common.param_scheduler import (
 )
 from tabulate import tabulate
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from crossmae_det.engine.trainer import inference_autocast
+from crossmae_det.engine.trainer import inference_autocast, unwrap
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.json"  # in the folder of a run
 
 # A run too short for its warm-up still spends most of its iterations at the full rate.
 LONGEST_WARMUP = 0.1
 
-
-def _with_warmup(scheduler: ParamScheduler, max_iter: int, warmup_iters: int) -> ParamScheduler:
-    if max_iter < 1:
-        raise ValueError(f"a schedule needs at least one iteration, got {max_iter}")
-    length = min(warmup_iters / max_iter, LONGEST_WARMUP)
-    if not length:
-        return scheduler
-    return WarmupParamScheduler(scheduler, warmup_factor=0.001, warmup_length=length)
+# Ends of the names of parameter groups that share the rate of their layer.
+OWN_DECAY = re.compile(r"_(no_decay|decay_[\d.e+-]+)$")
 
 
 def step_schedule(
     max_iter: int, milestones: Sequence[float], gamma: float = 0.1, warmup_iters: int = 250
 ) -> ParamScheduler:
-    """Constant, times ``gamma`` at each milestone, after a linear warm-up.
+    """A constant rate, times ``gamma`` at each milestone, after a linear warm-up.
 
     Args:
         max_iter: iterations of the run.
         milestones: fractions of the run in (0, 1), ascending.
         gamma: factor at each milestone.
-        warmup_iters: iterations of warm-up; a tenth of the run at most.
+        warmup_iters: iterations of warm-up; at most a tenth of the run.
     """
-    # fvcore refuses a run of fewer steps than milestones: a short one is seen in a finer grid.
+    # fvcore rejects a run with fewer steps than milestones: a short one gets a finer grid.
     steps = max(max_iter, 1000)
-    return _with_warmup(
-        MultiStepParamScheduler(
-            values=[gamma**step for step in range(len(milestones) + 1)],
-            milestones=[round(fraction * steps) for fraction in milestones],
-            num_updates=steps,
-        ),
-        max_iter,
-        warmup_iters,
+    schedule = MultiStepParamScheduler(
+        values=[gamma**step for step in range(len(milestones) + 1)],
+        milestones=[round(fraction * steps) for fraction in milestones],
+        num_updates=steps,
     )
+    return _with_warmup(schedule, max_iter, warmup_iters)
 
 
 def cosine_schedule(max_iter: int, warmup_iters: int) -> ParamScheduler:
@@ -73,16 +63,22 @@ def cosine_schedule(max_iter: int, warmup_iters: int) -> ParamScheduler:
 
     Args:
         max_iter: iterations of the run.
-        warmup_iters: iterations of warm-up; a tenth of the run at most.
+        warmup_iters: iterations of warm-up; at most a tenth of the run.
     """
     return _with_warmup(CosineParamScheduler(1.0, 0.0), max_iter, warmup_iters)
 
 
-class MetricsWriter(JSONWriter):
-    """detectron2's ``JSONWriter`` with null where a number is not finite, as JSON knows no NaN.
+def _with_warmup(schedule: ParamScheduler, max_iter: int, warmup_iters: int) -> ParamScheduler:
+    if max_iter < 1:
+        raise ValueError(f"a schedule needs at least one iteration, got {max_iter}")
+    length = min(warmup_iters / max_iter, LONGEST_WARMUP)
+    return WarmupParamScheduler(schedule, 0.001, length) if length else schedule
 
-    The file is made when there is something to write, so that a run that fails before its first
-    iteration leaves none.
+
+class MetricsWriter(EventWriter):
+    """detectron2's ``JSONWriter``, with null for numbers that are not finite: JSON has no NaN.
+
+    The file appears with the first metric: a run that fails before its first iteration leaves none.
 
     Args:
         json_file: is appended to.
@@ -90,59 +86,33 @@ class MetricsWriter(JSONWriter):
     """
 
     def __init__(self, json_file: str, window_size: int = 20):
-        # Not the one of JSONWriter, which opens the file.
-        self._file_handle = _FiniteLines(json_file)
-        self._window_size = window_size
-        self._last_write = -1
+        self.json_file = json_file
+        self.window_size = window_size
+        self.last_iter = -1
 
-
-class _FiniteLines:
-    """What JSONWriter needs of a file; each line is mended on its way."""
-
-    def __init__(self, path: str):
-        self.path = path
-        self._file: IO[str] | None = None
-
-    @property
-    def file(self) -> IO[str]:
-        if self._file is None:
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        return self._file
-
-    def write(self, line: str) -> None:
-        # Called for NaN and infinities only.
-        content = json.loads(line, parse_constant=lambda name: None)
-        self.file.write(json.dumps(content, sort_keys=True) + "\n")
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def fileno(self) -> int:
-        raise AttributeError("flush() has brought everything to the disk")
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-logger = logging.getLogger(__name__)
-
-
-# Ends of names of parameter groups.
-OWN_DECAY = re.compile(r"_(no_decay|decay_[\d.e+-]+)$")
+    def write(self) -> None:
+        lines: dict[int, dict[str, float | None]] = {}
+        latest = get_event_storage().latest_with_smoothing_hint(self.window_size)
+        for name, (value, iteration) in latest.items():
+            if iteration > self.last_iter:
+                line = lines.setdefault(iteration, {"iteration": iteration})
+                line[name] = value if math.isfinite(value) else None
+        if lines:
+            self.last_iter = max(lines)
+            with open(self.json_file, "a", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps(line, sort_keys=True)}\n" for line in lines.values())
+                file.flush()
+                os.fsync(file.fileno())
 
 
 class ModelEMA(HookBase):
-    """Exponential moving average of the weights, kept beside them.
+    """Keeps an exponential moving average of the weights.
 
-    It is saved in the checkpoints under "ema" and continues from there; where a resumed run had
-    none, it starts from the weights of the checkpoint.
+    Checkpoints have it under "ema"; a resumed run continues from there.
 
     Args:
         model: the model without its DistributedDataParallel wrapper.
-        decay: weight of the average's past at every iteration, in [0, 1).
+        decay: weight of the average's past in every iteration, in [0, 1).
 
     Raises:
         ValueError: ``decay`` out of range.
@@ -150,7 +120,7 @@ class ModelEMA(HookBase):
 
     def __init__(self, model: nn.Module, decay: float):
         if not 0 <= decay < 1:
-            raise ValueError(f"train.ema.decay must lie in [0, 1), got {decay}")
+            raise ValueError(f"train.ema.decay={decay}: must lie in [0, 1)")
         self.source = model
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.averaged.requires_grad_(False)
@@ -170,10 +140,10 @@ class ModelEMA(HookBase):
 
 
 class LayerLearningRates(HookBase):
-    """Log the learning rate of every parameter group: a table at the start, a curve for each.
+    """Logs the learning rate of every parameter group: a table at the start, a curve for each.
 
-    Groups are named by their ``name``. Those with a weight decay of their own ("_no_decay",
-    "_decay_VALUE") share the rate of their layer and have no curve of their own.
+    Groups are named by their ``name``. Those whose name ends in "_no_decay" or "_decay_VALUE" share
+    the rate of their layer and have no curve.
     """
 
     def before_train(self) -> None:
@@ -197,9 +167,9 @@ class LayerLearningRates(HookBase):
 
 
 class LearningRateSchedule(LRScheduler):
-    """detectron2's hook for a schedule that follows from the config and the iteration alone.
+    """detectron2's hook for a schedule that depends on the config and the iteration alone.
 
-    Nothing of it is saved: a resumed run has the rates that its own config gives at the iteration.
+    Its state is not saved: a resumed run has the rates that its own config gives at the iteration.
     """
 
     def before_train(self) -> None:
@@ -214,14 +184,14 @@ class LearningRateSchedule(LRScheduler):
 
 
 class Evaluation(EvalHook):
-    """detectron2's evaluation hook, with metrics that every process knows.
+    """detectron2's evaluation hook, with metrics in every process.
 
-    It does not evaluate after a run that failed in its last iteration, nor the same weights twice:
-    a run may end where it was just evaluated.
+    It evaluates neither after a run that failed in its last iteration, nor the same weights twice:
+    early stopping ends a run where it was just evaluated.
     """
 
     def __init__(self, eval_period: int, eval_function: Callable[[], dict[str, Any]]):
-        # In all processes alike: what follows from a metric may need all of them.
+        # In every process, since decisions that follow from a metric may need all of them.
         super().__init__(eval_period, lambda: comm.all_gather(eval_function())[0])
         self.evaluated_iter = -1
 
@@ -236,11 +206,7 @@ class Evaluation(EvalHook):
 
 
 class MetricCurves(HookBase):
-    """Draw the run's metrics as ``curves.png`` after the last iteration.
-
-    Args:
-        output_dir: the run's folder, which has the metrics.json of detectron2's JSONWriter.
-    """
+    """Draws the metrics of a run as ``curves.png`` in its folder after the last iteration."""
 
     def __init__(self, output_dir: str):
         self.output_dir = output_dir
@@ -248,10 +214,9 @@ class MetricCurves(HookBase):
     def after_train(self) -> None:
         from crossmae_det.utils.plots import plot_metrics  # matplotlib takes a second to import
 
-        metrics = os.path.join(self.output_dir, "metrics.json")
         if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:
             path = os.path.join(self.output_dir, "curves.png")
-            plot_metrics(metrics, path)
+            plot_metrics(os.path.join(self.output_dir, METRICS), path)
             logger.info("Curves of the metrics are in %s", path)
 
 
@@ -268,7 +233,7 @@ class Visualizer(Protocol):
 
 
 class Visualization(HookBase):
-    """Call a task's visualizer every ``visualizer.period`` iterations and after the last one."""
+    """Calls a visualizer every ``visualizer.period`` iterations and after the last one."""
 
     def __init__(self, visualizer: Visualizer):
         self.visualizer = visualizer
@@ -294,8 +259,3 @@ class Visualization(HookBase):
             result = self.visualizer.compute(model)
         if comm.is_main_process():
             self.visualizer.write(result, iteration, self.trainer.storage)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a DistributedDataParallel wrapper, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model

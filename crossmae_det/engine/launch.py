@@ -1,13 +1,4 @@
-"""The memory of a process that computes on the CPU.
-
-The log of a run: everything in its folder, what a person watches on the terminal.
-
-The folder of a run: a new run never mixes with an old one there.
-
-From a command line to a running job: one process, many, or many machines.
-
-Starting the processes of a job: one, many on a machine, or many machines.
-"""
+"""From a command line to a running job: arguments, device, log, run folder and processes."""
 
 import ctypes
 import logging
@@ -36,58 +27,174 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 
 import crossmae_det
 from crossmae_det.checkpoint.reading import split_prefix
+from crossmae_det.engine.checkpointing import POINTER
 from crossmae_det.engine.config import check_keys, log_data, resolve
+from crossmae_det.engine.hooks import METRICS
 from crossmae_det.engine.trainer import NonFiniteError
 
 logger = logging.getLogger(__name__)
 
+# Errors that the user can fix: one line, without a traceback. Anything else is a bug.
+USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, NonFiniteError)
+
+BAD_INPUT = 2  # exit code
+
+WAIT_FOR_FIRST = 5  # seconds
+
+TIMEOUT = timedelta(minutes=30)  # of an exchange between processes
+
+# Loggers whose records are in the log file only.
+FILE_ONLY = ("detectron2.data.common", "detectron2.data.dataset_mapper")
+
+# Checkpoints of a run, and the temporary files that a kill during a save leaves behind.
+CHECKPOINT = re.compile(r"\.?model_(\d{7}|final|best|before_nonfinite)(\.\d+)?\.pth")
+
+# What else a run and the visualizers write. The log and the config are not removed: a new run
+# appends to the log and replaces the config.
+FILES = (
+    POINTER,
+    METRICS,
+    "init_checkpoint.json",
+    "curves.png",
+    "predictions.png",
+    "early_stopping.json",
+    "events.out.tfevents.*",
+    "inference",
+    "inference_ema",
+    "reconstructions",
+)
 
 # Of glibc's malloc.h.
-M_TRIM_THRESHOLD = -1
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
-M_MMAP_MAX = -4
+
+def argument_parser(description: str, epilog: str) -> ArgumentParser:
+    """detectron2's arguments for training and evaluation, ``--overwrite`` and loading options.
+
+    Args:
+        description: first lines of the help text.
+        epilog: its last lines.
+
+    Returns:
+        A parser to call by ``parse_intermixed_args``: options may precede and follow overrides.
+    """
+    parser = default_argument_parser(epilog)
+    parser.description = description
+    for action in parser._actions:
+        if action.dest == "opts":  # detectron2 takes everything after the first override as one
+            action.nargs, action.default = "*", []
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove the run that is in train.output_dir: its checkpoints, metrics and results",
+    )
+    add_loading_arguments(parser)
+    return parser
+
+
+def add_loading_arguments(parser: ArgumentParser) -> None:
+    """Add ``--prefix``, ``--allow-missing`` and ``--allow-unexpected``."""
+    parser.add_argument(
+        "--prefix",
+        default="",
+        help="part of the checkpoint to take: an entry (teacher.), a beginning of names (encoder.)"
+        " or both (student.backbone.)",
+    )
+    for name, what in (
+        ("missing", "names in the model that the checkpoint may lack"),
+        ("unexpected", "names in the checkpoint that the model may lack"),
+    ):
+        parser.add_argument(
+            f"--allow-{name}",
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help=f"{what}, with * and ? as in a shell; may be given several times",
+        )
+
+
+def run_tool(main: Callable[[], Any]) -> None:
+    """Run the main function of a tool; an error of the user becomes one line and exit code 2."""
+    try:
+        main()
+    except USER_ERRORS as error:
+        logger.debug("Traceback of the error", exc_info=True)
+        if comm.get_rank() > 0:
+            # The first process reports it and exits, which ends the others; unless it met nothing.
+            time.sleep(WAIT_FOR_FIRST)
+        print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except ProcessExitedException as error:
+        sys.exit(error.exit_code)  # the process has reported its error
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error in one line, without what OmegaConf and torch add to it."""
+    cause: BaseException = error
+    while isinstance(cause, OmegaConfBaseException) and isinstance(cause.__context__, USER_ERRORS):
+        cause = cause.__context__
+    if isinstance(cause, OmegaConfBaseException):  # not an error of a resolver: name the key
+        key = getattr(error, "full_key", None)
+        return f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    if "DataLoader worker" in lines[0]:
+        # torch puts the worker's traceback into the message; "package.Error: message" ends it.
+        return re.sub(r"^[\w.]+: ", "", lines[-1])
+    return " ".join(line.strip() for line in lines)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a config: "auto" is CUDA if there is a GPU, else the CPU.
+
+    Raises:
+        ValueError: the name is unknown, or there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train.device='{name}': unknown device: use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda", "meta"):  # meta: shapes only, for model_zoo.get
+        raise ValueError(f"train.device='{name}': models run on cpu and cuda: use auto")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"train.device='{name}': torch finds no GPU: use auto or cpu")
+    return device
 
 
 def keep_freed_memory(device: torch.device) -> bool:
-    """On the CPU, let this process keep the memory that tensors free, for those that come after.
+    """On the CPU, let this process keep freed memory for the tensors that follow.
 
-    glibc gives large blocks back to the kernel, and the next step's activations then cost a page
-    fault and a page of zeros for every 4 KiB: a quarter of the time of a step of ViT-B on 32
-    images. The price is that the process never becomes smaller than it was at its largest. On GPUs
-    torch keeps memory by itself.
+    glibc returns large blocks to the kernel, and the next step's activations then cost a page fault
+    and a page of zeros for every 4 KiB: a quarter of the time of a step of ViT-B on 32 images. The
+    process then never becomes smaller than it was at its largest. On GPUs torch caches memory.
 
     Args:
         device: where the process computes.
 
     Returns:
-        False where nothing has changed: on a GPU, and where the C library is not glibc.
+        False if nothing has changed: on a GPU, or if the C library is not glibc.
     """
     if device.type != "cpu":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not (mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1)):
-        logger.info("This C library cannot be told to keep freed memory: steps take longer")
+        logger.info("mallopt is unavailable: CPU training may be slower")
         return False
     return True
-
-
-LOGGERS = ("fvcore", "detectron2", "crossmae_det")
-
-# Loggers whose notes are in the file only.
-FILE_ONLY = ("detectron2.data.common", "detectron2.data.dataset_mapper")
 
 
 def start_log(output_dir: str | None = None) -> None:
     """Log to ``log.txt`` in a folder, and in the first process to the terminal as well.
 
-    The file has all records; the terminal has none below INFO. Other processes write
-    ``log.txt.rankN`` and leave the terminal alone: their warnings go into that file.
+    The file has all records, the terminal those from INFO on. Other processes write
+    ``log.txt.rankN`` and nothing to the terminal: warnings go into that file, too.
 
     Args:
-        output_dir: the folder of the run; None logs to the terminal alone.
+        output_dir: the folder of the run; None logs to the terminal only.
     """
     rank = comm.get_rank()
-    for name in LOGGERS:
+    for name in ("fvcore", "detectron2", "crossmae_det"):
         log = setup_logger(output_dir, distributed_rank=rank, name=name)
         for handler in log.handlers:
             if type(handler) is logging.StreamHandler and handler.stream is sys.stdout:
@@ -106,47 +213,17 @@ def _for_terminal(record: logging.LogRecord) -> bool:
 
 
 def versions() -> str:
-    """The versions that a report of a problem needs, in one line."""
+    """The versions of the main packages, in one line."""
     return (
         f"crossmae_det {crossmae_det.__version__}, torch {torch.__version__},"
         f" detectron2 {detectron2.__version__}"
     )
 
 
-def environment() -> str:
-    """All of the environment, in about 30 lines."""
-    # It looks for a compiler of CUDA code when it is imported.
-    from detectron2.utils.collect_env import collect_env_info
-
-    return collect_env_info()
-
-
-# The names that the checkpoints of a run have, and those that a kill during a save leaves behind.
-CHECKPOINT = re.compile(r"\.?model_(\d{7}|final|best|before_nonfinite)(\.\d+)?\.pth")
-
-POINTER = "last_checkpoint"  # has the name of the checkpoint that --resume continues from
-
-METRICS = "metrics.json"
-
-# What else a run writes. The log and the config stay: the new run appends to the one and replaces
-# the other.
-FILES = (
-    POINTER,
-    METRICS,
-    "init_checkpoint.json",
-    "curves.png",
-    "predictions.png",
-    "early_stopping.json",
-    "events.out.tfevents.*",
-)
-
-FOLDERS = ("inference", "inference_ema", "reconstructions")
-
-
 def find_run(output_dir: str | os.PathLike[str]) -> list[str]:
-    """The names of the files in a folder that tell of a run: checkpoints and metrics, sorted.
+    """The names of the checkpoints and metrics of a run in a folder, sorted.
 
-    Other files, such as a user's own weights or images, do not make a folder a used one.
+    Other files, such as a user's own weights or images, are not signs of a run.
     """
     folder = Path(output_dir)
     if not folder.is_dir():
@@ -160,25 +237,25 @@ def check_folder(cfg: DictConfig, args: Namespace) -> None:
 
     Args:
         cfg: with ``train.output_dir`` and ``train.init_checkpoint``.
-        args: ``eval_only``, ``resume`` and, where given, ``overwrite``.
+        args: ``eval_only``, ``resume`` and optionally ``overwrite``.
 
     Raises:
-        ValueError: the folder has a run, and neither ``--resume`` nor ``--overwrite`` says what is
-            to become of it; both are given; ``--resume`` finds checkpoints and not which of them is
-            the last; or ``--overwrite`` would remove what the run starts from.
+        ValueError: the folder has a run, without ``--resume`` or ``--overwrite``; both are given;
+            ``--resume`` finds checkpoints, but not which is the last; or ``--overwrite`` would
+            remove the weights that the run starts from.
     """
     if args.eval_only:
         return
     folder = cfg.train.output_dir
     overwrite = getattr(args, "overwrite", False)
     if overwrite and args.resume:
-        raise ValueError("--resume continues a run and --overwrite discards it: take one of them")
+        raise ValueError("--resume continues a run and --overwrite removes it: use one of them")
     found = find_run(folder)
     to_resume = [name for name in found if re.match(r"model_(\d{7}|final)\.pth", name)]
     if args.resume and to_resume and POINTER not in found:
         raise ValueError(
-            f"{folder} has checkpoints ({', '.join(to_resume[:3])}) and no {POINTER}, so none is"
-            f" resumed: write the name of one into {folder}/{POINTER}, or take --overwrite"
+            f"{folder} has checkpoints ({', '.join(to_resume[:3])}) but no {POINTER}: write the"
+            f" name of one into {folder}/{POINTER} to resume it, or use --overwrite"
         )
     if not found or args.resume:
         return
@@ -193,15 +270,15 @@ def check_folder(cfg: DictConfig, args: Namespace) -> None:
         path = Path(start).resolve()
         if any(path.is_relative_to(old.resolve()) for old in _files_of_run(folder)):
             raise ValueError(
-                f"--overwrite would remove {start}, which train.init_checkpoint starts from: move"
-                " it, or choose another train.output_dir"
+                f"--overwrite would remove {start}, which train.init_checkpoint points to: move it,"
+                " or choose another train.output_dir"
             )
 
 
 def claim_folder(cfg: DictConfig, args: Namespace) -> list[str]:
-    """Make the folder of a run, and with ``--overwrite`` remove the run that is in it.
+    """Make the folder of a run, and with ``--overwrite`` remove the run in it.
 
-    Every process calls it; the first one looks and decides for all of them, before any writes.
+    Every process calls it; the first one decides for all of them, before any of them writes.
 
     Args:
         cfg: see :func:`check_folder`.
@@ -211,137 +288,41 @@ def claim_folder(cfg: DictConfig, args: Namespace) -> list[str]:
         The names of what was removed.
 
     Raises:
-        ValueError, OSError: see :func:`check_folder`; or the folder cannot be made or changed.
+        ValueError: see :func:`check_folder`; or the folder cannot be made or changed.
     """
-    outcome: list[str] | Exception = []
+    result: list[str] | ValueError = []
     if comm.is_main_process():
+        folder = cfg.train.output_dir
         try:
             check_folder(cfg, args)
-            os.makedirs(cfg.train.output_dir, exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{folder} is not writable")
             if getattr(args, "overwrite", False) and not args.eval_only:
-                outcome = _remove_run(cfg.train.output_dir)
-        except (ValueError, OSError) as error:
-            outcome = error
-    outcome = comm.all_gather(outcome)[0]
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+                result = _remove_run(folder)
+        except ValueError as error:
+            result = error
+        except OSError as error:
+            result = ValueError(f"train.output_dir={folder}: {error}")
+    result = comm.all_gather(result)[0]
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def _files_of_run(output_dir: str) -> list[Path]:
     """What a run has written into its folder, the pointer of ``--resume`` first."""
     folder = Path(output_dir)
-    names = [path for pattern in FILES for path in sorted(folder.glob(pattern))]
-    checkpoints = [p for p in sorted(folder.iterdir()) if CHECKPOINT.match(p.name)]
-    inside = [folder / name for name in FOLDERS if (folder / name).is_dir()]
-    return names + checkpoints + inside
+    files = [path for pattern in FILES for path in sorted(folder.glob(pattern))]
+    return files + [path for path in sorted(folder.iterdir()) if CHECKPOINT.match(path.name)]
 
 
 def _remove_run(output_dir: str) -> list[str]:
-    """Remove what a run has left in a folder; nothing where there was no run."""
+    """Remove what a run has left in a folder; nothing if there was no run."""
     old = _files_of_run(output_dir) if find_run(output_dir) else []
     for path in old:  # the pointer first: a kill in between leaves nothing to resume
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return [path.name for path in old]
-
-
-# What a user can mend is told in one line; anything else is a defect of ours, with its traceback.
-USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, NonFiniteError)
-
-BAD_INPUT = 2
-
-WAIT_FOR_FIRST = 5  # seconds
-
-
-def argument_parser(description: str, epilog: str) -> ArgumentParser:
-    """detectron2's arguments for training and evaluation tools, and what weights may lack.
-
-    Args:
-        description: first lines of the help text.
-        epilog: its last lines.
-
-    Returns:
-        To be used by ``parse_intermixed_args``: options may stand before and after overrides.
-    """
-    parser = default_argument_parser(epilog)
-    parser.description = description
-    for action in parser._actions:
-        if action.dest == "opts":  # detectron2 takes all that follows the first override as one
-            action.nargs, action.default = "*", []
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="remove the run that is in train.output_dir: its checkpoints, metrics and results",
-    )
-    add_loading_arguments(parser)
-    return parser
-
-
-def add_loading_arguments(parser: ArgumentParser) -> None:
-    """What a user knows about weights that would be refused, or that are not the whole file."""
-    parser.add_argument(
-        "--prefix",
-        default="",
-        help="part of the checkpoint to take: an entry (teacher.), a beginning of names (encoder.)"
-        " or both (student.backbone.)",
-    )
-    for name, what in (
-        ("missing", "names in the model that the checkpoint may lack"),
-        ("unexpected", "names in the checkpoint that may have no place in the model"),
-    ):
-        parser.add_argument(
-            f"--allow-{name}",
-            action="append",
-            default=[],
-            metavar="PATTERN",
-            help=f"{what}, with * and ? as in a shell; may be given several times",
-        )
-
-
-def run_tool(main: Callable[[], Any]) -> None:
-    """Run a tool's main function; what the user can mend ends in one line and exit code 2."""
-    try:
-        main()
-    except USER_ERRORS as error:
-        logger.debug("Traceback of the error", exc_info=True)
-        if comm.get_rank() > 0:
-            # The first process says it and ends, which ends the others; unless it met nothing.
-            time.sleep(WAIT_FOR_FIRST)
-        print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except ProcessExitedException as error:
-        # A worker has said it already.
-        sys.exit(error.exit_code)
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error in one line; of one from a loader's worker, what it said there."""
-    while isinstance(error, OmegaConfBaseException) and isinstance(error.__context__, USER_ERRORS):
-        error = error.__context__  # what a reference met, without OmegaConf's words around it
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if "DataLoader worker" in lines[0]:
-        # torch puts the worker's traceback into the message; "package.Error: message" ends it.
-        return re.sub(r"^[\w.]+: ", "", lines[-1])
-    return " ".join(line.strip() for line in lines)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a config: "auto" is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: the name is unknown, or the device is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"train.device='{name}' is no device that torch knows") from error
-    if device.type not in ("cpu", "cuda", "meta"):  # meta: shapes only, for model_zoo.get
-        raise ValueError(f"train.device='{name}': models run on cpu and cuda; take auto")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train.device='{name}', but torch sees no GPU here; take auto or cpu")
-    return device
 
 
 def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
@@ -351,15 +332,16 @@ def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
         The config without references; the one that was passed in is unchanged.
 
     Raises:
-        ValueError, OSError: the config refers to what is not there, or the folder has another run.
+        ValueError, OSError: a file of the config is missing, or the folder has another run.
     """
+    # It looks for a CUDA compiler when it is imported.
+    from detectron2.utils.collect_env import collect_env_info
+
     resolved = resolve(cfg)
     options = resolved.train
     device = resolve_device(options.device)
     if device.type == "meta":
-        raise ValueError(
-            "train.device='meta' has no values to compute with; take auto, cpu or cuda"
-        )
+        raise ValueError("train.device='meta': it has no values: use auto, cpu or cuda")
     removed = claim_folder(resolved, args)
     start_log(options.output_dir)
     world_size = comm.get_world_size()
@@ -368,34 +350,31 @@ def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
     files = "log.txt" if args.eval_only else "config.yaml, log.txt"
     logger.info("Output: %s (%s)", options.output_dir, files)
     if removed:
-        logger.warning("--overwrite removed the run that was there: %s", ", ".join(removed))
+        logger.warning("--overwrite removed the run in the folder: %s", ", ".join(removed))
     logger.debug("Command line arguments: %s", args)
     if comm.is_main_process():
-        logger.debug("Environment\n%s", environment())
+        logger.debug("Environment\n%s", collect_env_info())
     log_data(cfg, resolved, training=not args.eval_only)
     seed_all_rng(options.seed + comm.get_rank())
     torch.backends.cudnn.benchmark = options.cudnn_benchmark and not args.eval_only
     return resolved
 
 
-TIMEOUT = timedelta(minutes=30)  # of an exchange between processes
-
-
 def run_distributed(main: Callable[[Namespace], Any], args: Namespace, cfg: DictConfig) -> None:
     """Run ``main(args)`` in every process of the job.
 
     Under torchrun this process is one of them. Otherwise ``args.num_gpus`` processes are started on
-    this machine. Processes exchange tensors over nccl where the run is on GPUs, over gloo where it
-    is on the CPU, also on a machine with GPUs.
+    this machine. detectron2's ``launch`` does not know torchrun, and takes nccl on a machine with
+    GPUs also if the run is on the CPU; here the backend follows the device of the run.
 
     Args:
-        main: what a process runs; it can be pickled.
-        args: of :func:`crossmae_det.engine.argument_parser`.
+        main: run in each process; it can be pickled.
+        args: of :func:`argument_parser`.
         cfg: the config of the job, for its device and its folder; ``main`` reads its own.
 
     Raises:
-        ValueError: a config that is not one of a job, fewer GPUs than processes, a device of one
-            process for several, or a folder that has another run.
+        ValueError: the config lacks a key, there are fewer GPUs than processes, one device is named
+            for several processes, or the folder has another run.
     """
     check_keys(cfg)
     device = resolve_device(cfg.train.device)
@@ -407,7 +386,7 @@ def run_distributed(main: Callable[[Namespace], Any], args: Namespace, cfg: Dict
     if not torchrun or os.environ["RANK"] == "0":
         check_folder(cfg, args)
     if torchrun:
-        _run_process(int(os.environ["LOCAL_RANK"]), main, args, device.type, local_size, {})
+        _run_process(int(os.environ["LOCAL_RANK"]), main, args, device.type, local_size, None)
     elif world_size == 1:
         main(args)
     else:
@@ -427,11 +406,11 @@ def _check_devices(device: torch.device, local_size: int, world_size: int) -> No
     if device.type == "cuda" and local_size > torch.cuda.device_count():
         raise ValueError(
             f"{local_size} processes need as many GPUs, and this machine has"
-            f" {torch.cuda.device_count()}: lower --num-gpus, or take train.device=cpu"
+            f" {torch.cuda.device_count()}: lower --num-gpus, or set train.device=cpu"
         )
     if world_size > 1 and device.index is not None:
         raise ValueError(
-            f"train.device='{device}' is one device, and there are {world_size} processes: take"
+            f"train.device='{device}' is one device for {world_size} processes: set"
             f" train.device={device.type}"
         )
 
@@ -444,16 +423,8 @@ def _free_address(args: Namespace) -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def _start_process(
-    local_rank: int,
-    main: Callable[[Namespace], Any],
-    args: Namespace,
-    device_type: str,
-    local_size: int,
-    group: dict[str, Any],
-) -> None:
-    group["rank"] = args.machine_rank * local_size + local_rank
-    run_tool(lambda: _run_process(local_rank, main, args, device_type, local_size, group))
+def _start_process(local_rank: int, *job: Any) -> None:
+    run_tool(lambda: _run_process(local_rank, *job))
 
 
 def _run_process(
@@ -462,23 +433,25 @@ def _run_process(
     args: Namespace,
     device_type: str,
     local_size: int,
-    group: dict[str, Any],
+    group: dict[str, Any] | None,
 ) -> None:
-    """Join the group of all processes, run, and leave it.
+    """Join the group of all processes, run ``main(args)``, and leave it.
 
     Args:
         local_rank: of this process, on its machine.
-        main: what to run with ``args``.
-        args: of the command line.
+        main: see :func:`run_distributed`.
+        args: see :func:`run_distributed`.
         device_type: of the run: "cuda", "cpu".
         local_size: processes on this machine.
-        group: ``init_method``, ``world_size`` and ``rank``; torchrun has them in the environment.
+        group: ``init_method`` and ``world_size``; None under torchrun, whose environment has them.
     """
+    if group is not None:
+        group["rank"] = args.machine_rank * local_size + local_rank
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
     backend = distributed.get_default_backend_for_device(device_type)
-    distributed.init_process_group(backend, timeout=TIMEOUT, **group)
+    distributed.init_process_group(backend, timeout=TIMEOUT, **(group or {}))
     comm.create_local_process_group(local_size)
-    comm.synchronize()  # detectron2 issue: groups that are used at once may time out
+    comm.synchronize()  # groups that are used at once may time out, as detectron2 found
     main(args)
     distributed.destroy_process_group()

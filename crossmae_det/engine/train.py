@@ -1,10 +1,8 @@
-"""The trained model of a config, for tools that look at what it does.
+"""Run a lazy config: train a model, evaluate one, or load a trained one.
 
-Run a lazy config: train a model, or evaluate one.
-
-A config has five keys: ``model``, ``dataloader`` (``train`` and, for a task that is evaluated,
-``test`` and ``evaluator``), ``optimizer``, ``lr_multiplier`` and ``train``. What each holds is
-documented in ``configs/common``.
+A config has five keys: ``model``, ``dataloader`` (``train``; ``test`` and ``evaluator`` for a task
+that is evaluated), ``optimizer``, ``lr_multiplier`` and ``train``. ``configs/common`` documents
+what each holds.
 """
 
 import logging
@@ -15,12 +13,12 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import hooks
+from detectron2.engine import HookBase, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
+from detectron2.utils.events import CommonMetricPrinter, TensorboardXWriter
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
@@ -33,10 +31,11 @@ from crossmae_det.engine.config import (
     build_model,
     check_ranges,
     save,
-    use_trained_classes,
+    use_trained_categories,
 )
 from crossmae_det.engine.fsdp import check_config, shard
 from crossmae_det.engine.hooks import (
+    METRICS,
     Evaluation,
     LayerLearningRates,
     LearningRateSchedule,
@@ -45,41 +44,12 @@ from crossmae_det.engine.hooks import (
     ModelEMA,
     Visualization,
 )
-from crossmae_det.engine.launch import METRICS, keep_freed_memory, resolve_device, setup
+from crossmae_det.engine.launch import keep_freed_memory, resolve_device, setup
 from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, inference_autocast
 from crossmae_det.engine.validation import BestCheckpointer, EarlyStopping, ValidationLoss
 from crossmae_det.utils.files import write_json
 
 logger = logging.getLogger(__name__)
-
-
-def load_pretrained(cfg: DictConfig, weights: str = "model") -> nn.Module:
-    """Build the model of a config with all of its weights.
-
-    Args:
-        cfg: a config; ``train.init_checkpoint`` points to a file with the whole model,
-            ``train.device`` says where it goes. ``dataloader.categories`` becomes the classes that
-            the weights were trained for.
-        weights: "model", or "ema" for the averaged weights of the run.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        ValueError, OSError: no checkpoint is named, or it is not one of the whole of this model.
-    """
-    if not cfg.train.init_checkpoint:
-        raise ValueError("this needs weights: add train.init_checkpoint=PATH")
-    check_ranges(cfg, training=False)
-    device = resolve_device(cfg.train.device)
-    checkpoint = cfg.train.init_checkpoint
-    content = read_checkpoint(checkpoint)
-    use_trained_classes(cfg, content)
-    model = build_model(cfg).eval()
-    logger.info("Weights: %s", checkpoint)
-    logger.info(load(model, checkpoint, content=content, whole=True, weights=weights))
-    return model.to(device)
-
 
 REPORT = "init_checkpoint.json"  # what became of every tensor of train.init_checkpoint
 
@@ -91,16 +61,15 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
 
     Args:
         cfg: the five keys, overrides applied.
-        args: ``eval_only`` and ``resume`` of detectron2's argument parser, and where they are given
+        args: ``eval_only`` and ``resume`` of detectron2's argument parser, and optionally
             ``prefix``, ``allow_missing`` and ``allow_unexpected``: see
             :func:`crossmae_det.checkpoint.load`.
 
     Returns:
-        The results of the last evaluation; empty where there was none, and in all processes but the
-        first.
+        The results of the last evaluation; empty without one, and in all processes but the first.
 
     Raises:
-        ValueError, OSError: something that the user can mend, in one line.
+        ValueError, OSError: an error of the user, in one line.
         NonFiniteError: a loss or the gradient was not finite.
     """
     content: dict[str, Any] = {}
@@ -109,18 +78,15 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
             raise ValueError("--eval-only needs weights: add train.init_checkpoint=PATH")
         content = read_checkpoint(cfg.train.init_checkpoint)
         cfg = cfg.copy()
-        use_trained_classes(cfg, content)
+        use_trained_categories(cfg, content)
     original, cfg = cfg, setup(cfg, args)
     if args.eval_only and "evaluator" not in cfg.dataloader:
         raise ValueError(f"--eval-only: no dataset to evaluate on: set {TEST_NAMES}")
     device = resolve_device(cfg.train.device)
     keep_freed_memory(device)
     model = build_model(cfg).to(device)
-    allowed: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in ("prefix", "allow_missing", "allow_unexpected")
-        if hasattr(args, name)
-    }
+    names = ("prefix", "allow_missing", "allow_unexpected")
+    allowed: dict[str, Any] = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if not args.eval_only:
         return train(cfg, model, resume=args.resume, allowed=allowed, original=original)
     checkpoint = cfg.train.init_checkpoint
@@ -134,17 +100,44 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     return results
 
 
+def load_pretrained(cfg: DictConfig, weights: str = "model") -> nn.Module:
+    """Build the model of a config with all of its weights, for tools that look at a trained model.
+
+    Args:
+        cfg: ``train.init_checkpoint`` points to a file with the whole model, ``train.device`` says
+            where the model goes. ``dataloader.categories`` becomes the classes of the weights.
+        weights: "model", or "ema" for the averaged weights of the run.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError, OSError: no checkpoint is named, or it does not have the whole of this model.
+    """
+    checkpoint = cfg.train.init_checkpoint
+    if not checkpoint:
+        raise ValueError("this needs weights: add train.init_checkpoint=PATH")
+    check_ranges(cfg, training=False)
+    device = resolve_device(cfg.train.device)
+    content = read_checkpoint(checkpoint)
+    use_trained_categories(cfg, content)
+    model = build_model(cfg).eval()
+    logger.info("Weights: %s", checkpoint)
+    logger.info(load(model, checkpoint, content=content, whole=True, weights=weights))
+    return model.to(device)
+
+
 def evaluate(
     cfg: DictConfig, model: nn.Module, *, name: str = "inference", **context: Any
 ) -> dict[str, Any]:
-    """Evaluate a model on the test set: the backbone in the precision of the training, the rest in
-    float32 (see :func:`~crossmae_det.engine.trainer.inference_autocast`).
+    """Evaluate a model on the test set, in the precision of
+    :func:`~crossmae_det.engine.trainer.inference_autocast`.
 
     Args:
         cfg: the config.
         model: its model.
         name: sub-folder of the run's folder for the evaluator's files.
-        **context: goes into the results file, beside what the evaluator itself knows.
+        **context: added to the results file.
 
     Returns:
         Nested dict of metrics; empty in all processes but the first.
@@ -185,29 +178,18 @@ def train(
     Args:
         cfg: the config, resolved.
         model: its model, on its device.
-        resume: continue the run in the folder, where there is one.
-        allowed: what the weights that a new run starts from may lack or have beside.
+        resume: continue the run in the folder, if there is one.
+        allowed: options of :func:`crossmae_det.checkpoint.load` for ``train.init_checkpoint``.
         original: the config with its references, to be kept in the folder.
     """
     options = cfg.train
-    run_settings = settings(cfg)  # before objects are put into the config
-    if options.fsdp.enabled:
-        check_config(cfg)
-    if options.compile.enabled:
-        # In place: the names of the parameters, and so the checkpoints, stay as they are.
-        try:
-            part = model.get_submodule(options.compile.module)
-        except AttributeError as error:
-            raise ValueError(f"train.compile.module={options.compile.module}: {error}") from error
-        part.compile(backend=options.compile.backend)
+    main = comm.is_main_process()
     device = next(model.parameters()).device
     precision = amp_dtype(options, device)
-    run_settings["precision"] = precision or "float32"  # what "auto" was on this machine
+    # Before objects are put into the config, and with what "auto" is on this machine.
+    run_settings = settings(cfg) | {"precision": precision or "float32"}
     logger.info("Precision: %s", precision or "float32")
-    ddp = dict(options.ddp)
-    if device.type == "cpu":
-        ddp["device_ids"] = None
-    parallel = shard(model) if options.fsdp.enabled else create_ddp_model(model, **ddp)
+    parallel = _parallel(cfg, model)
     optimizer = build_optimizer(cfg.optimizer, model)
     trainer = Trainer(
         parallel,
@@ -222,12 +204,18 @@ def train(
     checkpointer = Checkpointer(
         model,
         options.output_dir,
-        save_to_disk=comm.is_main_process(),
+        save_to_disk=main,
         run_settings=run_settings,
         trainer=trainer,
+        **({} if ema is None else {"ema": ema.averaged}),
     )
-    if ema is not None:
-        checkpointer.add_checkpointable("ema", ema.averaged)
+    # In every process, since a model may be sharded over them; one writes and deletes.
+    periodic = PeriodicCheckpointer(
+        checkpointer,
+        options.checkpointer.period,
+        max_to_keep=options.checkpointer.max_to_keep if main else None,
+    )
+    schedule = LRMultiplier(optimizer, build(cfg.lr_multiplier, "lr_multiplier"), options.max_iter)
     results: dict[str, Any] = {}
 
     def evaluate_now() -> dict[str, Any]:
@@ -239,59 +227,42 @@ def train(
             results["ema"] = averaged
         return results
 
-    main = comm.is_main_process()
-    # In every process, since the parts of a model may be spread over them; one writes and deletes.
-    periodic = PeriodicCheckpointer(
-        checkpointer,
-        options.checkpointer.period,
-        max_to_keep=options.checkpointer.max_to_keep if main else None,
-    )
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             ema,
             LayerLearningRates(),
-            LearningRateSchedule(
-                scheduler=LRMultiplier(
-                    optimizer, build(cfg.lr_multiplier, "lr_multiplier"), options.max_iter
-                )
-            ),
+            LearningRateSchedule(scheduler=schedule),
             periodic,
-            Evaluation(options.eval_period, evaluate_now)
-            if "evaluator" in cfg.dataloader
-            else None,
-            ValidationLoss(
-                instantiate(cfg.dataloader.validation), options.eval_period, precision, options.seed
-            )
-            if options.validation_loss.enabled
-            else None,
-            BestCheckpointer(checkpointer, **options.best_checkpoint),
-            EarlyStopping(checkpointer, **_stopping_options(cfg))
-            if options.early_stopping.enabled
-            else None,
+            *_evaluation_hooks(cfg, checkpointer, precision, evaluate_now),
             # Before the writers, which write what it draws.
             Visualization(instantiate(options.visualizer)) if options.visualizer else None,
             hooks.PeriodicWriter(
-                writers(options.output_dir, options.max_iter), period=options.log_period
+                [
+                    CommonMetricPrinter(options.max_iter),
+                    MetricsWriter(os.path.join(options.output_dir, METRICS)),
+                    TensorboardXWriter(options.output_dir),
+                ],
+                period=options.log_period,
             )
             if main
             else None,
             MetricCurves(options.output_dir),
         ]
     )
+    start_iter = 0
     if resume and checkpointer.has_run():
         resume_run(checkpointer, trainer, ema, options.max_iter)
         periodic.resume()
         start_iter = trainer.iter + 1
     else:
         if resume:
-            logger.warning("%s has no checkpoint to resume from: starting anew", options.output_dir)
+            logger.info("%s has no checkpoint to resume from: starting anew", options.output_dir)
         if options.init_checkpoint:
             report = load(model, options.init_checkpoint, **allowed)
             logger.info(report)
             if main:
                 write_json(os.path.join(options.output_dir, REPORT), report.to_dict(), indent=2)
-        start_iter = 0
     if main and start_iter < options.max_iter:  # a complete run keeps the config of its training
         save(original, cfg, os.path.join(options.output_dir, FILE))
     try:
@@ -307,23 +278,66 @@ def train(
     return results
 
 
-def writers(output_dir: str, max_iter: int) -> list[EventWriter]:
-    """detectron2's writers of metrics: to the log, to TensorBoard, to ``metrics.json``."""
+def _parallel(cfg: DictConfig, model: nn.Module) -> nn.Module:
+    """Compile the model as the config says, and wrap it for the processes of the job."""
+    options = cfg.train
+    if options.fsdp.enabled:
+        check_config(cfg)
+    if options.compile.enabled:
+        try:
+            part = model.get_submodule(options.compile.module)
+        except AttributeError as error:
+            raise ValueError(f"train.compile.module={options.compile.module}: {error}") from error
+        # In place: the names of the parameters, and so the checkpoints, stay as they are.
+        part.compile(backend=options.compile.backend)
+    if options.fsdp.enabled:
+        return shard(model)
+    ddp = dict(options.ddp)
+    if next(model.parameters()).device.type == "cpu":
+        ddp["device_ids"] = None
+    return create_ddp_model(model, **ddp)
+
+
+def _evaluation_hooks(
+    cfg: DictConfig, checkpointer: Checkpointer, precision: str | None, evaluate_now: Any
+) -> list[HookBase | None]:
+    """What measures the model during training, and what follows from the metrics, in this order.
+
+    Raises:
+        ValueError: early stopping is on, and nothing is measured.
+    """
+    options = cfg.train
+    period = options.eval_period
+    evaluated, validated = "evaluator" in cfg.dataloader, options.validation_loss.enabled
+    stopping = dict(options.early_stopping)
+    if stopping.pop("enabled") and not (evaluated or validated):
+        raise ValueError(
+            "train.early_stopping has no metric: set train.validation_loss.enabled=True"
+        )
     return [
-        CommonMetricPrinter(max_iter),
-        MetricsWriter(os.path.join(output_dir, METRICS)),
-        TensorboardXWriter(output_dir),
+        Evaluation(period, evaluate_now) if evaluated else None,
+        ValidationLoss(instantiate(cfg.dataloader.validation), period, precision, options.seed)
+        if validated
+        else None,
+        BestCheckpointer(
+            checkpointer,
+            **options.best_checkpoint,
+            period=period if evaluated or validated else None,
+        ),
+        EarlyStopping(checkpointer, **stopping, period=period)
+        if options.early_stopping.enabled
+        else None,
     ]
 
 
 def resume_run(
     checkpointer: Checkpointer, trainer: Trainer, ema: ModelEMA | None, max_iter: int
 ) -> None:
-    """Continue the run in the folder, and log what differs from its settings so far.
+    """Continue the run in the folder, and log the settings that differ from the run so far.
 
     Raises:
         FileNotFoundError, ValueError: see :meth:`Checkpointer.resume`; or the run is already longer
-            than the config wants it to be.
+            than ``max_iter``.
     """
     resumed = checkpointer.resume(optional=["ema"])
     done = trainer.iter + 1
@@ -337,32 +351,13 @@ def resume_run(
         ema.restart()
         logger.warning("train.ema was off so far: the average starts from the present weights")
     if not resumed.has_settings:
-        logger.warning("%s does not tell its settings: the config's apply", resumed.path)
+        logger.warning("%s has no settings to compare with: the config's apply", resumed.path)
     if resumed.changes:
         state = "applied from here on" if done < max_iter else "not applied, the run is complete"
         lines = "\n".join(f"  {change}" for change in resumed.changes)
         logger.warning("Settings that differ from the run so far (%s):\n%s", state, lines)
     if any(change.key.endswith("train.total_batch_size") for change in resumed.changes):
-        logger.warning(
-            "%d images seen are %d iterations of the new batch size",
-            done * trainer.batch_size + trainer.image_offset if trainer.batch_size else 0,
-            done,
-        )
+        images = done * trainer.batch_size + trainer.image_offset if trainer.batch_size else 0
+        logger.warning("%d images seen are %d iterations of the new batch size", images, done)
     if done == max_iter:
         logger.info("The run is complete, with %d iterations", done)
-
-
-def _stopping_options(cfg: DictConfig) -> dict[str, Any]:
-    """The arguments of :class:`EarlyStopping` that a config has.
-
-    Raises:
-        ValueError: nothing is measured that it could judge by.
-    """
-    if "evaluator" not in cfg.dataloader and not cfg.train.validation_loss.enabled:
-        raise ValueError(
-            "train.early_stopping needs something to judge by: set"
-            " train.validation_loss.enabled=True"
-        )
-    options = dict(cfg.train.early_stopping)
-    del options["enabled"]
-    return options | {"period": cfg.train.eval_period}

@@ -1,6 +1,7 @@
-"""Mixed precision at inference: in the backbone, with float32 after it.
+"""The training loop: detectron2's, with what long runs on any hardware need.
 
-The training loop of every task: detectron2's, with what a long run on any hardware needs.
+Added are mixed precision on every device, gradient accumulation, gradient clipping, a stop at
+losses and gradients that are not finite, and random numbers that depend on the iteration alone.
 """
 
 import contextlib
@@ -23,13 +24,54 @@ from torch.nn.parallel import DistributedDataParallel
 from crossmae_det.engine.checkpointing import match_optimizer_state, parameter_names
 from crossmae_det.engine.fsdp import distribute_state
 
+logger = logging.getLogger(__name__)
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Instruction sets that multiply bf16 matrices: of AMD and Intel, and of ARM.
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or the gradient is not finite; the message says where."""
+
+
+def amp_dtype(options: Mapping[str, Any], device: torch.device) -> str | None:
+    """The mixed precision that the ``train`` key of a config asks for, for :func:`autocast`.
+
+    "auto" is the fastest one on the device: on a GPU "bf16", or "fp16" before Ampere; on a CPU
+    "bf16" if it has instructions for it, else None: emulated bf16 is ten times slower than float32.
+    """
+    if not options["amp"]["enabled"]:
+        return None
+    if options["amp"]["dtype"] != "auto":
+        return options["amp"]["dtype"]
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # Before torch 2.9 there is no such function, and "auto" is float32 on a CPU.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if any(capabilities.get(name) for name in BF16_INSTRUCTIONS) else None
+
+
+def autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractContextManager:
+    """Mixed precision on ``device``: "bf16", "fp16", or None for none.
+
+    Raises:
+        ValueError: another name.
+    """
+    if dtype is None:
+        return contextlib.nullcontext()
+    if dtype not in AMP_DTYPES:
+        raise ValueError(f"train.amp.dtype='{dtype}': must be one of auto, {', '.join(AMP_DTYPES)}")
+    return torch.autocast(device.type, dtype=AMP_DTYPES[dtype])
+
 
 @contextlib.contextmanager
 def inference_autocast(model: nn.Module, dtype: str | None) -> Iterator[None]:
-    """Mixed precision for the inference of any model: evaluation, demo and drawings.
+    """Mixed precision for inference: evaluation, prediction and visualizations.
 
     A model with a ``backbone`` runs it in mixed precision, where nearly all of the time goes, and
-    everything after it in float32: logits of 8 bits would give tied scores, and detectron2 pastes a
+    everything after it in float32: 8-bit logits would give tied scores, and detectron2 pastes a
     mask on a sampling grid of the mask's own type. Other models run in mixed precision as a whole.
 
     Args:
@@ -54,10 +96,10 @@ def inference_autocast(model: nn.Module, dtype: str | None) -> Iterator[None]:
 
 
 class _MixedPrecision(nn.Module):
-    """A module that runs in mixed precision and returns float32; its attributes are the module's.
+    """Runs a module in mixed precision and returns float32; its attributes are the module's.
 
-    It stands in for the module only for a while. A forward method or hooks on the module itself
-    would become a part of its compiled graph, and compile it again in every evaluation.
+    A temporary stand-in: a forward method or hooks set on the module itself would become a part of
+    its compiled graph, and compile it again in every evaluation.
     """
 
     def __init__(self, module: nn.Module, dtype: str):
@@ -88,58 +130,9 @@ def _float32(value: Any) -> Any:
     return value
 
 
-logger = logging.getLogger(__name__)
-
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Instruction sets that multiply matrices in bf16: of AMD and Intel, and of ARM.
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or the gradient is not finite; the message says where."""
-
-
-def autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractContextManager:
-    """Mixed precision on ``device``: "bf16", "fp16", or None for none.
-
-    Raises:
-        ValueError: another name.
-    """
-    if dtype is None:
-        return contextlib.nullcontext()
-    if dtype not in AMP_DTYPES:
-        raise ValueError(
-            f"train.amp.dtype must be one of auto, {', '.join(AMP_DTYPES)}, got '{dtype}'"
-        )
-    return torch.autocast(device.type, dtype=AMP_DTYPES[dtype])
-
-
-def amp_dtype(options: Mapping[str, Any], device: torch.device) -> str | None:
-    """The mixed precision that the ``train`` key of a config asks for, for :func:`autocast`.
-
-    "auto" is what the device computes fastest in: on a GPU "bf16", or "fp16" before Ampere; on a
-    CPU "bf16" where it has instructions for it, else None. Without them bf16 is emulated, which
-    takes ten times as long as float32.
-    """
-    if not options["amp"]["enabled"]:
-        return None
-    if options["amp"]["dtype"] != "auto":
-        return options["amp"]["dtype"]
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if BF16_FLAGS & set(_cpu_flags()) else None
-
-
-def _cpu_flags() -> list[str]:
-    """The names of the CPU's instruction sets, as Linux tells them; elsewhere none."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith(("flags", "Features"))]
-    except OSError:
-        return []
-    return lines[0].split() if lines else []
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a DistributedDataParallel wrapper, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
@@ -205,27 +198,26 @@ def training_step(
 
 
 class Trainer(SimpleTrainer):
-    """detectron2's trainer with mixed precision, accumulation, clipping and a guard against NaN.
+    """Trains a model whose iteration i depends on the seed and on i alone.
 
-    Iteration i draws its random numbers from (seed, i, rank) alone, and asks the loader for batch
-    i: a run that was interrupted continues exactly as if it had not been. One that is resumed with
-    another batch size goes on with the next image: iterations are then counted as if the run had
+    Iteration i draws its random numbers from (seed, i, rank) and asks the loader for batch i: an
+    interrupted run continues exactly as if it had not been interrupted. A run that is resumed with
+    another batch size continues with the next image; iterations are then counted as if the run had
     had that batch size from the start.
 
     Args:
         model: takes a batch, returns a dict of scalar losses.
-        data_loader: an endless iterable of batches; a method ``start_at(iteration)``, where it has
-            one, makes the next ``iter()`` begin at that iteration. One with ``total_batch_size``
-            (images of an iteration) takes an ``offset`` in images as well.
+        data_loader: an endless iterable of batches. If it has ``start_at(iteration)``, that makes
+            the next ``iter()`` begin there; with ``total_batch_size`` (images per iteration),
+            ``start_at`` takes an ``offset`` in images as well.
         optimizer: over the model's parameters.
-        seed: non-negative.
+        seed: at least 0.
         amp_dtype: "bf16", "fp16" or None.
-        gradient_accumulation_steps: number of parts that a batch is processed in, for memory; the
-            gradient is the mean of those of the parts, as between so many processes.
+        gradient_accumulation_steps: number of parts a batch is processed in, to save memory.
         clip_norm: largest norm of the gradient; None does not clip.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: ``amp_dtype`` or ``clip_norm`` out of range.
     """
 
     def __init__(
@@ -240,15 +232,8 @@ class Trainer(SimpleTrainer):
         clip_norm: float | None = None,
     ):
         super().__init__(model, data_loader, optimizer)
-        if gradient_accumulation_steps < 1:
-            raise ValueError(
-                "train.gradient_accumulation_steps must be at least 1, got"
-                f" {gradient_accumulation_steps}"
-            )
-        if seed < 0:
-            raise ValueError(f"train.seed must not be negative, got {seed}")
         if clip_norm is not None and clip_norm <= 0:
-            raise ValueError(f"train.clip_grad.max_norm must be positive, got {clip_norm}")
+            raise ValueError(f"train.clip_grad.max_norm={clip_norm}: must be positive")
         self.seed = seed
         self.amp_dtype = amp_dtype
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -257,13 +242,13 @@ class Trainer(SimpleTrainer):
         # Images that the run has seen beyond iteration x batch size, from other batch sizes.
         self.image_offset = 0
         self.device = next(model.parameters()).device
-        self.autocast()  # refuses an unknown dtype now, not at the first step
+        autocast(self.device, amp_dtype)  # rejects an unknown dtype now
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == "fp16")
 
     def train(self, start_iter: int, max_iter: int) -> None:
         """Run iterations ``start_iter`` to ``max_iter`` - 1 with the hooks around them.
 
-        A hook ends the run early where it sets ``max_iter`` to the iterations that are done.
+        A hook ends the run early by setting ``max_iter`` to the number of completed iterations.
         """
         logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
@@ -284,13 +269,11 @@ class Trainer(SimpleTrainer):
                 self.after_train()
 
     def run_step(self) -> None:
-        """One iteration: all parts of a batch forward and backward, then one optimizer step."""
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         seed_sequence = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()])
         seed_all_rng(int(seed_sequence.generate_state(1)[0]))
-
         losses = training_step(
             batch,
             self._forward,
@@ -302,12 +285,8 @@ class Trainer(SimpleTrainer):
         )
         self._write_metrics(losses, data_time)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision that the model is trained in."""
-        return autocast(self.device, self.amp_dtype)
-
     def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
-        """Processes exchange gradients once a batch, with its last part."""
+        """Processes exchange gradients once per batch, with its last part."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
         if isinstance(self.model, DistributedDataParallel) and not last:
@@ -319,10 +298,10 @@ class Trainer(SimpleTrainer):
         losses: dict[str, Tensor] = {}
         reason = ""
         try:
-            with self.autocast():
+            with autocast(self.device, self.amp_dtype):
                 losses = self.model(part)
             failed = ~torch.stack([loss.detach() for loss in losses.values()]).isfinite()
-        except FloatingPointError as error:  # detectron2's own word for NaN in predicted boxes
+        except FloatingPointError as error:  # detectron2 found NaN in predicted boxes
             failed = torch.ones(1, device=self.device)
             reason = str(error)
 
@@ -333,30 +312,8 @@ class Trainer(SimpleTrainer):
         self._stop_if(failed, describe)
         return losses
 
-    def _check_gradients(self) -> None:
-        """Say which parameters nothing reads.
-
-        Raises:
-            ValueError: there are some, and DistributedDataParallel would stop at the next step.
-        """
-        unread = [
-            name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None
-        ]
-        if not unread:
-            return
-        parallel = self.model if isinstance(self.model, DistributedDataParallel) else None
-        what = (
-            f"{len(unread)} parameters get no gradient, '{unread[0].removeprefix('module.')}' first"
-        )
-        if parallel is not None and not parallel.find_unused_parameters:
-            raise ValueError(
-                f"{what}: freeze or remove what the losses do not depend on, or set"
-                " train.ddp.find_unused_parameters=True"
-            )
-        logger.warning("%s: they are not trained", what)
-
     def _check_and_clip(self, batch: Any) -> None:
-        """Between the backward pass and the optimizer's step."""
+        """Look at the gradients of a batch before the optimizer uses them."""
         self.after_backward()
         if self.iter == self.start_iter:
             self._check_gradients()
@@ -364,7 +321,7 @@ class Trainer(SimpleTrainer):
         total = torch.nn.utils.get_total_norm(gradients)
         norm = total.full_tensor() if isinstance(total, DTensor) else total
         # fp16 overflows now and then by design: the scaler then skips the step and scales less.
-        # Where a scale below 1 does not help, it is not the scale.
+        # A scale below 1 that still overflows is not the cause.
         if not self.grad_scaler.is_enabled() or self.grad_scaler.get_scale() < 1:
             self._stop_if(
                 ~norm.isfinite(),
@@ -374,11 +331,32 @@ class Trainer(SimpleTrainer):
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, total)
 
-    def _stop_if(self, failed: Tensor, describe: Callable[[], str]) -> None:
-        """Raise NonFiniteError on every process when any entry of ``failed`` is true on one of
-        them.
+    def _check_gradients(self) -> None:
+        """Name the parameters without gradient: a warning, or an error where the next step fails.
 
-        The device is waited for once.
+        Raises:
+            ValueError: there are some, and DistributedDataParallel is not told to look for them.
+        """
+        unread = [
+            name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None
+        ]
+        if not unread:
+            return
+        what = (
+            f"{len(unread)} parameters get no gradient, '{unread[0].removeprefix('module.')}' first"
+        )
+        parallel = isinstance(self.model, DistributedDataParallel)
+        if parallel and not self.model.find_unused_parameters:
+            raise ValueError(
+                f"{what}: freeze or remove what the losses do not depend on, or set"
+                " train.ddp.find_unused_parameters=True"
+            )
+        logger.warning("%s: they are not trained", what)
+
+    def _stop_if(self, failed: Tensor, describe: Callable[[], str]) -> None:
+        """Raise NonFiniteError in every process if an entry of ``failed`` is true in one of them.
+
+        It waits for the device once.
         """
         flag = failed.any().float()
         if comm.get_world_size() == 1:
@@ -392,15 +370,15 @@ class Trainer(SimpleTrainer):
             raise NonFiniteError(f"training stopped at iteration {self.iter}: {message}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, images seen, hooks, optimizer with names, gradient scaler."""
+        """Iteration, images seen, hooks, optimizer with parameter names, gradient scaler."""
         state = super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
-        state["parameter_names"] = parameter_names(self._bare_model(), self.optimizer)
+        state["parameter_names"] = parameter_names(unwrap(self.model), self.optimizer)
         if self.batch_size is not None:
             state["images_seen"] = (self.iter + 1) * self.batch_size + self.image_offset
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave; the next iteration is ``self.iter + 1``.
+        """Continue from the result of :meth:`state_dict`; the next iteration is ``self.iter + 1``.
 
         The settings of the optimizer stay as they are, and so does the batch size: see
         :mod:`crossmae_det.engine.checkpointing`.
@@ -408,9 +386,11 @@ class Trainer(SimpleTrainer):
         Raises:
             ValueError: the state does not fit the optimizer.
         """
-        names = parameter_names(self._bare_model(), self.optimizer)
         optimizer = match_optimizer_state(
-            state_dict["optimizer"], state_dict.get("parameter_names"), self.optimizer, names
+            state_dict["optimizer"],
+            state_dict.get("parameter_names"),
+            self.optimizer,
+            parameter_names(unwrap(self.model), self.optimizer),
         )
         state = {**state_dict, "optimizer": distribute_state(self.optimizer, optimizer)}
         # Earlier versions saved the schedule, which follows from the config and the iteration.
@@ -420,16 +400,12 @@ class Trainer(SimpleTrainer):
             iterations, self.image_offset = divmod(state["images_seen"], self.batch_size)
             state["iteration"] = iterations - 1
         super().load_state_dict(state)
-        if state_dict["grad_scaler"]:  # empty where the run was not in fp16
+        if state_dict["grad_scaler"]:  # empty if the run was not in fp16
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-
-    def _bare_model(self) -> nn.Module:
-        wrapped = isinstance(self.model, DistributedDataParallel)
-        return self.model.module if wrapped else self.model
 
 
 def _names(samples: Any) -> str:
-    """The images of a batch for a message: file names where the samples carry them."""
+    """The images of a batch for a message: file names if the samples have them."""
     if isinstance(samples, list) and all(isinstance(sample, dict) for sample in samples):
         return ", ".join(str(sample.get("file_name", "unnamed")) for sample in samples)
     return f"a batch of {len(samples)}"

@@ -1,7 +1,4 @@
-"""The training loss on images that are not trained on.
-
-Which evaluation was the best, and when to stop for want of a better one.
-"""
+"""Validation losses, and what follows from evaluations: the best checkpoint and early stopping."""
 
 import json
 import logging
@@ -25,95 +22,25 @@ from torch.distributed.fsdp import FSDPModule
 
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
-from crossmae_det.engine.hooks import unwrap
-from crossmae_det.engine.trainer import autocast
-from crossmae_det.utils import atomic_path
+from crossmae_det.engine.trainer import autocast, unwrap
+from crossmae_det.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
-
-class BestCheckpointer(HookBase):
-    """Keep the checkpoint with the best metric as ``model_best``.
-
-    Register it after the evaluation, in every process. Unlike detectron2's, it does not become the
-    checkpoint that ``--resume`` continues from, and a resumed run remembers the best value of the
-    run so far.
-
-    Args:
-        checkpointer: saves the model.
-        metrics: names such as "segm/AP" or "val/total_loss"; the first one that is measured is
-            used.
-        mode: "auto", "min" or "max": see :func:`crossmae_det.engine.validation.sign_of`.
-
-    Raises:
-        ValueError: an unknown mode.
-    """
-
-    NAME = "model_best"
-
-    def __init__(self, checkpointer: Checkpointer, metrics: Sequence[str], mode: str = "auto"):
-        self.checkpointer = checkpointer
-        self.metrics = metrics
-        self.mode = mode
-        sign_of("", mode)  # an unknown mode is rejected now, not at the first evaluation
-        self.best_score = -math.inf
-        self.judged_iter = -1
-
-    def before_train(self) -> None:
-        path = os.path.join(self.checkpointer.save_dir, f"{self.NAME}.pth")
-        if self.trainer.start_iter > 0:
-            # The folder of the first process counts: on other machines there may be none.
-            known = comm.is_main_process() and os.path.exists(path)
-            self.best_score = comm.all_gather(self._score_of(path) if known else -math.inf)[0]
-
-    def after_step(self) -> None:
-        self._judge()
-
-    def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._judge()
-
-    def _judge(self) -> None:
-        latest = self.trainer.storage.latest()
-        name = next((metric for metric in self.metrics if metric in latest), None)
-        if name is None:
-            return
-        value, iteration = latest[name]
-        score = sign_of(name, self.mode) * value
-        if iteration <= self.judged_iter or not score > self.best_score:
-            return
-        self.judged_iter = iteration
-        self.best_score = float(score)
-        value = float(value)  # plain, so that the file can be read safely
-        logger.info("%s = %.3f is the best so far", name, value)
-        self.checkpointer.save(
-            self.NAME, tag=False, iteration=iteration, best_metric=value, metric_name=name
-        )
-
-    def _score_of(self, path: str) -> float:
-        """What the checkpoint is judged by; of another metric than that of this run, the least."""
-        content = read_checkpoint(path)
-        name = str(content.get("metric_name"))
-        if name not in self.metrics:
-            return -math.inf
-        return sign_of(name, self.mode) * float(content["best_metric"])
-
-
 PREFIX = "val/"
 
-TOTAL = f"{PREFIX}total_loss"
-
-
-# Modules that draw random numbers in training, or update their state: they run as in evaluation.
+# Modules that draw random numbers in training, or update their state: they run in evaluation mode.
 NOISE = (DropPath, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+
+MODES = ("auto", "min", "max")
 
 
 class Batches(Iterable, Sized, Protocol):
-    """The batches of this process, in order; those of all processes follow each other by rank."""
+    """The batches of this process, in order; the processes have consecutive parts, by rank."""
 
 
 class ValidationLoss(HookBase):
-    """Compute the losses of the model on a validation set, every so often and at the end.
+    """Computes the losses of the model on a validation set, periodically and at the end.
 
     They are logged as "val/total_loss" and "val/NAME", in every process. See :func:`losses_on`.
 
@@ -122,7 +49,7 @@ class ValidationLoss(HookBase):
             without random augmentation.
         period: in iterations; 0 for the end of the run only.
         amp_dtype: the precision of the run: "bf16", "fp16" or None.
-        seed: decides the random choices of the model.
+        seed: of the random choices of the model.
     """
 
     def __init__(self, data_loader: Batches, period: int, amp_dtype: str | None, seed: int = 0):
@@ -142,9 +69,8 @@ class ValidationLoss(HookBase):
             self._measure(last)
 
     def _measure(self, iteration: int) -> None:
-        losses = losses_on(
-            unwrap(self.trainer.model), self.data_loader, self.amp_dtype, seed=self.seed
-        )
+        model = unwrap(self.trainer.model)
+        losses = losses_on(model, self.data_loader, self.amp_dtype, seed=self.seed)
         self.measured_iter = iteration
         named = {f"{PREFIX}{name}": value for name, value in losses.items()}
         self.trainer.storage.put_scalars(**named, smoothing_hint=False)
@@ -155,52 +81,51 @@ class ValidationLoss(HookBase):
 def losses_on(
     model: nn.Module, data_loader: Batches, amp_dtype: str | None = None, *, seed: int = 0
 ) -> dict[str, float]:
-    """The losses of a model on a set of images, without any change to the model.
+    """The losses of a model on a set of images; the model does not change.
 
-    The model is in training mode, in which alone detectron2's models give losses, but for drop
-    path, dropout and norms with running statistics, which do as in evaluation. What is drawn at
-    random (proposals, masks of patches) depends on the seed and the place of the batch in the set
-    alone: two calls give the same values for the same weights. The random state of the process, the
-    modes of the modules and the training's metrics are left as they were.
+    The model is in training mode, the only one in which detectron2's models return losses, except
+    for drop path, dropout and norms with running statistics. What the model draws at random depends
+    on the seed and the index of the batch alone: two calls give the same values for the same
+    weights. The random state of the process, the modes of the modules and the metrics of the run
+    are restored.
 
     Args:
         model: takes a batch, returns a dict of scalar losses.
         data_loader: the batches of this process. Processes may have different numbers of them.
         amp_dtype: "bf16", "fp16" or None.
-        seed: any number >= 0.
+        seed: at least 0.
 
     Returns:
-        The mean over the images of all processes of each loss, and their sum as "total_loss"; the
+        The mean of each loss over the images of all processes, and their sum as "total_loss"; the
         same in every process.
 
     Raises:
-        ValueError: there is no image, or, for a model that is spread over processes, fewer batches
-            than processes.
+        ValueError: there is no image, or an FSDP model has fewer batches than processes.
     """
     device = next(model.parameters()).device
     counts = comm.all_gather(len(data_loader))
     if not sum(counts):
         raise ValueError("the validation set has no image: check dataloader.validation")
-    spread = isinstance(model, FSDPModule)
-    if spread and not min(counts):
+    sharded = isinstance(model, FSDPModule)
+    if sharded and not min(counts):
         raise ValueError(
             f"the validation set has {sum(counts)} batches for {len(counts)} processes: add images"
-            " or make dataloader.validation.batch_size smaller"
+            " or lower dataloader.validation.batch_size"
         )
-    # A model whose parts are spread over the processes needs all of them for every batch.
-    rounds = max(counts) if spread else len(data_loader)
+    # A sharded model needs all processes for every batch: those that are done repeat their last.
+    rounds = max(counts) if sharded else len(data_loader)
     first = sum(counts[: comm.get_rank()])
     sums: dict[str, float] = {}
     images = 0
-    # What detectron2's heads log in training goes into a storage that is thrown away.
-    with _as_in_training(model), _own_randomness(device), EventStorage(), torch.no_grad():
+    # detectron2's heads log to a storage in training; this one is discarded.
+    with _training_mode_without_noise(model), _own_randomness(device), EventStorage():
         batches = iter(data_loader)
         batch: Any = None
         for index in range(rounds):
             counted = index < len(data_loader)
             batch = next(batches) if counted else batch
             seed_all_rng(int(np.random.SeedSequence([seed, first + index]).generate_state(1)[0]))
-            with autocast(device, amp_dtype):
+            with torch.no_grad(), autocast(device, amp_dtype):
                 losses = model(batch)
             if counted:
                 images += len(batch)
@@ -214,8 +139,7 @@ def losses_on(
 
 
 @contextmanager
-def _as_in_training(model: nn.Module) -> Iterator[None]:
-    """Training mode without noise and without updates of running statistics; then as before."""
+def _training_mode_without_noise(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     for module, _ in modes:
@@ -232,20 +156,16 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 def _own_randomness(device: torch.device) -> Iterator[None]:
     """Restore the state of every global random generator afterwards."""
     states: tuple[Any, Any] = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
 
 
-MODES = ("auto", "min", "max")
-
-
 def sign_of(metric: str, mode: str) -> int:
-    """1 where higher values of a metric are better, -1 where lower ones are.
+    """1 if higher values of a metric are better, -1 if lower ones are.
 
     Args:
         metric: name such as "segm/AP" or "val/total_loss".
@@ -256,7 +176,7 @@ def sign_of(metric: str, mode: str) -> int:
         ValueError: another mode.
     """
     if mode not in MODES:
-        raise ValueError(f"mode='{mode}': choose one of {', '.join(MODES)}")
+        raise ValueError(f"mode='{mode}': must be one of {', '.join(MODES)}")
     if mode == "auto":
         part = metric.rpartition("/")[2]
         mode = "min" if part.endswith("loss") or part.startswith("loss_") else "max"
@@ -264,7 +184,7 @@ def sign_of(metric: str, mode: str) -> int:
 
 
 def best_of(values: Mapping[int, float], sign: int) -> tuple[int, int]:
-    """(The iteration with the best value, the number of evaluations after it).
+    """The iteration with the best value, and the number of evaluations after it.
 
     The first of equal values is the best one. NaN is never better.
 
@@ -273,23 +193,107 @@ def best_of(values: Mapping[int, float], sign: int) -> tuple[int, int]:
         sign: see :func:`sign_of`.
     """
     iterations = sorted(values)
-    scores = [
-        -math.inf if math.isnan(values[iteration]) else sign * values[iteration]
-        for iteration in iterations
-    ]
-    place = scores.index(max(scores))
-    return iterations[place], len(scores) - 1 - place
+    scores = [-math.inf if math.isnan(values[i]) else sign * values[i] for i in iterations]
+    best = scores.index(max(scores))
+    return iterations[best], len(scores) - 1 - best
+
+
+class BestCheckpointer(HookBase):
+    """Keeps the checkpoint with the best metric as ``model_best``.
+
+    Register it after the evaluation, in every process. Unlike detectron2's, it takes the first of
+    several metrics that is measured, ``--resume`` does not continue from its checkpoint, and a
+    resumed run knows the best value so far.
+
+    Args:
+        checkpointer: saves the model.
+        metrics: names such as "segm/AP" or "val/total_loss"; the first one that is measured is
+            used.
+        mode: "auto", "min" or "max": see :func:`sign_of`.
+        period: of the evaluations, in iterations; 0 for the end of the run only. The first one
+            that measures none of the metrics is logged as a warning. None: there are none.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+
+    NAME = "model_best"
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        metrics: Sequence[str],
+        mode: str = "auto",
+        period: int | None = None,
+    ):
+        sign_of("", mode)  # rejects an unknown mode now, not at the first evaluation
+        self.checkpointer = checkpointer
+        self.metrics = list(metrics)
+        self.mode = mode
+        self.period = period
+        self.best_score = -math.inf
+        self.judged_iter = -1
+        self.warned = False
+
+    def before_train(self) -> None:
+        path = os.path.join(self.checkpointer.save_dir, f"{self.NAME}.pth")
+        if self.trainer.start_iter > 0:
+            # The folder of the first process counts: on other machines there may be none.
+            known = comm.is_main_process() and os.path.exists(path)
+            self.best_score = comm.all_gather(self._score_of(path) if known else -math.inf)[0]
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        last = done >= self.trainer.max_iter  # evaluated after the run
+        self._judge(evaluated=bool(self.period) and done % self.period == 0 and not last)
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._judge(evaluated=self.period is not None)
+
+    def _judge(self, evaluated: bool) -> None:
+        latest = self.trainer.storage.latest()
+        name = next((metric for metric in self.metrics if metric in latest), None)
+        if name is None:
+            if evaluated and not self.warned:
+                self.warned = True
+                logger.warning(
+                    "train.best_checkpoint.metrics=%s: none of them is measured, so no %s.pth is"
+                    " kept; %s has the names of those that are",
+                    self.metrics,
+                    self.NAME,
+                    os.path.join(self.checkpointer.save_dir, "metrics.json"),
+                )
+            return
+        value, iteration = latest[name]
+        score = sign_of(name, self.mode) * value
+        if iteration <= self.judged_iter or not score > self.best_score:
+            return
+        self.judged_iter = iteration
+        self.best_score = float(score)
+        value = float(value)  # plain, so that the file can be read safely
+        logger.info("%s = %.3f is the best so far", name, value)
+        self.checkpointer.save(
+            self.NAME, tag=False, iteration=iteration, best_metric=value, metric_name=name
+        )
+
+    def _score_of(self, path: str) -> float:
+        """The score of the checkpoint in a file; -inf if this run does not have its metric."""
+        content = read_checkpoint(path)
+        name = str(content.get("metric_name"))
+        if name not in self.metrics:
+            return -math.inf
+        return sign_of(name, self.mode) * float(content["best_metric"])
 
 
 class EarlyStopping(HookBase):
-    """End the run after ``patience`` evaluations in a row that are no better than the best one.
+    """Ends the run after ``patience`` evaluations in a row that are no better than the best one.
 
-    A stopped run ends as one that reached its last iteration: with ``model_final.pth``, curves and
-    visualizations. The values it judges by are in ``early_stopping.json`` in the run's folder, from
-    where a resumed run goes on counting; with a greater patience a stopped run goes on.
+    A stopped run ends like one that reached its last iteration: with ``model_final.pth``, curves
+    and visualizations. Its values are in ``early_stopping.json`` in the run's folder, from where a
+    resumed run continues to count; with a greater patience a stopped run continues.
 
-    Register it in every process, after the evaluations and after the hook that keeps the best
-    checkpoint.
+    Register it in every process, after the evaluations and after :class:`BestCheckpointer`.
 
     Args:
         checkpointer: saves the last checkpoint; its folder is the run's.
@@ -312,16 +316,16 @@ class EarlyStopping(HookBase):
         mode: str,
         period: int,
     ):
+        key = "train.early_stopping"
         if patience < 1:
-            raise ValueError(f"train.early_stopping.patience must be at least 1, got {patience}")
+            raise ValueError(f"{key}.patience={patience}: must be at least 1")
         if not metrics:
-            raise ValueError("train.early_stopping.metrics is empty: name one, such as segm/AP")
+            raise ValueError(f"{key}.metrics is empty: name one, such as {PREFIX}total_loss")
         if period < 1:
             raise ValueError(
-                f"train.early_stopping needs evaluations during the run: train.eval_period is"
-                f" {period}"
+                f"{key} needs evaluations during the run, but train.eval_period={period}"
             )
-        sign_of(metrics[0], mode)  # an unknown mode is rejected now, not at the first evaluation
+        sign_of(metrics[0], mode)  # rejects an unknown mode now, not at the first evaluation
         self.checkpointer = checkpointer
         self.metrics = list(metrics)
         self.patience = patience
@@ -329,11 +333,7 @@ class EarlyStopping(HookBase):
         self.period = period
         self.metric = ""
         self.values: dict[int, float] = {}
-
-    @property
-    def path(self) -> Path:
-        """Where the values are kept."""
-        return Path(self.checkpointer.save_dir) / self.FILE
+        self.path = Path(checkpointer.save_dir) / self.FILE
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
@@ -348,7 +348,7 @@ class EarlyStopping(HookBase):
 
     def after_step(self) -> None:
         iteration = self.trainer.iter
-        last = iteration + 1 >= self.trainer.max_iter  # it is evaluated when the run has ended
+        last = iteration + 1 >= self.trainer.max_iter  # evaluated after the run
         if last or (iteration + 1) % self.period:
             return
         latest = self.trainer.storage.latest()
@@ -357,13 +357,12 @@ class EarlyStopping(HookBase):
         if self.metric not in measured:
             raise ValueError(
                 f"train.early_stopping.metrics={self.metrics}: the evaluation measures none of"
-                f" them; name one of those in {self.checkpointer.save_dir}/metrics.json"
+                f" them; take one of those in {self.checkpointer.save_dir}/metrics.json"
             )
         self.values[iteration] = float(measured[self.metric])
         if comm.is_main_process():
             values = {key: None if math.isnan(v) else v for key, v in self.values.items()}
-            with atomic_path(self.path) as temporary:
-                temporary.write_text(json.dumps({"metric": self.metric, "values": values}))
+            write_json(self.path, {"metric": self.metric, "values": values})
         if self._is_over():
             logger.info("Early stopping after %d iterations: %s", iteration + 1, self._reason())
             # From here on everything is as in a run of this length.
@@ -387,27 +386,27 @@ class EarlyStopping(HookBase):
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{self.path} is damaged ({error}): delete it to count evaluations anew"
+                f"{self.path} is damaged ({error}): delete it to restart the count of evaluations"
             ) from error
         if metric not in self.metrics:
             logger.warning(
-                "%s has values of %s, which train.early_stopping.metrics does not name:"
-                " evaluations are counted anew",
+                "%s has values of %s, which is not in train.early_stopping.metrics: the count of"
+                " evaluations restarts",
                 self.path,
                 metric,
             )
             return "", {}
         return metric, {key: value for key, value in values.items() if key < start}
 
-    def _is_over(self) -> bool:
-        return bool(self.values) and self._best()[1] >= self.patience
-
     def _best(self) -> tuple[int, int]:
         return best_of(self.values, sign_of(self.metric, self.mode))
 
+    def _is_over(self) -> bool:
+        return bool(self.values) and self._best()[1] >= self.patience
+
     def _reason(self) -> str:
         best, waited = self._best()
-        path = os.path.join(self.checkpointer.save_dir, "model_best.pth")
+        path = os.path.join(self.checkpointer.save_dir, f"{BestCheckpointer.NAME}.pth")
         return (
             f"{self.metric} has not improved on {self.values[best]:.4g} of iteration {best} in"
             f" {waited} evaluations; the best checkpoint is {path}"

@@ -192,6 +192,7 @@ class MaskedImageModel(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    forward_methods = ("reconstruct",)  # beside forward: see engine.fsdp.shard
 
     def __init__(
         self,

@@ -1,15 +1,28 @@
+"""Hooks, schedules and the file of metrics."""
+
+import json
 import logging
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from detectron2.utils.events import EventStorage, JSONWriter
 from torch import nn
 
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
-from crossmae_det.engine.hooks import Evaluation, LayerLearningRates, ModelEMA
+from crossmae_det.engine.hooks import (
+    Evaluation,
+    LayerLearningRates,
+    MetricsWriter,
+    ModelEMA,
+    cosine_schedule,
+    step_schedule,
+)
 from crossmae_det.engine.validation import BestCheckpointer
+from crossmae_det.utils.plots import read_metrics
 
 
 def test_ema_is_the_recursion():
@@ -26,8 +39,8 @@ def test_ema_is_the_recursion():
     assert ema.model.weight is not model.weight
 
 
-def test_ema_refuses_a_decay_out_of_range():
-    with pytest.raises(ValueError, match=r"train.ema.decay must lie in \[0, 1\), got 1"):
+def test_a_decay_out_of_range_is_rejected():
+    with pytest.raises(ValueError, match=r"train\.ema\.decay=1"):
         ModelEMA(nn.Linear(1, 1), decay=1)
 
 
@@ -97,3 +110,66 @@ def test_the_rate_of_every_layer_is_logged(caplog):
     ]
     hook.before_step()
     assert logged == {"lr/layer_00": 0.1, "lr/heads": 0.2}
+
+
+def test_steps_after_a_linear_warmup():
+    schedule = step_schedule(1000, [0.5, 0.9], gamma=0.1, warmup_iters=50)
+    rates = [schedule(i / 1000) for i in (0, 25, 50, 499, 500, 899, 900, 999)]
+    assert rates == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_half_a_cosine_after_a_linear_warmup():
+    schedule = cosine_schedule(1000, warmup_iters=100)
+    end = 0.5 * (1 + math.cos(math.pi * 0.1))  # the warm-up meets the cosine where it then is
+    assert schedule(0.05) == pytest.approx((0.001 + end) / 2, rel=1e-3)
+    assert schedule(0.5) == pytest.approx(0.5)
+    assert schedule(0.999) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 7])
+def test_short_runs_have_a_schedule_too(max_iter):
+    schedule = step_schedule(max_iter, [8 / 9, 26 / 27], warmup_iters=250)
+    assert all(0 < schedule(i / max_iter) <= 1 for i in range(max_iter))
+    assert schedule(0.5) == 1
+
+
+def test_a_schedule_without_iterations_is_rejected():
+    with pytest.raises(ValueError, match="got 0"):
+        cosine_schedule(0, warmup_iters=10)
+
+
+def write(writer, series):
+    for iteration, scalars in enumerate(series):
+        with EventStorage(iteration) as storage:
+            storage.put_scalars(smoothing_hint=False, **scalars)
+            writer.write()
+    writer.close()
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    path = tmp_path / "metrics.json"
+    series = [{"AP": math.nan, "total_loss": 1.5}, {"AP": -math.inf, "total_loss": math.inf}]
+    write(MetricsWriter(str(path)), series)
+
+    def fail(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = [json.loads(line, parse_constant=fail) for line in path.read_text().splitlines()]
+    assert lines == [
+        {"AP": None, "iteration": 0, "total_loss": 1.5},
+        {"AP": None, "iteration": 1, "total_loss": None},
+    ]
+    read = read_metrics(path)
+    assert read["total_loss"][0] == 1.5 and math.isnan(read["total_loss"][1])
+
+
+def test_finite_metrics_are_those_of_detectron2(tmp_path):
+    series = [{"a": 0.1 + 0.2, "b": 3}, {"a": 1e-30}, {}]
+    for name, kind in (("ours", MetricsWriter), ("detectron2", JSONWriter)):
+        write(kind(str(tmp_path / name)), series)
+    assert (tmp_path / "ours").read_text() == (tmp_path / "detectron2").read_text()
+
+
+def test_a_run_without_metrics_leaves_no_file(tmp_path):
+    write(MetricsWriter(str(tmp_path / "metrics.json")), [])
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,9 @@
-"""The losses on a validation set: what they are, and that computing them changes nothing."""
+"""Validation losses, the best checkpoint, and early stopping."""
 
 import copy
+import json
+import logging
+import math
 import random
 from types import SimpleNamespace
 
@@ -12,7 +15,16 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from timm.layers import DropPath
 from torch import nn
 
-from crossmae_det.engine.validation import ValidationLoss, losses_on
+from crossmae_det.checkpoint import read_checkpoint
+from crossmae_det.engine.checkpointing import Checkpointer
+from crossmae_det.engine.validation import (
+    BestCheckpointer,
+    EarlyStopping,
+    ValidationLoss,
+    best_of,
+    losses_on,
+    sign_of,
+)
 from crossmae_det.model_zoo import get_config
 from crossmae_det.modeling import ViT
 from crossmae_det.pretraining import CrossMAE
@@ -161,3 +173,209 @@ def test_not_after_a_run_that_failed(model, batches):
     hook.trainer = SimpleNamespace(model=model, max_iter=5, iter=4)
     hook.after_train()
     assert hook.measured_iter == -1
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "sign"),
+    [
+        ("segm/AP", "auto", 1),
+        ("val/total_loss", "auto", -1),
+        ("val/loss_mask", "auto", -1),
+        ("val/loss_mask", "max", 1),
+        ("segm/AP", "min", -1),
+    ],
+)
+def test_what_is_better(metric, mode, sign):
+    assert sign_of(metric, mode) == sign
+
+
+def naive_stop(values, patience, sign):
+    """Index of the evaluation at which a run ends, or None."""
+    best, waited = None, 0
+    for index, value in enumerate(values):
+        if best is None or sign * value > sign * best:
+            best, waited = value, 0
+        else:
+            waited += 1
+        if waited >= patience:
+            return index
+    return None
+
+
+def hook_of(folder, **options):
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(folder))
+    options = {"metrics": ["segm/AP", "val/total_loss"], "patience": 2, "mode": "auto"} | options
+    return EarlyStopping(checkpointer, period=10, **options)
+
+
+def drive(hook, series, start_iter=0, max_iter=1000, name="segm/AP"):
+    """Run the hook with an evaluation every 10 iterations; the iterations that were run."""
+    storage = SimpleNamespace(latest=dict)
+    trainer = SimpleNamespace(storage=storage, start_iter=start_iter, iter=0, max_iter=max_iter)
+    hook.trainer = trainer
+    hook.before_train()
+    trainer.iter = start_iter
+    latest = {"total_loss": (1.0, 0)}
+    while trainer.iter < trainer.max_iter and (trainer.iter + 1) // 10 <= len(series):
+        if (trainer.iter + 1) % 10 == 0:
+            latest[name] = (series[(trainer.iter + 1) // 10 - 1], trainer.iter)
+        storage.latest = lambda: latest
+        hook.after_step()
+        trainer.iter += 1
+    return trainer.iter
+
+
+@pytest.mark.parametrize(
+    ("series", "name"),
+    [
+        ([1.0, 2.0, 2.0, 1.5, 9.0], "segm/AP"),  # equal is not better
+        ([1.0, 2.0, 1.9, 2.1, 2.0, 2.05, 9.0], "segm/AP"),
+        ([3.0, 2.0, 2.5, 1.0, 1.5, 1.2, 0.1], "val/total_loss"),
+        ([1.0, 2.0, 3.0], "segm/AP"),
+    ],
+)
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_a_run_ends_after_patience_evaluations_without_a_better_one(
+    tmp_path, series, name, patience
+):
+    done = drive(hook_of(tmp_path, patience=patience), series, name=name)
+    index = naive_stop(series, patience, -1 if "loss" in name else 1)
+    assert done == (len(series) * 10 + 9 if index is None else 10 * (index + 1))
+    assert (tmp_path / "model_final.pth").exists() == (index is not None)
+
+
+def test_nan_is_never_better(tmp_path):
+    assert best_of({1: math.nan, 2: 0.5, 3: math.nan}, 1) == (2, 1)
+    assert best_of({1: math.nan, 2: math.nan}, -1) == (1, 1)
+    assert drive(hook_of(tmp_path), [1.0, math.nan, math.nan, 5.0]) == 30
+    content = (tmp_path / EarlyStopping.FILE).read_text()
+    assert json.loads(content, parse_constant=pytest.fail)["values"]["19"] is None
+
+
+def test_the_log_says_why_and_names_the_best_checkpoint(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "crossmae_det"):
+        drive(hook_of(tmp_path), [1.0, 7.5, 2.0, 3.0])
+    (line,) = [m for m in caplog.messages if "Early stopping" in m]
+    for part in ("40 iterations", "segm/AP", "7.5", "2 evaluations", f"{tmp_path}/model_best.pth"):
+        assert part in line
+
+
+def test_a_resumed_run_goes_on_counting(tmp_path):
+    assert drive(hook_of(tmp_path), [3.0, 1.0], max_iter=1000) == 29
+    # It was killed in iteration 29; its last checkpoint is of iteration 24.
+    assert drive(hook_of(tmp_path), [3.0, 1.0, 2.0, 9.0], start_iter=25) == 30
+    # A stopped run is finished.
+    hook = hook_of(tmp_path)
+    assert drive(hook, [], start_iter=30) == 30
+    assert hook.trainer.max_iter == 30
+    # But not for more patience.
+    series = [3.0, 1.0, 2.0, 2.5, 2.0, 9.0]
+    assert drive(hook_of(tmp_path, patience=4), series, start_iter=30) == 50
+
+
+def test_what_was_judged_after_the_checkpoint_does_not_count(tmp_path):
+    drive(hook_of(tmp_path), [3.0, 1.0])
+    hook = hook_of(tmp_path)
+    drive(hook, [3.0, 4.0, 3.5], start_iter=15)
+    assert hook.values == {9: 3.0, 19: 4.0, 29: 3.5}
+
+
+def test_a_new_run_in_the_folder_counts_anew(tmp_path):
+    drive(hook_of(tmp_path), [3.0, 1.0, 1.0])
+    drive(hook_of(tmp_path), [])
+    assert not (tmp_path / EarlyStopping.FILE).exists()
+
+
+def test_another_metric_than_before_counts_anew(tmp_path, caplog):
+    drive(hook_of(tmp_path), [3.0, 1.0])
+    hook = hook_of(tmp_path, metrics=["val/total_loss"])
+    with caplog.at_level(logging.WARNING, "crossmae_det"):
+        drive(hook, [0.0, 0.0, 4.0, 5.0], start_iter=25, name="val/total_loss")
+    assert hook.values == {29: 4.0, 39: 5.0}
+    assert "segm/AP" in caplog.text
+
+
+def test_the_last_iteration_is_left_to_the_end_of_the_run(tmp_path):
+    hook = hook_of(tmp_path, patience=1)
+    drive(hook, [3.0, 1.0], max_iter=20)
+    assert list(hook.values) == [9]
+    assert not (tmp_path / "model_final.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"patience": 0}, ["train.early_stopping.patience", "0"]),
+        ({"metrics": []}, ["train.early_stopping.metrics"]),
+        ({"mode": "best"}, ["best", "auto, min, max"]),
+    ],
+)
+def test_bad_options_are_rejected(tmp_path, options, parts):
+    with pytest.raises(ValueError) as error:
+        hook_of(tmp_path, **options)
+    assert all(part in str(error.value) for part in parts)
+
+
+def test_without_evaluations_there_is_nothing_to_wait_for(tmp_path):
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
+    with pytest.raises(ValueError, match=r"train\.eval_period"):
+        EarlyStopping(checkpointer, ["segm/AP"], patience=1, mode="auto", period=0)
+
+
+def test_a_metric_that_is_not_measured_is_named(tmp_path):
+    hook = hook_of(tmp_path, metrics=["segm/APP"])
+    with pytest.raises(ValueError, match=r"train\.early_stopping\.metrics.*segm/APP"):
+        drive(hook, [3.0])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"metric": "segm/AP", "values": {"a": 1}}'])
+def test_a_damaged_file_is_named(tmp_path, text):
+    (tmp_path / EarlyStopping.FILE).write_text(text)
+    with pytest.raises(ValueError, match=EarlyStopping.FILE):
+        drive(hook_of(tmp_path), [], start_iter=10)
+
+
+def test_of_a_loss_the_lowest_is_the_best_checkpoint(tmp_path):
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
+
+    def judge(series, start_iter=0, mode="auto"):
+        hook = BestCheckpointer(checkpointer, ["val/total_loss"], mode)
+        storage = SimpleNamespace(latest=dict)
+        hook.trainer = SimpleNamespace(storage=storage, start_iter=start_iter, iter=0, max_iter=99)
+        hook.before_train()
+        for iteration, value in enumerate(series, start_iter):
+            storage.latest = lambda v=value, i=iteration: {"val/total_loss": (v, i)}
+            hook.after_step()
+        best = read_checkpoint(tmp_path / "model_best.pth")
+        return best["best_metric"], best["iteration"]
+
+    assert judge([3.0, 2.0, math.nan, 2.5]) == (2.0, 1)
+    assert judge([2.2], start_iter=4) == (2.0, 1)
+    assert judge([1.5], start_iter=5) == (1.5, 5)
+    assert judge([1.0, 4.0], mode="max") == (4.0, 1)
+
+
+def test_a_best_metric_that_is_never_measured_is_warned_of_once(tmp_path, caplog):
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
+    latest = {"segm/AP": (1.0, 1)}
+
+    def run(metrics, period):
+        hook = BestCheckpointer(checkpointer, metrics, period=period)
+        storage = SimpleNamespace(latest=lambda: latest)
+        trainer = hook.trainer = SimpleNamespace(storage=storage, start_iter=0, max_iter=9)
+        hook.before_train()
+        for trainer.iter in range(9):
+            hook.after_step()
+        trainer.iter = 9
+        hook.after_train()
+        warnings = [m for m in caplog.messages if "train.best_checkpoint.metrics" in m]
+        caplog.clear()
+        return warnings
+
+    for period in (2, 0):
+        (line,) = run(["foo/AP"], period)
+        assert "foo/AP" in line
+    assert not run(["foo/AP"], None)  # a run without evaluations
+    assert not (tmp_path / "model_best.pth").exists()
+    assert not run(["foo/AP", "segm/AP"], 2)
+    assert (tmp_path / "model_best.pth").exists()

@@ -95,6 +95,7 @@ def test_parts_of_a_job_that_do_not_fit_are_one_line(train):
     for name in ("depth", "num_heads", "embed_dim", "patch_size"):
         assert name in train(f"model.backbone.net.{name}=0")
     assert "optimizer.*" in train("optimizer._target_=torch.optim.SGD")
+    assert "optimizer.*" in train("optimizer.betas=[0.9]")
     assert "train.compile.module" in train("train.compile.enabled=True", "train.compile.module=no")
     assert "augmentations" in train("dataloader.train.mapper.augmentations=[1]")
     assert "train.device='meta'" in train("train.device=meta")
@@ -161,7 +162,7 @@ def test_a_mask_without_area_is_named_and_can_be_skipped(train, own_set):
         "train.amp.dtype=fp8",
         "train.amp.enabled=True",
     )
-    assert "train.amp.dtype must be one of" in line
+    assert "train.amp.dtype" in line
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -226,13 +227,18 @@ def test_a_checkpoint_that_lacks_a_tensor_says_how_to_go_on(train, tmp_path):
 
 
 def test_a_device_that_is_not_there_is_named(train):
-    assert "train.device='gpu' is no device that torch knows" in train("train.device=gpu")
+    assert "train.device='gpu'" in train("train.device=gpu")
 
 
 def test_a_folder_that_cannot_be_written_is_named(train, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    assert str(blocked) in train(f"train.output_dir={blocked}/output")
+    assert f"train.output_dir={blocked}/output" in train(f"train.output_dir={blocked}/output")
+
+
+def test_a_reference_that_leads_nowhere_is_named_with_its_key(train):
+    line = train("train.log_period='${train.no_such_key}'")
+    assert "train.log_period" in line and "no_such_key" in line
 
 
 def test_batches_that_do_not_fit_are_refused(train):

@@ -1,3 +1,5 @@
+"""What a job builds from its config."""
+
 import torch
 from detectron2.config import LazyCall
 from omegaconf import OmegaConf

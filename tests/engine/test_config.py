@@ -1,4 +1,4 @@
-"""Configs that runs save: still configs, with and without their data."""
+"""Configs that are resolved, checked and saved: still configs, with and without their data."""
 
 import json
 import os
