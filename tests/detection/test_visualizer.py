@@ -15,7 +15,7 @@ from crossmae_det.detection.visualizer import (
     draw_predictions,
 )
 
-SIZE = (500, 600)  # large enough to be drawn as it is
+SIZE = (500, 600)  # large enough not to be enlarged
 GRAY = 90
 
 
@@ -67,7 +67,7 @@ def inside(picture, x, y):
     return picture[y - 3 : y + 3, x - 3 : x + 3].reshape(-1, 3).mean(axis=0)
 
 
-def test_a_picture_without_objects_says_so(metadata):
+def test_a_note_stands_for_no_objects(metadata):
     # Smooth, because older versions of matplotlib resample an image by a fraction of a pixel.
     image = np.tile(np.linspace(0, 250, SIZE[1])[None, :, None], (SIZE[0], 1, 3)).astype(np.uint8)
     box = [[9, 9, 90, 90]]
@@ -84,7 +84,7 @@ def test_a_picture_without_objects_says_so(metadata):
         assert (picture[:40, :300] == 0).all(axis=2).sum() > 200  # the background of the note
     for index, picture in enumerate(pictures):  # threshold and best score are part of it
         assert all((picture != other).any() for other in pictures[:index])
-    # The note fits a small picture that is not enlarged.
+    # The note fits a small image that is not enlarged.
     for size in ((8, 9), (400, 20), (20, 400)):
         found = instances([], [], [], size)
         assert draw_predictions(gray(size), found, metadata, scale=1).shape == (*size, 3)
@@ -178,7 +178,7 @@ def test_crowds_have_a_dashed_box(metadata):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 3), (16, 3300)])
-def test_pictures_of_unusual_sizes(metadata, size):
+def test_unusual_image_sizes(metadata, size):
     found = instances([[0, 0, size[1], size[0]]], [0], [0.9], size, masks=True)
     picture = draw_predictions(gray(size), found, metadata, scale=1)
     assert picture.shape == (*size, 3) and (picture != GRAY).any()
@@ -203,7 +203,7 @@ def test_threshold_is_inclusive_and_scores_are_optional(metadata):
 
 
 @pytest.mark.parametrize("box", [[0, 0, 40, 12], [560, 0, 600, 10], [570, 480, 600, 500]])
-def test_labels_stay_within_the_picture(metadata, box):
+def test_labels_stay_within_the_image(metadata, box):
     """The text at any border is as long as in the middle."""
     at_border = draw_predictions(gray(), instances([box], [1], [0.99]), metadata)
     in_middle = draw_predictions(gray(), instances([[200, 200, 240, 212]], [1], [0.99]), metadata)
@@ -211,7 +211,7 @@ def test_labels_stay_within_the_picture(metadata, box):
     assert text_pixels(at_border) > 0.9 * text_pixels(in_middle)
 
 
-def test_a_label_wider_than_the_picture_shrinks():
+def test_a_label_wider_than_the_image_shrinks():
     """The last letter is visible: two labels that differ in nothing else give two pictures."""
     size = (100, 120)
     found = instances([[20, 30, 90, 80]], [0], size=size)
@@ -272,39 +272,34 @@ def test_classes_without_names_are_numbered():
 
 
 def test_sizes_must_match(metadata):
-    with pytest.raises(ValueError, match="instances: made for an image of 20x10 pixels.*600x500"):
+    with pytest.raises(ValueError, match="instances: .*20x10.*600x500"):
         draw_predictions(gray(), instances([], [], [], size=(10, 20)), metadata)
-    with pytest.raises(ValueError, match="7.jpg: made for an image of 20x10 pixels"):
+    with pytest.raises(ValueError, match="7.jpg: .*20x10"):
         draw_ground_truth(gray(), record([], (10, 20)), metadata)
 
 
-@pytest.mark.parametrize(("count", "width", "rows"), [(1, 996, 1), (3, 996, 3), (5, 1980, 3)])
-def test_sheet(metadata, tmp_path, count, width, rows):
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_sheet_has_the_ground_truth_beside_the_predictions(metadata, tmp_path, count):
     size = (64, 96)
-    cells = []
-    for _ in range(count):
-        truth = record([annotation([10, 10, 50, 50], 1)], size)
-        found = instances([[10, 10, 50, 50]], [1], [0.9], size, masks=True)
-        cells.append((gray(size), truth, found))
+    truth = record([annotation([10, 10, 50, 50], 1)], size)  # without a mask
+    found = instances([[10, 10, 50, 50]], [1], [0.9], size, masks=True)
     path = tmp_path / "pictures" / "sheet.png"
-    comparison_sheet(cells, metadata, path)
+    comparison_sheet([(gray(size), truth, found)] * count, metadata, path)
     sheet = cv2.imread(str(path))
-    # gap, titles, then per row: the picture 480 wide, a caption, a gap.
-    assert sheet.shape == (12 + 34 + rows * (320 + 24 + 12), width, 3)
-    first = sheet[46 : 46 + 320, 12 : 12 + 480]
-    second = sheet[46 : 46 + 320, 504 : 504 + 480]
-    np.testing.assert_array_equal(inside(first, 150, 150), [GRAY] * 3)  # the truth has no mask
     tint = 0.55 * GRAY + 0.45 * bgr(1, metadata)
-    np.testing.assert_allclose(inside(second, 150, 180), tint, atol=3)
-    for strip in (sheet[12:46], sheet[366:390]):  # titles, captions
-        assert (strip < 100).any()
+    tinted = (np.abs(sheet - tint).max(axis=2) < 3).any(axis=0)
+    pairs_per_row = 1 if count < 4 else 2
+    half = sheet.shape[1] // pairs_per_row // 2
+    for pair in range(pairs_per_row):
+        left = 2 * half * pair
+        assert not tinted[left : left + half].any() and tinted[left + half : left + 2 * half].any()
     assert [p.name for p in path.parent.iterdir()] == ["sheet.png"]
 
 
 def test_sheet_mistakes(metadata, tmp_path):
-    with pytest.raises(ValueError, match="the list of rows is empty"):
+    with pytest.raises(ValueError, match="sheet.png"):
         comparison_sheet([], metadata, tmp_path / "sheet.png")
     row = (gray((8, 8)), record([], (8, 8)), instances([], [], [], (8, 8)))
-    with pytest.raises(ValueError, match="no image format has the suffix '.doc'"):
+    with pytest.raises(ValueError, match="'.doc'"):
         comparison_sheet([row], metadata, tmp_path / "sheet.doc")
     assert list(tmp_path.iterdir()) == []
