@@ -1,13 +1,13 @@
 """Commands that report costs: ``benchmark`` measures them, ``zoo`` lists them for each config."""
 
-import argparse
 import json
 import shlex
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -48,7 +48,9 @@ def benchmark(parser: ArgumentParser) -> None:
       crossmae-det benchmark --pretraining --step
       crossmae-det benchmark --data coco_2017_val
     """
-    args = _benchmark_arguments(parser)
+    _add_arguments(parser)
+    args = parser.parse_args()
+    _check_arguments(parser, args)
     device = resolve_device(args.device)
     if str(device) not in ("cpu", "cuda", "cuda:0"):
         raise ValueError(
@@ -59,12 +61,12 @@ def benchmark(parser: ArgumentParser) -> None:
         args.image_sizes = GROWTH_SIZES if args.growth else [DETECTION_SIZE]
     check_sizes(args.image_sizes, args.batch_sizes)
     modes = (
-        (args.backbones, compared),
+        (args.backbones, backbones),
         (args.growth, growth),
         (args.pretraining, pretraining),
         (args.data, loading),
     )
-    # Everything is checked before the first measurement, which may take hours.
+    # Everything is checked before the first measurement: all of them may take hours.
     prepared = [prepare(args, device.type) for asked, prepare in modes if asked is not None]
     writers = (
         (args.json, bench.Report.write_json),
@@ -72,8 +74,7 @@ def benchmark(parser: ArgumentParser) -> None:
         (args.markdown, bench.Report.write_markdown),
     )
     files = [(Path(path), write) for path, write in writers if path]
-    folders = [path.parent for path, _ in files] + ([Path(args.plots)] if args.plots else [])
-    for folder in folders:
+    for folder in [path.parent for path, _ in files] + ([Path(args.plots)] if args.plots else []):
         folder.mkdir(parents=True, exist_ok=True)
     sections = [section for measure in prepared for section in measure()]
     program = parser.prog if parser.prog.startswith("crossmae-det ") else f"python {sys.argv[0]}"
@@ -86,7 +87,7 @@ def benchmark(parser: ArgumentParser) -> None:
         plot_sections(sections, args.plots)
 
 
-def _benchmark_arguments(parser: ArgumentParser) -> argparse.Namespace:
+def _add_arguments(parser: ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "--backbones",
@@ -96,9 +97,7 @@ def _benchmark_arguments(parser: ArgumentParser) -> argparse.Namespace:
         " for this project's, @ and an attention backend or act-checkpoint may follow;"
         " the first is the baseline",
     )
-    what.add_argument(
-        "--growth", choices=SIZES, metavar="SIZE", help="blocks of a ViT over image sizes"
-    )
+    what.add_argument("--growth", choices=SIZES, help="blocks of a ViT over image sizes")
     what.add_argument(
         "--pretraining",
         nargs="*",
@@ -128,12 +127,10 @@ def _benchmark_arguments(parser: ArgumentParser) -> argparse.Namespace:
     how.add_argument("--train", action="store_true", help="forward, backward and optimizer")
     how.add_argument("--image-sizes", type=int, nargs="+", metavar="PIXELS", help="default: 1024")
     how.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N")
-    for name, kind, metavar, text in (
-        ("--prediction-ratios", float, "RATIO", "prediction ratios"),
-        ("--decoder-depths", int, "BLOCKS", "numbers of decoder blocks"),
-    ):
-        text = f"with --pretraining: every CrossMAE with these {text}"
-        how.add_argument(name, type=kind, nargs="+", default=[], metavar=metavar, help=text)
+    several: dict[str, Any] = {"nargs": "+", "default": []}
+    text = "with --pretraining: every CrossMAE with these"
+    how.add_argument("--prediction-ratios", type=float, **several, help=f"{text} prediction ratios")
+    how.add_argument("--decoder-depths", type=int, **several, help=f"{text} numbers of blocks")
     how.add_argument("--compile", action="store_true", help="compile the backbones")
     how.add_argument("--batch-size", type=int, default=32, help="for --step (default: 32)")
     how.add_argument("--precision", choices=bench.PRECISIONS, default="fp32", help="default: fp32")
@@ -146,16 +143,16 @@ def _benchmark_arguments(parser: ArgumentParser) -> argparse.Namespace:
     out.add_argument("--plots", metavar="FOLDER", help="figures as PNG and SVG")
     out.add_argument("--against", metavar="JSON", help="compare --backbones with an earlier --json")
     parser.add_argument("--opts", nargs="*", default=[], help="overrides of every config")
-    args = parser.parse_args()
+
+
+def _check_arguments(parser: ArgumentParser, args: Namespace) -> None:
     if all(mode is None for mode in (args.backbones, args.growth, args.pretraining, args.data)):
         parser.error("nothing to measure: add --backbones, --growth, --pretraining or --data")
-    if args.step and args.pretraining is None:
-        parser.error("--step times the configs of --pretraining: add it")
-    if (args.prediction_ratios or args.decoder_depths) and args.pretraining is None:
-        parser.error("--prediction-ratios and --decoder-depths vary --pretraining: add it")
-    configs = any(map(cases.is_config, args.backbones or []))
-    if args.opts and args.pretraining is None and not configs:
-        parser.error("--opts overrides configs, and no config is measured")
+    if args.pretraining is None:
+        if args.step or args.prediction_ratios or args.decoder_depths:
+            parser.error("--step, --prediction-ratios and --decoder-depths need --pretraining")
+        if args.opts and not any(map(cases.is_config, args.backbones or [])):
+            parser.error("--opts overrides configs, and no config is measured")
     if (args.growth or args.step) and len(args.batch_sizes) > 1:
         parser.error("--growth takes one of --batch-sizes, and --step takes --batch-size")
     if args.data and len(args.image_sizes or []) > 1:
@@ -164,24 +161,26 @@ def _benchmark_arguments(parser: ArgumentParser) -> argparse.Namespace:
         parser.error("--growth has its own --image-sizes: run it alone")
     if args.against and not args.backbones:
         parser.error("--against compares backbones: add --backbones")
-    return args
 
 
-def compared(args: argparse.Namespace, device: str) -> Measurement:
+def _case(args: Namespace, device: str, **fields: Any) -> bench.BackboneCase:
+    shared = {"train": args.train, "precision": args.precision, "compiled": args.compile}
+    return bench.BackboneCase(device=device, **shared, **fields)
+
+
+def backbones(args: Namespace, device: str) -> Measurement:
     for name in args.backbones:
         cases.check_name(name, args.opts)
     groups = [
         [
-            bench.BackboneCase(
+            _case(
+                args,
+                device,
                 name=name,
                 build=partial(cases.build, name, args.part, size, args.opts),
                 part=args.part,
                 image_size=size,
                 batch_size=batch,
-                train=args.train,
-                precision=args.precision,
-                device=device,
-                compiled=args.compile,
             )
             for name in args.backbones
         ]
@@ -199,31 +198,25 @@ def compared(args: argparse.Namespace, device: str) -> Measurement:
     return measure
 
 
-def growth(args: argparse.Namespace, device: str) -> Measurement:
+def growth(args: Namespace, device: str) -> Measurement:
     # Position tables are made for one size, and resampled for the others.
     builds = {
         kind: partial(cases.build_block, args.growth, kind, DETECTION_SIZE)
         for kind in ("windowed", "global")
     }
-    case = bench.BackboneCase(
+    case = _case(
+        args,
+        device,
         name=f"vit-{args.growth}",
         build=builds["global"],
         part="alone",
         image_size=DETECTION_SIZE,
         batch_size=args.batch_sizes[0],
-        train=args.train,
-        precision=args.precision,
-        device=device,
-        compiled=args.compile,
     )
-
-    def measure() -> Iterator[bench.Section]:
-        yield bench.grow(case, builds, args.image_sizes, args.repeats)
-
-    return measure
+    return lambda: [bench.grow(case, builds, args.image_sizes, args.repeats)]
 
 
-def pretraining(args: argparse.Namespace, device: str) -> Measurement:
+def pretraining(args: Namespace, device: str) -> Measurement:
     # The learning rate depends on the batch size.
     overrides = [f"dataloader.train.total_batch_size={args.batch_size}", *args.opts]
     builds = [
@@ -248,7 +241,7 @@ def pretraining(args: argparse.Namespace, device: str) -> Measurement:
     return measure
 
 
-def loading(args: argparse.Namespace, device: str) -> Measurement:
+def loading(args: Namespace, device: str) -> Measurement:
     images = find_images(image_set(args.data))
 
     def measure() -> Iterator[bench.Section]:
@@ -263,10 +256,6 @@ def zoo(parser: ArgumentParser) -> None:
 
     Parameters and GFLOPs are those of the whole model at the image size of the config. The AP is
     published by others, see MODEL_ZOO.md: one value for each kind of pretraining.
-
-    Examples:
-      crossmae-det zoo
-      crossmae-det zoo --json
     """
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
     page = parser.add_argument_group("the page MODEL_ZOO.md, for developers")
@@ -276,68 +265,54 @@ def zoo(parser: ArgumentParser) -> None:
         "--check", action="store_true", help="exit with 1 if the page differs from the records"
     )
     action.add_argument(
-        "--measure",
-        action="store_true",
-        help="count parameters and FLOPs of every config anew, then write the page",
+        "--measure", action="store_true", help="count all costs anew, then write the page"
     )
-    page.add_argument(
-        "--data", type=Path, default=FOLDER, metavar="FOLDER", help="default: the package's records"
-    )
-    page.add_argument(
-        "--page", type=Path, default=PAGE, metavar="FILE", help="default: MODEL_ZOO.md"
-    )
+    page.add_argument("--data", metavar="FOLDER", type=Path, default=FOLDER, help="the records")
+    page.add_argument("--page", metavar="FILE", type=Path, default=PAGE, help="MODEL_ZOO.md")
     args = parser.parse_args()
     if args.check:
         if not is_up_to_date(args.page, args.data):
-            command = "crossmae-det zoo --write-page"
+            command = "python tools/make_model_zoo.py"
             print(f"{args.page} differs from {args.data}: run {command}", file=sys.stderr)
             sys.exit(1)
     elif args.measure or args.write_page:
         if args.measure:
             write_records("measured", updated(read_records("measured", args.data)), args.data)
         write_page(args.page, args.data)
+    elif args.json:
+        content = {"configs": config_rows(args.data), "checkpoints": checkpoints(args.data)}
+        print(json.dumps(content, indent=2))
     else:
-        configs, files = zoo_rows(args.data), checkpoints(args.data)
-        if args.json:
-            print(json.dumps({"configs": configs, "checkpoints": files}, indent=2))
-            return
-        print(tabulate(configs, headers="keys", floatfmt=".1f", missingval="-"))
-        print("\nCheckpoints, for train.init_checkpoint:")
-        print(tabulate([[f["name"], f["holds"], f["license"], f["url"]] for f in files]))
+        rows = [row | {"AP": "\n".join(row["AP"])} for row in config_rows(args.data)]
+        headers = {name: name for name in rows[0]} | {"AP": "published box / mask AP"}
+        print(tabulate(rows, headers=headers, floatfmt=".1f", missingval="-"))
+        names = ("name", "holds", "license", "url")
+        files = [[row[name] for name in names] for row in checkpoints(args.data)]
+        print("\nCheckpoints, for train.init_checkpoint:\n", tabulate(files, names), sep="\n")
 
 
-def zoo_rows(folder: Path = FOLDER) -> list[dict[str, object]]:
-    """One row per shipped config: parameters, FLOPs and published AP, None where not recorded.
+def config_rows(folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """One row per shipped config: M parameters and GFLOPs (None if not recorded), published AP.
 
     Args:
         folder: of the records.
     """
     costs = read_records("measured", folder)["costs"]
-    parameters: dict[str, float] = {}
-    flops: dict[str, float] = {}
-    for row in (row for group in ("pretraining", "detection") for row in costs[group]):
-        if row["overrides"]:
-            continue
+    known: dict[str, tuple[float, float]] = {}
+    for row in (*costs["pretraining"], *costs["detection"]):
         if "decoder_flops" in row:
-            count = row["encoder_parameters"] + row["decoder_parameters"]
-            operations = row["encoder_flops"] + row["decoder_flops"]
+            parameters = row["encoder_parameters"] + row["decoder_parameters"]
+            flops = row["encoder_flops"] + row["decoder_flops"]
         else:
-            count, operations = sum(row["parameters"].values()), sum(row["flops"].values())
-        parameters |= dict.fromkeys(row["configs"], count / 1e6)
-        flops |= dict.fromkeys(row["configs"], operations / 1e9)
-    precision: dict[str, list[str]] = {}
+            parameters, flops = sum(row["parameters"].values()), sum(row["flops"].values())
+        if not row["overrides"]:
+            known |= dict.fromkeys(row["configs"], (parameters / 1e6, flops / 1e9))
+    precision: dict[str, list[str]] = {name: [] for name in list_configs()}
     for table in read_records("published", folder)["tables"]:
-        for row in table["rows"]:
-            if "box AP" in row and "mask AP" in row:
-                for config in row["configs"]:
-                    text = f"{row['pretraining']} {row['box AP']} / {row['mask AP']}"
-                    precision.setdefault(config, []).append(text)
-    return [
-        {
-            "config": name,
-            "M parameters": parameters.get(name),
-            "GFLOPs": flops.get(name),
-            "published box / mask AP": "\n".join(precision.get(name, [])) or None,
-        }
-        for name in list_configs()
-    ]
+        for row in (row for row in table["rows"] if "box AP" in row):
+            for config in row["configs"]:
+                text = f"{row['pretraining']}: {row['box AP']} / {row['mask AP']}"
+                precision[config].append(text)
+    columns = ("config", "M parameters", "GFLOPs", "AP")
+    rows = ((name, *known.get(name, (None, None)), values) for name, values in precision.items())
+    return [dict(zip(columns, row, strict=True)) for row in rows]

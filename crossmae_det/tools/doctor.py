@@ -21,12 +21,12 @@ from pathlib import Path
 import crossmae_det
 from crossmae_det.tools.install_detectron2 import InstallError, existing_detectron2
 
-# Instruction sets that decide about speed: AVX2 and AVX-512, bf16 and int8 on x86 and ARM.
+# Instruction sets that decide about speed on x86 and ARM, and the variables that limit threads.
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python")
 # Compiled libraries: an import shows whether they fit together.
 IMPORTS = ("torch", "torchvision", "timm", "cv2", "pycocotools.mask", "faster_coco_eval")
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 REASONS = {
     "chunked": "more query-key pairs than fit into the cache",
     "eager": "few query-key pairs, with gradients",
@@ -46,35 +46,35 @@ def doctor(parser: argparse.ArgumentParser) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args()
     problems: list[str] = []
-    sections: tuple[tuple[str, Callable[[list[str]], Lines]], ...] = (
-        ("Versions", versions),
-        ("CPU and threads", cpu),
-        ("GPU", gpu),
-        ("Chosen automatically here", choices),
-        ("Datasets", datasets),
-        ("Free disk space", disks),
-    )
-    report = {title: dict(_degraded(section, problems)) for title, section in sections}
+    sections: dict[str, Callable[[list[str]], Lines]] = {
+        "Versions": versions,
+        "CPU and threads": cpu,
+        "GPU": gpu,
+        "Chosen automatically": choices,
+        "Datasets": datasets,
+        "Free disk space": disks,
+    }
+    report = {title: dict(_degraded(section, problems)) for title, section in sections.items()}
     report["Problems"] = {str(number): text for number, text in enumerate(problems, 1)}
     if args.json:
         print(json.dumps(report, indent=2))
-    else:
-        for title, lines in report.items():
-            print(f"{title}:" if lines else f"{title}: none")
-            for name, text in lines.items():
-                print(f"  {name:<24} {text}")
+        return int(bool(problems))
+    for title, lines in report.items():
+        print(f"{title}:" if lines else f"{title}: none")
+        for name, text in lines.items():
+            print(f"  {name:<26}{text}")
     return int(bool(problems))
 
 
 def _degraded(section: Callable[[list[str]], Lines], problems: list[str]) -> Lines:
-    """A section up to the first error, which is its last line: a library is missing or broken."""
+    """A section up to the first error, which becomes its last line."""
     try:
         yield from section(problems)
-    except Exception as error:  # whatever a broken library raises
+    except Exception as error:  # whatever a missing or broken library raises
         yield "not available", _one_line(error)
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -84,25 +84,27 @@ def versions(problems: list[str]) -> Lines:
     yield "Python", f"{platform.python_version()}, {sys.executable}"
     yield "system", platform.platform()
     try:
-        found = existing_detectron2()
+        found = existing_detectron2() or "not installed: run 'crossmae-det install-detectron2'"
     except InstallError as error:
-        found = str(error)
-        problems.append(found)
-    else:
-        if found is None:
-            problems.append("detectron2 is not installed: run 'crossmae-det install-detectron2'")
-    yield "detectron2", found or "not installed"
-    for requirement in _requirements():
-        name = re.match(r"[\w.-]+", requirement)[0]  # type: ignore[index]
-        installed = [one for one in (OPENCV if name in OPENCV else [name]) if _version(one)]
-        text = ", ".join(f"{one} {_version(one)}".removeprefix(f"{name} ") for one in installed)
-        yield name, text or "missing"
+        found = f"not usable: {error}"
+    yield "detectron2", found
+    if found.startswith("not "):
+        problems.append(f"detectron2 is {found}")
+    from packaging.requirements import Requirement
+
+    for requirement in map(Requirement, importlib.metadata.requires("crossmae_det") or ()):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        names = OPENCV if requirement.name in OPENCV else (requirement.name,)
+        installed = {name: version for name in names if (version := _version(name))}
+        text = ", ".join(f"{name} {version}" for name, version in installed.items())
+        yield requirement.name, text.removeprefix(f"{requirement.name} ") or "missing"
         if not installed:
-            problems.append(f"{name} is missing: run 'pip install \"{requirement}\"'")
-        elif not _fits(requirement, _version(installed[0])):
-            problems.append(f"{name} {text} is outside of the supported range: {requirement}")
+            problems.append(f"{requirement.name} is missing: run 'pip install \"{requirement}\"'")
         if len(installed) > 1:
-            problems.append(f"{' and '.join(installed)} overwrite each other: keep one of them")
+            problems.append(f"{text} overwrite each other's files: keep one of them")
+        if not all(requirement.specifier.contains(v, prereleases=True) for v in installed.values()):
+            problems.append(f"{text} is outside of the supported range: {requirement}")
     for module in IMPORTS:
         try:
             importlib.import_module(module)
@@ -119,23 +121,6 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def _requirements() -> list[str]:
-    """What setup.py requires; from a checkout that is not installed, the most important names."""
-    try:
-        declared = importlib.metadata.requires("crossmae_det") or []
-    except importlib.metadata.PackageNotFoundError:
-        declared = ["torch", "torchvision", "timm", "numpy", "pycocotools", "opencv-python"]
-    return [requirement for requirement in declared if "extra ==" not in requirement]
-
-
-def _fits(requirement: str, version: str) -> bool:
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        return True
-    return Requirement(requirement).specifier.contains(version, prereleases=True)
-
-
 def cpu(problems: list[str]) -> Lines:
     """Cores, instruction sets, and the threads that torch and OpenCV use."""
     try:
@@ -143,9 +128,8 @@ def cpu(problems: list[str]) -> Lines:
     except OSError:  # not Linux
         text = ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.M)
     yield "model", model[1] if model else platform.processor() or platform.machine()
-    if flags:
+    if flags := re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.M):
         yield "instruction sets", " ".join(f for f in CPU_FLAGS if f in flags[1].split()) or "-"
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "cores", f"{usable} usable of {os.cpu_count()}"
@@ -177,39 +161,28 @@ def gpu(problems: list[str]) -> Lines:
 
 
 def choices(problems: list[str]) -> Lines:
-    """What ``auto`` stands for on this machine: device, precision, attention backend."""
+    """What ``auto`` stands for on this machine: device, precision, attention backends."""
     import torch
 
     from crossmae_det.layers import attention_backends as backends
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    usable = [b for b in backends.BACKENDS if backends.DEVICES.get(b, device.type) == device.type]
     yield "device", device.type
-    fixed = backends.DEVICES
-    usable = [b for b in backends.BACKENDS if fixed.get(b, device.type) == device.type]
     yield "attention backends", f"{', '.join(usable)} run on {device.type}"
     crossmae_det.register()
-    try:
-        from crossmae_det.engine.trainer import amp_dtype
-    except ImportError as error:
-        yield "precision", f"unknown: {_one_line(error)}"
-        precision = None
-    else:
-        precision = amp_dtype({"amp": {"enabled": True, "dtype": "auto"}}, device)
-        if device.type == "cpu":
-            reason = "the CPU has bf16 instructions" if precision else "no bf16 instructions here"
-        else:
-            reason = "the GPU has bf16" if precision == "bf16" else "the GPU is older than Ampere"
-        yield "precision", f"{precision or 'float32'}: {reason}"
+    from crossmae_det.engine.trainer import amp_dtype
+
+    precision = amp_dtype({"amp": {"enabled": True, "dtype": "auto"}}, device)
+    has_bf16 = f"bf16 instructions: {'yes' if precision == 'bf16' else 'no'}"
+    yield "precision", f"{precision or 'float32'} ({device.type}, {has_bf16})"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "", torch.float32)
-    for name, side in (("global blocks", 64), ("windows", 14)):  # ViT-B, 1024 pixels
-        matrices = 12 if side == 64 else 12 * 25
-        parts = torch.empty(1, matrices, side * side, side, device="meta")
-        training, inference = (
-            backends.choose_backend(device.type, dtype, 64, (parts, parts), grad)
-            for grad in (True, False)
-        )
-        yield f"attention, {name}", f"training: {training} ({REASONS[training]})"
-        yield f"at inference, {name}", f"{inference} ({REASONS[inference]})"
+    # ViT-B on 1024 pixels: 12 heads of 64 channels, 64 x 64 patches or 25 windows of 14 x 14.
+    for name, side, matrices in (("global", 64, 12), ("windowed", 14, 12 * 25)):
+        rel_pos = torch.empty(1, matrices, side * side, side, device="meta")
+        for mode, grad in (("training", True), ("inference", False)):
+            choice = backends.choose_backend(device.type, dtype, 64, (rel_pos, rel_pos), grad)
+            yield f"{name} block, {mode}", f"{choice} ({REASONS[choice]})"
 
 
 def datasets(problems: list[str]) -> Lines:
@@ -222,34 +195,27 @@ def datasets(problems: list[str]) -> Lines:
 
     from crossmae_det.model_zoo.resolvers import IMAGE_FOLDERS
 
-    found = 0
+    found = {name for name, (path, *_) in IMAGE_FOLDERS.items() if Path(root, path).is_dir()}
     for name in DatasetCatalog.list():
         metadata = MetadataCatalog.get(name)
-        json_file, images = metadata.get("json_file") or "", metadata.get("image_root") or ""
-        if os.path.isfile(json_file):
-            found += 1
-            yield name, "found" if os.path.isdir(images) else f"images are missing: {images}"
-    for name, (folder, *_) in IMAGE_FOLDERS.items():
-        if os.path.isdir(os.path.join(root, folder)):
-            found += 1
-            yield name, "found"
-    if not found:
-        yield "known datasets", "none found"
+        if os.path.isfile(metadata.get("json_file") or ""):
+            images = metadata.get("image_root") or ""
+            found.add(name if os.path.isdir(images) else f"{name} (without images: {images})")
+    yield "found", ", ".join(sorted(found)) or "none of the known datasets"
 
 
 def disks(problems: list[str]) -> Lines:
     """Free space where runs, datasets and downloads are written."""
-    home = Path.home()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", home / ".cache"))
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     folders = {
-        "output": Path("output"),
-        "datasets": Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser(),
-        "Hugging Face cache": Path(os.environ.get("HF_HOME", cache / "huggingface")),
-        "detectron2 cache": Path(os.environ.get("FVCORE_CACHE", home / ".torch/iopath_cache")),
-        "temporary files": Path(tempfile.gettempdir()),
+        "output": "output",
+        "datasets": os.environ.get("DETECTRON2_DATASETS", "datasets"),
+        "Hugging Face cache": os.environ.get("HF_HOME", f"{cache}/huggingface"),
+        "download cache": os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache"),
+        "temporary files": tempfile.gettempdir(),
     }
     for name, folder in folders.items():
-        path = folder.absolute()
+        path = Path(folder).expanduser().absolute()
         existing = next(parent for parent in (path, *path.parents) if parent.is_dir())
         usage = shutil.disk_usage(existing)
         writable = "" if os.access(existing, os.W_OK) else ", not writable"

@@ -1,12 +1,13 @@
 """Commands that use trained weights: predict, reconstruct, analyze, knn, convert."""
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from os.path import basename
 from typing import Any
 
 import torch
 from detectron2.utils.env import seed_all_rng
+from omegaconf import DictConfig
 from tabulate import tabulate
 
 from crossmae_det.__main__ import CommandParser
@@ -63,6 +64,15 @@ def predict(parser: CommandParser) -> None:
         sys.exit(1)
 
 
+def _pretrained(args: Namespace) -> tuple[DictConfig, MaskedImageModel]:
+    """Config and trained model of a pretraining config."""
+    cfg = get_config(args.config_file, args.opts, trained=True)
+    model = load_pretrained(cfg)
+    if not isinstance(model, MaskedImageModel):
+        raise ValueError(f"{args.config_file} is not a pretraining config: it has no decoder")
+    return cfg, model
+
+
 def reconstruct(parser: CommandParser) -> None:
     """Draw images as a pretraining model sees them: original, masked, predicted, pasted.
 
@@ -80,10 +90,7 @@ def reconstruct(parser: CommandParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default: 0)")
     args = parser.parse_args()
-    cfg = get_config(args.config_file, args.opts, trained=True)
-    model = load_pretrained(cfg)
-    if not isinstance(model, MaskedImageModel):
-        raise ValueError(f"{args.config_file} is not a pretraining config: nothing is masked")
+    cfg, model = _pretrained(args)
     named = [
         item
         for dataset in args.input
@@ -113,10 +120,7 @@ def analyze(parser: CommandParser) -> None:
     )
     parser.add_argument("--output", required=True, help="folder for the figure and the JSON")
     args = parser.parse_args()
-    cfg = get_config(args.config_file, args.opts, trained=True)
-    model = load_pretrained(cfg)
-    if not isinstance(model, MaskedImageModel):
-        raise ValueError(f"{args.config_file} is not a pretraining config: it has no decoder")
+    cfg, model = _pretrained(args)
     dataset = args.input or cfg.dataloader.train.dataset.name
     images = load_images(image_set(dataset), cfg.dataloader.image_size, args.num_images)
     if isinstance(model, MAE):
@@ -167,13 +171,9 @@ def knn(parser: CommandParser) -> None:
     checkpoint = cfg.train.init_checkpoint
     if checkpoint:
         print(load(model.encoder, checkpoint))
+    size, skip = cfg.dataloader.image_size, args.skip_undecodable
     train, test = (
-        labeled_features(
-            folder,
-            model.features,
-            cfg.dataloader.image_size,
-            skip_undecodable=args.skip_undecodable,
-        )
+        labeled_features(folder, model.features, size, skip_undecodable=skip)
         for folder in (args.train, args.test)
     )
     if train[2] != test[2]:
@@ -213,20 +213,12 @@ def convert(parser: ArgumentParser) -> None:
     if args.inspect == bool(args.output) or args.inspect == bool(args.to):
         parser.error("give OUTPUT and --to, or --inspect")
     if args.inspect:
-        info = inspect(args.input, weights=args.weights, prefix=args.prefix)
-        print(info)
-        result = info.to_dict()
+        result: Any = inspect(args.input, weights=args.weights, prefix=args.prefix)
+        print(result)
     else:
-        report = convert_checkpoint(
-            args.input,
-            args.output,
-            args.to,
-            weights=args.weights,
-            prefix=args.prefix,
-            allow_missing=args.allow_missing,
-            allow_unexpected=args.allow_unexpected,
-        )
-        print(f"{report}\nwritten to {args.output} ({args.to})")
-        result = report.to_dict()
+        names = ("weights", "prefix", "allow_missing", "allow_unexpected")
+        options = {name: getattr(args, name) for name in names}
+        result = convert_checkpoint(args.input, args.output, args.to, **options)
+        print(f"{result}\nwritten to {args.output} ({args.to})")
     if args.json:
-        write_json(args.json, result, indent=2)
+        write_json(args.json, result.to_dict(), indent=2)

@@ -15,52 +15,44 @@ from pathlib import Path
 
 CARRIER = "LabGym==3.1.2"
 CARRIER_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
-CARRIER_PACKAGE = "LabGym"
 # The only part of the carrier that is used: detectron2's own source, Copyright Meta, Apache-2.0.
 # Everything else in the carrier is under another license and never leaves the downloaded file.
-SOURCE_PREFIX = f"{CARRIER_PACKAGE}/detectron2/"
-
+SOURCE_PREFIX = "LabGym/detectron2/"
 UPSTREAM = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 VERSION = "0.6"
 WHEEL_NAME = f"detectron2-{VERSION}-py3-none-any.whl"
 DIST_INFO = f"detectron2-{VERSION}.dist-info"
-# The runtime needs of detectron2 0.6, without the pins that its main branch has outgrown.
-REQUIREMENTS = (
-    "Pillow>=7.1",
-    "black",
-    "cloudpickle",
-    "fvcore>=0.1.5,<0.1.6",
-    "hydra-core>=1.1",
-    "iopath>=0.1.7,<0.2",
-    "matplotlib",
-    "omegaconf>=2.1,<2.4",
-    "packaging",
-    "pycocotools>=2.0.2",
-    "setuptools<82",  # detectron2.model_zoo imports pkg_resources
-    "tabulate",
-    "tensorboard",
-    "termcolor>=1.1",
-    "tqdm>4.29.0",
-    "yacs>=0.1.8",
-)
-METADATA = "\n".join(
-    [
-        "Metadata-Version: 2.1",
-        "Name: detectron2",
-        f"Version: {VERSION}",
-        "Summary: Detectron2 is FAIR's next-generation research platform for object detection"
-        " and segmentation (pure-Python build).",
-        "Home-page: https://github.com/facebookresearch/detectron2",
-        "Author: FAIR",
-        "License: Apache-2.0",
-        "Requires-Python: >=3.7",
-        *(f"Requires-Dist: {requirement}" for requirement in REQUIREMENTS),
-        "",
-        f"Pure-Python build of detectron2 {VERSION}, without `detectron2._C`.",
-        f"Packed by crossmae_det from the PyPI distribution {CARRIER}.",
-        "",
-    ]
-)
+# The requirements are those of detectron2 0.6, without the pins that its main branch has outgrown.
+# setuptools 82 removed pkg_resources, which detectron2.model_zoo imports.
+METADATA = f"""\
+Metadata-Version: 2.1
+Name: detectron2
+Version: {VERSION}
+Summary: FAIR's platform for object detection and segmentation (pure-Python build).
+Home-page: https://github.com/facebookresearch/detectron2
+Author: FAIR
+License: Apache-2.0
+Requires-Python: >=3.7
+Requires-Dist: Pillow>=7.1
+Requires-Dist: black
+Requires-Dist: cloudpickle
+Requires-Dist: fvcore>=0.1.5,<0.1.6
+Requires-Dist: hydra-core>=1.1
+Requires-Dist: iopath>=0.1.7,<0.2
+Requires-Dist: matplotlib
+Requires-Dist: omegaconf>=2.1,<2.4
+Requires-Dist: packaging
+Requires-Dist: pycocotools>=2.0.2
+Requires-Dist: setuptools<82
+Requires-Dist: tabulate
+Requires-Dist: tensorboard
+Requires-Dist: termcolor>=1.1
+Requires-Dist: tqdm>4.29.0
+Requires-Dist: yacs>=0.1.8
+
+Pure-Python build of detectron2 {VERSION}, without `detectron2._C`.
+Packed by crossmae_det from the PyPI distribution {CARRIER}.
+"""
 WHEEL_METADATA = (
     "Wheel-Version: 1.0\nGenerator: crossmae_det\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 )
@@ -150,16 +142,10 @@ def build_wheel(carrier: Path, folder: Path) -> Path:
             digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
             record.append(f"{name},sha256={digest},{len(data)}")
 
-        names = sorted(
-            name
-            for name in source.namelist()
-            if name.startswith(SOURCE_PREFIX) and not name.endswith("/")
-        )
-        for name in names:
-            data = source.read(name).replace(
-                f"{CARRIER_PACKAGE}.detectron2".encode(), b"detectron2"
-            )
-            add("detectron2/" + name.removeprefix(SOURCE_PREFIX), data)
+        for name in sorted(source.namelist()):
+            if name.startswith(SOURCE_PREFIX) and not name.endswith("/"):
+                data = source.read(name).replace(b"LabGym.detectron2", b"detectron2")
+                add("detectron2/" + name.removeprefix(SOURCE_PREFIX), data)
         add(f"{DIST_INFO}/METADATA", METADATA.encode())
         add(f"{DIST_INFO}/WHEEL", WHEEL_METADATA.encode())
         add(f"{DIST_INFO}/top_level.txt", b"detectron2\n")
@@ -192,14 +178,11 @@ def install_detectron2(parser: argparse.ArgumentParser) -> int:
             return 0
         if options.carrier is not None and not options.carrier.is_file():
             raise InstallError(f"{options.carrier} is not a file")
-        with tempfile.TemporaryDirectory() as scratch_name:
-            scratch = Path(scratch_name)
-            print(
-                f"building detectron2 {VERSION} (pure Python) from the PyPI distribution {CARRIER}"
-            )
-            carrier = options.carrier or download_carrier(scratch)
+        with tempfile.TemporaryDirectory() as scratch:
+            print(f"building detectron2 {VERSION} (pure Python) from the PyPI package {CARRIER}")
+            carrier = options.carrier or download_carrier(Path(scratch))
             check_sha256(carrier)
-            folder = options.wheel_dir or scratch
+            folder = options.wheel_dir or Path(scratch)
             folder.mkdir(parents=True, exist_ok=True)
             wheel = build_wheel(carrier, folder)
             if options.wheel_dir is not None:
