@@ -14,12 +14,11 @@ from pycocotools.coco import COCO
 from shorthand import one_line
 
 from crossmae_det.detection.predictor import (
-    ImageSource,
     PredictionWriter,
-    VideoSource,
-    VideoWriter,
+    Source,
     iter_inputs,
     output_paths,
+    video_writer,
 )
 from crossmae_det.utils.image_reading import UndecodableImageError
 
@@ -29,9 +28,9 @@ def picture(height=20, width=30, level=100):
 
 
 def write_video(path, frames=5, size=(64, 48), fps=12.5):
-    with VideoWriter(path, fps=fps, size=size) as writer:
+    with video_writer(path, fps=fps, size=size) as write:
         for number in range(frames):
-            writer.write(picture(size[1], size[0], 40 * number))
+            write(picture(size[1], size[0], 40 * number))
     return path
 
 
@@ -42,7 +41,7 @@ def folder(tmp_path):
     for name in ("b.png", "a.JPG", "deeper/c.png", ".hidden.png"):
         data = cv2.imencode(".png", picture())[1]
         (root / name).write_bytes(data.tobytes())
-    (root / "notes.txt").write_text("not a picture")
+    (root / "notes.txt").write_text("not an image")
     write_video(root / "clip.mp4")
     return root
 
@@ -57,7 +56,7 @@ def test_files_folders_and_patterns(folder):
     assert names(iter_inputs([str(folder / "**" / "*.png")])) == ["b.png", "c.png"]
     both = iter_inputs([str(folder / "b.png"), str(folder), str(folder / "deeper")])
     assert names(both) == ["b.png", "a.JPG", "clip.mp4", "c.png"]
-    assert [type(source) for source in both[1:3]] == [ImageSource, VideoSource]
+    assert [source.is_video for source in both[1:3]] == [False, True]
 
 
 def test_a_link_back_does_not_make_a_folder_endless(folder):
@@ -65,7 +64,7 @@ def test_a_link_back_does_not_make_a_folder_endless(folder):
     assert names(iter_inputs([str(folder)])) == ["a.JPG", "b.png", "clip.mp4", "c.png"]
 
 
-def test_what_was_drawn_before_is_no_input(folder):
+def test_results_do_not_become_inputs(folder):
     drawn = folder / "drawn" / "deeper"
     drawn.mkdir(parents=True)
     (drawn / "c.png").write_bytes((folder / "b.png").read_bytes())
@@ -85,21 +84,16 @@ def test_a_file_may_be_named_like_a_pattern(folder):
 def test_inputs_that_match_nothing(folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    for entry, message in (
-        (empty, "there is no image or video in this folder"),
-        (folder / "*.bmp", "no image or video matches this pattern"),
-        (folder / "x.png", "no such file or folder"),
-    ):
+    for entry in (empty, folder / "*.bmp", folder / "x.png"):
         with pytest.raises(FileNotFoundError) as error:
             iter_inputs([str(folder), str(entry)])
-        assert str(error.value) == f"{entry}: {message}"
-    with pytest.raises(ValueError, match="no input"):
-        iter_inputs([])
-    with pytest.raises(ValueError, match="empty"):
-        iter_inputs([""])
+        assert one_line(error).startswith(f"{entry}: ")
+    for nothing in ([], [""]):
+        with pytest.raises(ValueError, match="no input"):
+            iter_inputs(nothing)
 
 
-def test_images_and_videos_are_decoded_when_they_are_looked_at(tmp_path):
+def test_images_and_videos_are_decoded_when_they_are_used(tmp_path):
     path = tmp_path / "image.png"
     assert cv2.imwrite(str(path), picture())
     np.testing.assert_array_equal(*iter_inputs([str(path)])[0], picture())
@@ -125,31 +119,31 @@ def test_video_properties_and_frames(tmp_path):
 
 def test_a_video_that_ends_early_is_reported(tmp_path, caplog, monkeypatch):
     (source,) = iter_inputs([str(write_video(tmp_path / "a.mp4"))])
-    monkeypatch.setattr(VideoSource, "num_frames", 9)
+    monkeypatch.setattr(Source, "num_frames", 9)
     with caplog.at_level(logging.WARNING):
         assert len(list(source)) == 5
-    assert "only 5 of 9 frames decoded" in caplog.text
+    assert "a.mp4" in caplog.text and "5 of 9" in caplog.text
 
 
 def test_a_video_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "out" / "a.mp4"
-    with VideoWriter(path, fps=10, size=(64, 48)) as writer:
-        writer.write(picture(48, 64))
+    with video_writer(path, fps=10, size=(64, 48)) as write:
+        write(picture(48, 64))
         assert not path.exists()
     before = path.read_bytes()
     with (
-        pytest.raises(ValueError, match="a frame of 30x20 pixels in a video of 64x48"),
-        VideoWriter(path, fps=10, size=(64, 48)) as writer,
+        pytest.raises(ValueError, match="a.mp4: .*30x20.*64x48"),
+        video_writer(path, fps=10, size=(64, 48)) as write,
     ):
-        writer.write(picture())
+        write(picture())
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_video_that_cannot_be_encoded(tmp_path):
     with (
-        pytest.raises(OSError, match="a.xyz: OpenCV cannot write this video"),
-        VideoWriter(tmp_path / "a.xyz", fps=10, size=(64, 48)),
+        pytest.raises(OSError, match="a.xyz: "),
+        video_writer(tmp_path / "a.xyz", fps=10, size=(64, 48)),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -170,7 +164,7 @@ def test_output_names_are_distinct_and_never_an_input(folder, tmp_path):
     ]
     (first, second) = iter_inputs([str(folder / "**" / "b.png")])
     assert output_paths([second], tmp_path / "out") == [tmp_path / "out" / "deeper" / "b.png"]
-    with pytest.raises(ValueError, match="the output would replace an input"):
+    with pytest.raises(ValueError, match="replace an input"):
         output_paths(sources, folder)
 
 
@@ -233,9 +227,9 @@ def test_predictions_without_masks_or_names(tmp_path):
     assert images["categories"] == [{"id": 7, "name": "class 7"}]
 
 
-def test_what_was_predicted_is_kept_after_an_error(tmp_path, metadata):
+def test_predictions_are_kept_after_an_error(tmp_path, metadata):
     with (
-        pytest.raises(ValueError, match="predicts class 2, but its dataset has 2 classes"),
+        pytest.raises(ValueError, match="class 2,"),
         PredictionWriter(tmp_path, metadata) as writer,
     ):
         writer.add(predicted([0]), "a.jpg")

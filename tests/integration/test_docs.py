@@ -47,7 +47,13 @@ NEEDS |= {"COCO", "ImageNet", "CIFAR-10"}
 LANGUAGES = {"sh", "python", "text", "yaml", "json", "bibtex"}
 
 # Added to the commands, behind the overrides of the page: small models, few iterations.
-COMMON = ["train.visualizer=null", "train.device=cpu", "train.amp.enabled=False", "train.max_iter=2", "train.eval_period=2"]
+COMMON = [
+    "train.visualizer=null",
+    "train.device=cpu",
+    "train.amp.enabled=False",
+    "train.max_iter=2",
+    "train.eval_period=2",
+]
 COMMON += ["dataloader.train.num_workers=0", "dataloader.train.total_batch_size=2"]
 VIT = {"embed_dim": 32, "depth": 4, "num_heads": 2}
 TINY = {
