@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +25,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from crossmae_det.__main__ import main
 from crossmae_det.detection import shapes
+from crossmae_det.detection.yaml_config import default_config
 from crossmae_det.model_zoo import get_config, get_config_file
 from crossmae_det.model_zoo import list as list_configs
+from crossmae_det.model_zoo.overrides import apply_overrides
 from crossmae_det.modeling import ViT
 
 REPO = Path(__file__).parents[2]
@@ -40,6 +44,8 @@ PAGES += sorted(p.relative_to(REPO).as_posix() for p in REPO.glob("docs/**/*.md"
 BLOCK = re.compile(
     r"(?:^<!-- (?P<marker>[^\n]*) -->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
+# Configs that have all lazy keys between them.
+KEYS_OF = ["coco/mask_rcnn_crossmae_vit_b_100ep", "pretraining/crossmae_vit_b_800ep"]
 CONFIG_NAME = re.compile(r"\b(?:coco|small_data|demo|pretraining(?=/\w*vit_))/\w+\.(?:py|yaml)\b")
 # What may be absent where the tests run. "time": minutes of a machine with nothing else to do.
 NEEDS = {"gpu", "network", "several machines", "Slurm", "time"}
@@ -279,6 +285,29 @@ def test_what_a_page_names_exists(page):
     # The build of the site checks the links between its pages.
     for target in re.findall(r"\]\(([^)#\s]+)", text) if page in PAGES[:2] else ():
         assert "://" in target or (REPO / target).exists(), f"{page}: {target}"
+
+
+LAZY_KEY = re.compile(r"`((?:model|dataloader|optimizer|lr_multiplier|train)(?:\.\w+)+)[`=]")
+YAML_KEY = re.compile(r"`((?:MODEL|INPUT|DATASETS|DATALOADER|SOLVER|TEST)(?:\.[A-Z_]+)+)[`= ]")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_exist(page):
+    text = (REPO / page).read_text(encoding="utf-8")
+    keys = {key for key in LAZY_KEY.findall(text) if not re.search(r"\.(py|json|sbatch)$", key)}
+    configs = [get_config(f"{name}.py") for name in KEYS_OF] if keys else []
+    for key in keys:
+        if all(OmegaConf.select(c, key, default="?") == "?" for c in configs):
+            errors = []
+            for config in configs:
+                try:  # also arguments that a config does not list
+                    apply_overrides(config, [f"{key}=${{train.seed}}"])
+                except ValueError as error:
+                    errors.append(error)
+            assert len(errors) < len(configs), f"{page}: {errors}"
+    yaml = default_config()
+    for key in YAML_KEY.findall(text):
+        assert attrgetter(key)(yaml) is not Ellipsis  # raises for an unknown key
 
 
 def test_the_architecture_enters_no_package_twice():
