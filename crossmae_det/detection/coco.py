@@ -28,7 +28,8 @@ from crossmae_det.detection.coco_records import (
     check_crowd,
     check_headers,
     dataset_categories,
-    load_records,
+    find_faults,
+    make_records,
 )
 from crossmae_det.utils.image_files import locate
 
@@ -92,7 +93,7 @@ def resolve_name(spec: str) -> str:
         MetadataCatalog.remove(spec)
     _registered[spec] = info
     indices = {id_: index for index, id_ in enumerate(info.categories)}
-    DatasetCatalog.register(spec, lambda: load_records(json_file, image_root, indices))
+    DatasetCatalog.register(spec, lambda: _load_registered(json_file, image_root, indices))
     MetadataCatalog.get(spec).set(
         json_file=json_file,
         image_root=image_root,
@@ -294,6 +295,12 @@ def _is_plain(name: str) -> bool:
     return name in _registered or module in (load_coco_json.__module__, shapes.__name__)
 
 
+def _load_registered(json_file: str, image_root: str, indices: Mapping[int, int]) -> list[dict]:
+    file = load(json_file)
+    faults = find_faults(file, invalid_annotations="skip", crowd="ignore")
+    return make_records(file, image_root, indices, faults)
+
+
 def _call_loader(name: str) -> list[dict]:
     records = DatasetCatalog.get(name)
     if isinstance(records, IterableDataset):
@@ -319,25 +326,28 @@ def _load(
         The records, with the indices of ``classes``; its own categories; and a value that changes
         when its files do, None where the images cannot be checked.
     """
-    info = inspect_registered(name) if _is_coco(name) else None
     metadata = MetadataCatalog.get(name)
-    own: dict[int, str] | None = None
-    if info is not None or metadata.get("thing_classes") is not None or classes is not None:
-        own = dataset_categories(name, info)
-    policy = invalid_annotations or ("error" if name in _registered else "skip")
-    options: dict[str, Any] = dict(invalid_annotations=policy, crowd=crowd, summary=summary)
     image_root = os.fspath(metadata.get("image_root", ""))
-    if info is None or own is None or not _is_plain(name):
-        file = None
-        if info is not None:
-            file = load(info.path, needs_annotations=False)
-            if "://" not in image_root:
-                locate([image["file_name"] for image in file.images], image_root, info.path)
+    is_remote = "://" in image_root
+    file, own, faults = None, None, {}
+    if _is_coco(name):
+        info = inspect_registered(name)
+        own = dataset_categories(name, info)
+        file = load(info.path, needs_annotations=False)
+        policy = invalid_annotations or ("error" if name in _registered else "skip")
+        faults = find_faults(file, invalid_annotations=policy, crowd=crowd)
+    elif metadata.get("thing_classes") is not None or classes is not None:
+        own = dataset_categories(name, None)
+
+    if file is None or own is None or not _is_plain(name):
+        if file is not None and not is_remote:
+            locate([image["file_name"] for image in file.images], image_root, file.info.path)
         remap = None
         if own is not None and classes is not None:
             indices = category_indices(own, classes, name, reference)
             remap = {index: indices[id_] for index, id_ in enumerate(own)}
-        return adapt_records(_call_loader(name), file, remap, **options), own, None
+        records = _call_loader(name)
+        return adapt_records(records, remap, bool(faults), crowd, summary), own, None
 
     if own.keys() != info.categories.keys():
         raise ValueError(
@@ -345,13 +355,10 @@ def _load(
             "give the dataset as JSON:IMAGE_FOLDER instead"
         )
     indices = category_indices(own, classes or own, name, reference)
-    needs_annotations = name in _registered
-    records = load_records(
-        info.path, image_root, indices, needs_annotations=needs_annotations, **options
-    )
+    records = make_records(file, image_root, indices, faults, crowd)
+    summary.faulty += len(faults)
     if metadata.get("thing_classes") is None:  # as detectron2's loader does
         metadata.thing_classes = list(own.values())
     if metadata.get("thing_dataset_id_to_contiguous_id") is None:
         metadata.thing_dataset_id_to_contiguous_id = {id_: i for i, id_ in enumerate(own)}
-    version = None if "://" in image_root else (info.path, info.version, image_root)
-    return records, own, version
+    return records, own, None if is_remote else (info.path, info.version, image_root)

@@ -13,7 +13,7 @@ from detectron2.data import MetadataCatalog, print_instances_class_histogram
 from detectron2.structures import BoxMode
 
 from crossmae_det.detection.coco_annotations import area_fault, id_order
-from crossmae_det.detection.coco_json import CocoFile, CocoInfo, collector_paused, load
+from crossmae_det.detection.coco_json import CocoFile, CocoInfo, collector_paused
 from crossmae_det.utils.image_files import locate
 from crossmae_det.utils.image_reading import UndecodableImageError, image_size
 
@@ -118,45 +118,68 @@ def dataset_categories(name: str, info: CocoInfo | None) -> dict[int, str]:
 # Records
 
 
-def load_records(
-    json_file: str,
-    image_root: str,
-    indices: Mapping[int, int],
-    *,
-    invalid_annotations: str = "skip",
-    crowd: str = "ignore",
-    summary: "Summary | None" = None,
-    needs_annotations: bool = True,
-) -> list[Record]:
-    """Load the records of a COCO json, by ascending image id.
+def find_faults(file: CocoFile, *, invalid_annotations: str, crowd: str) -> dict[int, str]:
+    """The annotations to leave out of training.
 
     Args:
-        json_file: the json.
+        file: the json.
+        invalid_annotations: "error" raises where there are any, "skip" logs a warning.
+        crowd: "keep" includes crowd regions, as ordinary objects.
+
+    Returns:
+        Index into ``file.annotations`` -> why nothing can be trained on it.
+
+    Raises:
+        ValueError: there are some, for "error"; one line that names the first.
+    """
+    faults = {
+        index: fault
+        for index, fault in file.faults.items()
+        if crowd == "keep" or not file.annotations[index]["iscrowd"]
+    }
+    if faults:
+        index, fault = next(iter(faults.items()))
+        path, first = file.info.path, f"annotation {file.annotations[index]['id']}: {fault}"
+        if invalid_annotations == "error":
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            raise ValueError(
+                f"{path}: cannot train on {first}{more}: correct it, or set "
+                "dataloader.train.dataset.invalid_annotations=skip to leave such annotations out "
+                "(dataloader.test for a test set)"
+            )
+        logger.warning("%s: left out %d annotations (first: %s)", path, len(faults), first)
+    return faults
+
+
+def make_records(
+    file: CocoFile,
+    image_root: str,
+    indices: Mapping[int, int],
+    faults: Mapping[int, str],
+    crowd: str = "ignore",
+) -> list[Record]:
+    """The records of a COCO json, by ascending image id.
+
+    Args:
+        file: the json.
         image_root: the folder of its images, which must exist; or a URL, which is not checked.
         indices: category id -> index of the class.
-        invalid_annotations: "error" raises where an annotation cannot be trained on, "skip" leaves
-            it out with a warning.
+        faults: the annotations to leave out, from `find_faults`.
         crowd: "keep" makes crowd regions ordinary objects.
-        summary: counts what is left out.
-        needs_annotations: False accepts a json without annotations.
 
     Returns:
         As detectron2's ``load_coco_json``, without keypoints. Records share their lists of numbers
-        with other records of the file: copy before modifying.
+        with ``file``: copy before modifying.
 
     Raises:
-        ValueError, FileNotFoundError: as `coco_json.load` and `image_files.locate`, or for "error".
+        FileNotFoundError: images are absent, see `image_files.locate`.
     """
+    names = [image["file_name"] for image in file.images]
+    if "://" in image_root:
+        paths = [os.path.join(image_root, name) for name in names]
+    else:
+        paths = locate(names, image_root, file.info.path)
     with collector_paused():
-        file = load(json_file, needs_annotations=needs_annotations)
-        names = [image["file_name"] for image in file.images]
-        if "://" in image_root:
-            paths = [os.path.join(image_root, name) for name in names]
-        else:
-            paths = locate(names, image_root, file.info.path)
-        faults = _faults(file, invalid_annotations, crowd)
-        if summary is not None:
-            summary.faulty += len(faults)
         objects = defaultdict(list)
         for index, annotation in enumerate(file.annotations):
             if index in faults:
@@ -185,10 +208,8 @@ def load_records(
 
 def adapt_records(
     records: Sequence[Record],
-    file: CocoFile | None,
     remap: Mapping[int, int] | None,
-    *,
-    invalid_annotations: str,
+    check: bool,
     crowd: str,
     summary: "Summary",
 ) -> list[Record]:
@@ -196,12 +217,12 @@ def adapt_records(
 
     Args:
         records: in detectron2's format; they are not modified.
-        file: the json that they are from, if any: where it has faults, the records are checked.
         remap: class index in the records -> class index of the model; None where they agree.
-        invalid_annotations, crowd, summary: as in `load_records`.
+        check: leave out annotations that cannot be trained on.
+        crowd: "keep" makes crowd regions ordinary objects.
+        summary: counts what is left out.
     """
-    faulty = file is not None and bool(_faults(file, invalid_annotations, crowd))
-    if not (faulty or remap or crowd == "keep"):
+    if not (check or remap or crowd == "keep"):
         return list(records)
     adapted = []
     for record in records:
@@ -211,7 +232,7 @@ def adapt_records(
             for annotation in map(dict, record["annotations"]):
                 if crowd == "keep":
                     annotation["iscrowd"] = 0
-                if faulty and area_fault(annotation, *size) is not None:
+                if check and area_fault(annotation, *size) is not None:
                     summary.faulty += 1
                     continue
                 if remap is not None:
@@ -220,27 +241,6 @@ def adapt_records(
             record = {**record, "annotations": annotations}
         adapted.append(record)
     return adapted
-
-
-def _faults(file: CocoFile, invalid_annotations: str, crowd: str) -> dict[int, str]:
-    """The annotations to leave out, by index; an error instead where one is asked for."""
-    faults = {
-        index: fault
-        for index, fault in file.faults.items()
-        if crowd == "keep" or not file.annotations[index]["iscrowd"]
-    }
-    if faults:
-        index, fault = next(iter(faults.items()))
-        path, first = file.info.path, f"annotation {file.annotations[index]['id']}: {fault}"
-        if invalid_annotations == "error":
-            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-            raise ValueError(
-                f"{path}: cannot train on {first}{more}: correct it, or set "
-                "dataloader.train.dataset.invalid_annotations=skip to leave such annotations out "
-                "(dataloader.test for a test set)"
-            )
-        logger.warning("%s: left out %d annotations (first: %s)", path, len(faults), first)
-    return faults
 
 
 # Checks of image files
@@ -274,30 +274,21 @@ def check_headers(
             break
         read += 1
         problem = _header_problem(records[index], source)
-        if problem is None:
-            continue
-        problems.append(problem)
-        if not skip_undecodable:
+        if problem is not None and not skip_undecodable:
             advice = "correct it, replace the file or remove it from the dataset"
             if skip_undecodable is not None:
                 advice += ", or pass dataloader.train.skip_undecodable=True to skip such images"
             raise UndecodableImageError(f"{problem}: {advice}", records[index]["file_name"])
+        if problem is not None:
+            problems.append(problem)
+    seconds = time.monotonic() - start
+    counts = f"{source}: {read} of {len(records)} image headers read in {seconds:.1f} s"
     if problems:
         logger.warning(
-            "%s: %d of %d checked images will be skipped in training (first: %s)",
-            source,
-            len(problems),
-            read,
-            problems[0],
+            "%s: training will skip %d images (first: %s)", counts, len(problems), problems[0]
         )
-    logger.info(
-        "%s: checked the headers of %d of %d images in %.1f s: %d have the annotated sizes",
-        source,
-        read,
-        len(records),
-        time.monotonic() - start,
-        read - len(problems),
-    )
+    else:
+        logger.info("%s: all have the annotated sizes", counts)
     _checked.add(key)
 
 

@@ -1,8 +1,4 @@
-"""COCO box and mask AP: the evaluator of every detection config, its backends and its reports.
-
-Dimensions of the arrays that COCO's evaluation accumulates: T IoU thresholds (0.50 to 0.95),
-R recall thresholds, K categories, A areas (all, small, medium, large).
-"""
+"""COCO box and mask AP: the evaluator of every detection config, its backends and its reports."""
 
 import contextlib
 import functools
@@ -11,13 +7,15 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
+from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from crossmae_det.detection.coco_annotations import ValueReader, id_order
@@ -160,14 +158,20 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             os.makedirs(self._output_dir, exist_ok=True)
         self._results: dict[str, dict[str, float]] = {}
         if any("proposals" in prediction for prediction in by_image.values()):
-            self._coco_api = self._truth.coco_api()
-            self._eval_box_proposals(list(by_image.values()))
+            self._evaluate_proposals(list(by_image.values()))
         if any("instances" in prediction for prediction in by_image.values()):
             self._evaluate_instances(by_image, by_image if img_ids is None else img_ids)
         return {task: dict(values) for task, values in self._results.items()}
 
     def _path(self, name: str) -> str | None:
         return None if self._output_dir is None else os.path.join(self._output_dir, name)
+
+    def _evaluate_proposals(self, predictions: list[dict[str, Any]]) -> None:
+        self._coco_api = COCO()
+        self._coco_api.dataset = self._truth.dataset({id_: id_ for id_ in self._truth.image_ids})
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()
+        self._eval_box_proposals(predictions)
 
     def _evaluate_instances(
         self, by_image: Mapping[Any, Mapping[str, Any]], img_ids: Iterable[Any]
@@ -179,9 +183,15 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                 f"image id {next(iter(missing))!r} is not in {self._truth.file.info.path}: "
                 "evaluate on the dataset that the loader reads"
             )
-        detections = self._detections(by_image)
+        detections = [d for p in by_image.values() for d in p.get("instances", ())]
+        ids = self._truth.category_ids
+        if unknown := {d["category_id"] for d in detections} - set(range(len(ids))):
+            raise ValueError(
+                f"the model predicts class {max(unknown)}, but '{self._dataset_name}' has "
+                f"{len(ids)} classes: build the model with as many classes as the dataset"
+            )
         if path := self._path(DETECTIONS_FILE):
-            write_json(path, detections)
+            write_json(path, [{**d, "category_id": ids[d["category_id"]]} for d in detections])
             logger.info("Wrote %d detections to %s", len(detections), path)
         if not self._do_evaluation:
             logger.info("'%s' has no annotations to evaluate against", self._dataset_name)
@@ -211,20 +221,6 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             write_results(path, results, context=context)
             logger.info("Wrote the results to %s", path)
 
-    def _detections(self, by_image: Mapping[Any, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """All detections in COCO's result format, with the category ids of the dataset."""
-        ids = self._truth.category_ids
-        detections = []
-        for detection in itertools.chain(*(p.get("instances", ()) for p in by_image.values())):
-            index = detection["category_id"]
-            if not 0 <= index < len(ids):
-                raise ValueError(
-                    f"the model predicts class {index}, but '{self._dataset_name}' has {len(ids)} "
-                    "classes: build the model with as many classes as the dataset"
-                )
-            detections.append({**detection, "category_id": ids[index]})
-        return detections
-
     def _tasks_to_evaluate(self, has_masks: bool) -> tuple[str, ...]:
         annotated = self._truth.has_masks
         if self._tasks is None:
@@ -237,22 +233,22 @@ class COCOEvaluator(Detectron2COCOEvaluator):
     def _evaluate_task(
         self, task: str, detections: Sequence[Mapping[str, Any]], image_ids: Sequence[Any]
     ) -> dict[str, float]:
-        ground_truth, numbers = self._truth.dataset(image_ids, task)
-        classes = {id_: number for number, id_ in enumerate(self._truth.category_ids, start=1)}
+        # Numbers from 1: both backends take a match with id 0 for none, one needs integer ids.
+        numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
         # The size of a mask is its own area: with a box beside it, COCO would take the box's.
         key = "bbox" if task == "bbox" else "segmentation"
         found = [
             {
                 "image_id": numbers[detection["image_id"]],
-                "category_id": classes[detection["category_id"]],
+                "category_id": detection["category_id"] + 1,
                 "score": detection["score"],
                 key: detection[key],
             }
             for detection in detections
             if detection["image_id"] in numbers
         ]
-        precision, recall = accumulate(self._backend, task, ground_truth, found, self._max_dets)
-        return metrics(precision, recall, self._truth.names, self._max_dets)
+        truth = self._truth.dataset(numbers, task)
+        return compute_metrics(self._backend, task, truth, found, self._max_dets)
 
 
 # Backends
@@ -262,7 +258,7 @@ def resolve_backend(backend: str) -> str:
     """The backend that ``backend`` stands for; the choice is logged once.
 
     Args:
-        backend: one of ``BACKENDS``.
+        backend: one of ``BACKENDS``; "auto" is faster-coco-eval where it is installed.
 
     Returns:
         "faster-coco-eval" or "pycocotools".
@@ -283,13 +279,8 @@ def resolve_backend(backend: str) -> str:
                     f"backend {backend!r} is not installed ({error}): pip install faster-coco-eval,"
                     " or use backend='pycocotools'"
                 ) from error
-    _announce(chosen)
+    log_first_n(logging.INFO, f"COCO evaluation uses {chosen}", key="message")
     return chosen
-
-
-@functools.cache
-def _announce(backend: str) -> None:
-    logger.info("COCO evaluation uses %s", backend)
 
 
 def _classes(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -303,25 +294,26 @@ def _classes(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return COCO, COCOeval
 
 
-def accumulate(
+def compute_metrics(
     backend: str,
     task: str,
     ground_truth: dict[str, Any],
     detections: list[dict[str, Any]],
     max_dets: int,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> dict[str, float]:
     """Run COCO's evaluation. It modifies ``ground_truth`` and ``detections``.
 
     Args:
         backend: as `resolve_backend` returns it.
         task: "bbox" or "segm".
-        ground_truth: the content of a COCO json: "images", "annotations", "categories".
+        ground_truth: the content of a COCO json: "images", "annotations", and "categories" with
+            distinct names by ascending id.
         detections: in COCO's result format, for images of ``ground_truth``; may be empty.
         max_dets: number of detections of an image and category that count.
 
     Returns:
-        The precision (T, R, K, A) and the recall (T, K, A) in [0, 1], -1 where there is no ground
-        truth; the categories by ascending id.
+        In percent, NaN where there is no ground truth: "AP", "AP50", "AP75", "APs", "APm", "APl",
+        "AR@<max_dets>" and an "AP-<name>" for each category.
     """
     coco_class, evaluation_class = _classes(backend)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
@@ -338,27 +330,10 @@ def accumulate(
         evaluation.evaluate()
         evaluation.accumulate()
     assert list(evaluation.params.areaRngLbl) == ["all", "small", "medium", "large"]
-    # The last dimension is the limit on detections, of which there is one.
-    precision = np.asarray(evaluation.eval["precision"])[..., 0]
-    recall = np.asarray(evaluation.eval["recall"])[..., 0]
-    return precision, recall
-
-
-def metrics(
-    precision: np.ndarray, recall: np.ndarray, class_names: Sequence[str], max_dets: int
-) -> dict[str, float]:
-    """COCO's metrics in percent, NaN where there is no ground truth.
-
-    Args:
-        precision: (T, R, K, A) as from `accumulate`.
-        recall: (T, K, A) as from `accumulate`.
-        class_names: K distinct names.
-        max_dets: the limit that `accumulate` was given, for the name of the recall.
-
-    Returns:
-        "AP", "AP50", "AP75", "APs", "APm", "APl", "AR@<max_dets>" and an "AP-<name>" per class.
-    """
-    results = {
+    # T IoU thresholds (0.50 to 0.95), R recall thresholds, K categories, A areas, one max_dets.
+    precision = np.asarray(evaluation.eval["precision"])[..., 0]  # (T, R, K, A), -1 without truth
+    recall = np.asarray(evaluation.eval["recall"])[..., 0]  # (T, K, A)
+    values = {
         "AP": precision[:, :, :, 0],
         "AP50": precision[0, :, :, 0],
         "AP75": precision[5, :, :, 0],
@@ -367,11 +342,11 @@ def metrics(
         "APl": precision[:, :, :, 3],
         f"AR@{max_dets}": recall[:, :, 0],
     }
-    for index, name in enumerate(class_names):
-        results[PER_CLASS_PREFIX + name] = precision[:, :, index, 0]
+    for index, category in enumerate(ground_truth["categories"]):
+        values[PER_CLASS_PREFIX + category["name"]] = precision[:, :, index, 0]
     return {
-        name: float(values[values > -1].mean() * 100) if (values > -1).any() else math.nan
-        for name, values in results.items()
+        name: float(value[value > -1].mean() * 100) if (value > -1).any() else math.nan
+        for name, value in values.items()
     }
 
 
@@ -409,77 +384,59 @@ def _json_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def format_table(results: Mapping[str, Any]) -> str:
-    """The summary metrics as one table: a row for every task, a column for every metric.
+def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """The summary metrics as a Markdown table: a row for each task, a column for each metric.
 
     Args:
-        results: metrics, nested to any depth. Every mapping that holds numbers is a row, named by
-            its path of keys (``bbox``, or ``ema bbox``). Per-class metrics are left out.
+        results: ``{task: {metric: value}}``; per-class metrics are left out.
 
     Returns:
-        A table in Markdown, two decimals, ``-`` for what could not be computed; "no results" when
-        there is no number.
+        Two decimals, ``-`` for what could not be computed; "no results" without any metric.
     """
-    rows = [(name, metrics) for name, metrics in _rows(results, ()) if metrics]
-    if not rows:
+    columns = dict.fromkeys(key for key in itertools.chain(*results.values()) if not _is_class(key))
+    if not columns:
         return "no results"
-    columns = list(dict.fromkeys(itertools.chain(*(metrics for _, metrics in rows))))
-    cells = [[name, *(_cell(metrics.get(key)) for key in columns)] for name, metrics in rows]
-    return _markdown(cells, [""], columns)
+    rows = [[task, *(_cell(values.get(k)) for k in columns)] for task, values in results.items()]
+    return _markdown(rows, ["", *columns])
 
 
 def format_per_class(results: Mapping[str, Mapping[str, float]], *, blocks: int = 3) -> str:
-    """AP of every class, the tasks side by side.
+    """AP of every class as a Markdown table, the tasks side by side.
 
     Args:
         results: ``{task: {"AP-<name>": value, ...}}``; the order is that of the first task.
         blocks: number of classes on a line.
 
     Returns:
-        A table in Markdown, ``-`` for a class without ground truth; empty when there is no
-        per-class metric.
+        Two decimals, ``-`` for a class without ground truth; empty without per-class metrics.
     """
-    keys = dict.fromkeys(key for key in itertools.chain(*results.values()) if _is_per_class(key))
-    if not keys:
-        return ""
-    cells: list[list[str]] = []
-    for index, key in enumerate(keys):
+    rows: list[list[str]] = []
+    for index, key in enumerate(
+        dict.fromkeys(filter(_is_class, itertools.chain(*results.values())))
+    ):
         if index % blocks == 0:
-            cells.append([])
-        cells[-1] += [key.removeprefix(PER_CLASS_PREFIX)]
-        cells[-1] += [_cell(metrics.get(key)) for metrics in results.values()]
-    titles = [f"{task} AP" for task in results]
-    return _markdown(cells, ["category"], titles, repeat=min(blocks, len(keys)))
+            rows.append([])
+        rows[-1] += [key.removeprefix(PER_CLASS_PREFIX)]
+        rows[-1] += [_cell(values.get(key)) for values in results.values()]
+    titles = ["category", *(f"{task} AP" for task in results)]
+    return _markdown(rows, titles, repeat=len(rows[0]) // len(titles)) if rows else ""
 
 
-def _is_per_class(key: str) -> bool:
-    return key.startswith(PER_CLASS_PREFIX)
-
-
-def _rows(
-    node: Mapping[str, Any], names: tuple[str, ...]
-) -> Iterator[tuple[str, dict[str, float]]]:
-    numbers = {
-        key: float(value)
-        for key, value in node.items()
-        if isinstance(value, int | float | np.number) and not _is_per_class(key)
-    }
-    yield " ".join(names), numbers
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _rows(value, (*names, str(key)))
-
-
-def _markdown(cells: list[list[str]], left: list[str], right: list[str], repeat: int = 1) -> str:
-    # The numbers are formatted already: tabulate must not parse them again.
-    return tabulate(
-        cells,
-        headers=(left + right) * repeat,
-        tablefmt="pipe",
-        colalign=(["left"] * len(left) + ["right"] * len(right)) * repeat,
-        disable_numparse=True,
-    )
+def _is_class(metric: str) -> bool:
+    return metric.startswith(PER_CLASS_PREFIX)
 
 
 def _cell(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+
+def _markdown(rows: list[list[str]], titles: list[str], repeat: int = 1) -> str:
+    alignment = ["left"] + ["right"] * (len(titles) - 1)
+    # The numbers are formatted already: tabulate must not parse them again.
+    return tabulate(
+        rows,
+        headers=titles * repeat,
+        tablefmt="pipe",
+        colalign=alignment * repeat,
+        disable_numparse=True,
+    )

@@ -1,14 +1,11 @@
 """The ground truth of an evaluation: the clean form of a COCO json, in the classes of the model."""
 
-import contextlib
-import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
-from pycocotools.coco import COCO
 
 from crossmae_det.detection.coco import inspect_registered, resolve_name
 from crossmae_det.detection.coco_annotations import mask_area
@@ -76,35 +73,16 @@ class GroundTruth:
     def image_ids(self) -> list[int | str]:
         return [image["id"] for image in self.file.images]
 
-    def coco_api(self) -> COCO:
-        """All annotations as pycocotools holds them, with the image ids of the dataset."""
-        image_ids = self.image_ids
-        dataset, _ = self.dataset(image_ids, "bbox")
-        for entries, key in ((dataset["images"], "id"), (dataset["annotations"], "image_id")):
-            for entry in entries:
-                entry[key] = image_ids[entry[key] - 1]
-        api = COCO()
-        api.dataset = dataset
-        with contextlib.redirect_stdout(io.StringIO()):
-            api.createIndex()
-        return api
-
-    def dataset(
-        self, image_ids: Sequence[int | str], task: str
-    ) -> tuple[dict[str, Any], dict[int | str, int]]:
+    def dataset(self, numbers: Mapping[Any, int | str], task: str = "bbox") -> dict[str, Any]:
         """The annotations of some images in COCO's format; the caller may modify them.
 
-        Images, annotations and categories (by class) are numbered from 1: both backends take a
-        match with annotation id 0 for none, and one of them needs integer image ids.
-
         Args:
-            image_ids: the images to evaluate, in the order of their numbers.
+            numbers: image id -> id to use in the result, for the images to include.
             task: "bbox", or "segm", which leaves out annotations without a mask.
 
         Returns:
-            "images", "annotations" and "categories"; and image id -> number.
+            "images", "annotations" and "categories", the last two numbered from 1.
         """
-        numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
         images = {i["id"]: i for i in self.file.images if i["id"] in numbers}
         annotations: list[dict[str, Any]] = []
         without_mask = 0
@@ -134,12 +112,11 @@ class GroundTruth:
             annotations.append(made)
         if without_mask:
             logger.warning("Mask AP leaves out %d annotations without a mask", without_mask)
-        dataset = {
+        return {
             "images": [{**image, "id": numbers[id_]} for id_, image in images.items()],
             "annotations": annotations,
             "categories": [{"id": i, "name": name} for i, name in enumerate(self.names, start=1)],
         }
-        return dataset, numbers
 
 
 def _class_indices(name: str, info: CocoInfo, own: Mapping[int, str]) -> dict[int, int]:

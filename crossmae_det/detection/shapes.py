@@ -26,7 +26,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,7 +83,7 @@ def folder(root: str | os.PathLike[str] | None = None, **parameters: int) -> Pat
     """
     if root is None:
         root = os.getenv("DETECTRON2_DATASETS", "datasets")
-    p = _checked(parameters)
+    p = _describe(parameters)
     name = f"shapes_v{_VERSION}_{p['image_size']}px_{p['num_train']}_{p['num_val']}_seed{p['seed']}"
     return Path(root).expanduser() / name
 
@@ -111,10 +110,10 @@ def build(root: str | os.PathLike[str] | None = None, **parameters: int) -> Path
         ValueError: a parameter is unknown or out of range.
         OSError: ``root`` cannot be written, or the folder of the variant has other content.
     """
-    parameters = _checked(parameters)
-    target = folder(root, **parameters)
+    target, description = folder(root, **parameters), _describe(parameters)
     if target.exists():
-        if not _is_complete(target, parameters):
+        file = target / "shapes.json"
+        if not file.is_file() or file.read_bytes() != json.dumps(description, indent=2).encode():
             raise FileExistsError(
                 f"{target}: not the built-in dataset of this name: move it away to have it built"
             )
@@ -123,7 +122,7 @@ def build(root: str | os.PathLike[str] | None = None, **parameters: int) -> Path
         target.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(target.with_name("." + target.name))):
             if not target.exists():  # another process may have built it meanwhile
-                _build(target, parameters)
+                _build(target, description)
     except OSError as error:
         raise OSError(
             f"{target}: cannot write the built-in dataset ({error.strerror or error}): set "
@@ -181,42 +180,31 @@ def _annotation_file(target: Path, split: str) -> Path:
     return target / "annotations" / f"instances_{split}.json"
 
 
-def _checked(parameters: dict[str, int]) -> dict[str, int]:
-    """All parameters, with the defaults of those that are not given."""
+def _describe(parameters: dict[str, int]) -> dict[str, Any]:
+    """The content of ``shapes.json``: all parameters, checked, with their defaults."""
     if unknown := parameters.keys() - _DEFAULTS:
         raise ValueError(f"shapes: unknown parameter {unknown}: choose from {', '.join(_DEFAULTS)}")
     complete = _DEFAULTS | parameters
     for name, value in complete.items():
         if not isinstance(value, int) or value < _LEAST[name]:
             raise ValueError(f"shapes: {name} must be an integer >= {_LEAST[name]}, not {value!r}")
-    return complete
+    return {"generator": "crossmae_det.detection.shapes", "version": _VERSION, **complete}
 
 
-def _description(parameters: dict[str, int]) -> dict[str, Any]:
-    return {"generator": "crossmae_det.detection.shapes", "version": _VERSION, **parameters}
-
-
-def _is_complete(target: Path, parameters: dict[str, int]) -> bool:
-    try:
-        return json.loads((target / "shapes.json").read_text()) == _description(parameters)
-    except (OSError, ValueError):
-        return False
-
-
-def _build(target: Path, parameters: dict[str, int]) -> None:
+def _build(target: Path, description: dict[str, Any]) -> None:
     """Write to a folder beside ``target``, then rename it. The caller holds the lock."""
     partial_folder = target.with_name(f".{target.name}.partial")
     if partial_folder.exists():  # left by a build that was killed
         shutil.rmtree(partial_folder)
-    total = parameters["num_train"] + parameters["num_val"]
+    total = description["num_train"] + description["num_val"]
     logger.info("Building the shapes dataset of %d images in %s", total, target)
     start = time.perf_counter()
     try:
         (partial_folder / "annotations").mkdir(parents=True)
         for split in SPLITS:
-            content = _write_split(partial_folder / split, split, parameters)
+            content = _write_split(partial_folder / split, split, description)
             _annotation_file(partial_folder, split).write_text(json.dumps(content))
-        (partial_folder / "shapes.json").write_text(json.dumps(_description(parameters), indent=2))
+        (partial_folder / "shapes.json").write_text(json.dumps(description, indent=2))
         partial_folder.rename(target)
     except BaseException:
         shutil.rmtree(partial_folder, ignore_errors=True)
@@ -224,13 +212,13 @@ def _build(target: Path, parameters: dict[str, int]) -> None:
     logger.info("Built %d images in %.1f s", total, time.perf_counter() - start)
 
 
-def _write_split(images: Path, split: str, parameters: dict[str, int]) -> dict[str, Any]:
+def _write_split(images: Path, split: str, description: dict[str, Any]) -> dict[str, Any]:
     """Write the images of one split and return their annotations in COCO format."""
     images.mkdir()
-    size, seed = parameters["image_size"], parameters["seed"]
+    size, seed = description["image_size"], description["seed"]
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number in range(1, parameters[f"num_{split}"] + 1):
+    for number in range(1, description[f"num_{split}"] + 1):
         scene = render(split, number, image_size=size, seed=seed)
         name = f"{number:06d}.jpg"
         # Full color resolution: subsampling would blur the edges that the masks follow.
@@ -251,7 +239,7 @@ def _write_split(images: Path, split: str, parameters: dict[str, int]) -> dict[s
                 }
             )
     return {
-        "info": {"description": f"crossmae_det shapes, {split}", **_description(parameters)},
+        "info": {"description": f"crossmae_det shapes, {split}", **description},
         "images": records,
         "categories": [
             {"id": i, "name": name, "supercategory": "shape"}
@@ -305,7 +293,7 @@ def render(split: str, number: int, *, image_size: int = 128, seed: int = 0) -> 
         attempts += 1
         category = int(rng.integers(len(CLASSES)))
         side = image_size * math.exp(rng.uniform(*np.log(_SIDE)))
-        outline = _place(rng, _OUTLINES[CLASSES[category]](rng), side, image_size)
+        outline = _place(rng, _outline(CLASSES[category], rng), side, image_size)
         window = _window(outline, side, image_size)
         x0, y0, x1, y1 = window
         alpha = _coverage(outline, window)
@@ -332,41 +320,32 @@ def render(split: str, number: int, *, image_size: int = 128, seed: int = 0) -> 
     return Scene(_expose(rng, canvas), owners, tuple(categories))
 
 
-def _polygon(corners: int) -> Array:
+def _regular(corners: int) -> Array:
     angles = np.arange(corners) * (2 * math.pi / corners)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-_SQUARE = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
-
-
-def _star(rng: np.random.Generator) -> Outline:
-    points = _polygon(10) * (1.0, rng.uniform(0.85, 1.0))
-    points[1::2] *= rng.uniform(0.36, 0.48)
-    return [points]
-
-
-def _ring(rng: np.random.Generator) -> Outline:
-    outer = _polygon(48) * (1.0, rng.uniform(0.75, 1.0))
-    return [outer, outer * rng.uniform(0.45, 0.65)]
-
-
-def _cross(rng: np.random.Generator) -> Outline:
-    a = rng.uniform(0.22, 0.36)
+def _outline(name: str, rng: np.random.Generator) -> Outline:
+    """The outline of a class about the origin, in a random variant."""
+    if name == "ellipse":
+        return [_regular(48) * (1.0, rng.uniform(0.65, 1.0))]
+    if name == "rectangle":
+        square = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+        return [square * (1.0, rng.uniform(0.6, 1.0))]
+    if name == "triangle":
+        return [_regular(3) * (1.0, rng.uniform(0.75, 1.25))]
+    if name == "star":
+        points = _regular(10) * (1.0, rng.uniform(0.85, 1.0))
+        points[1::2] *= rng.uniform(0.36, 0.48)
+        return [points]
+    if name == "ring":
+        outer = _regular(48) * (1.0, rng.uniform(0.75, 1.0))
+        return [outer, outer * rng.uniform(0.45, 0.65)]
+    a = rng.uniform(0.22, 0.36)  # a cross
     arm = np.array([(a, -a), (1.0, -a), (1.0, a)])
     quarter_turn = np.array([(0, 1), (-1, 0)])
     arms = [arm @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)]
     return [np.concatenate(arms) * (1.0, rng.uniform(0.8, 1.0))]
-
-
-_OUTLINES: dict[str, Callable[[np.random.Generator], Outline]] = {
-    "ellipse": lambda rng: [_polygon(48) * (1.0, rng.uniform(0.65, 1.0))],
-    "rectangle": lambda rng: [_SQUARE * (1.0, rng.uniform(0.6, 1.0))],
-    "triangle": lambda rng: [_polygon(3) * (1.0, rng.uniform(0.75, 1.25))],
-    "star": _star,
-    "ring": _ring,
-    "cross": _cross,
-}
 
 
 def _area(polygon: Array) -> float:
@@ -408,8 +387,8 @@ def _coverage(outline: Outline, window: Window) -> Array:
 
 def _shadow(alpha: Array, angle: float, side: float) -> Array:
     """The blurred, shifted coverage: (H, W) float32 in [0, 1]."""
-    distance = 0.07 * side
-    shift = np.array([(1, 0, distance * math.cos(angle)), (0, 1, distance * math.sin(angle))])
+    x, y = 0.07 * side * math.cos(angle), 0.07 * side * math.sin(angle)
+    shift = np.array([(1, 0, x), (0, 1, y)])
     moved = cv2.warpAffine(alpha, shift, alpha.shape[::-1])
     return cv2.GaussianBlur(moved, (0, 0), 0.05 * side + 0.5)
 
@@ -450,19 +429,17 @@ def _color_pair(
     away_from: Array | None = None,
 ) -> tuple[Array, Array]:
     """Two related RGB colors in [0, 1], whose mean stands out from ``away_from``."""
-    # A bounded search: whatever the ground, a few draws suffice.
-    for _ in range(20):
+
+    def color(hue: float) -> Array:
+        hsv = hue % 1, rng.uniform(*saturation), rng.uniform(*value)
+        return np.array(colorsys.hsv_to_rgb(*hsv), np.float32)
+
+    for _ in range(20):  # bounded; whatever the ground, a few draws suffice
         hue = rng.random()
-        first = _rgb(hue, rng.uniform(*saturation), rng.uniform(*value))
-        near = hue + rng.uniform(-0.12, 0.12)
-        second = _rgb(near, rng.uniform(*saturation), rng.uniform(*value))
+        first, second = color(hue), color(hue + rng.uniform(-0.12, 0.12))
         if away_from is None or np.linalg.norm((first + second) / 2 - away_from) > 0.3:
             break
     return first, second
-
-
-def _rgb(hue: float, saturation: float, value: float) -> Array:
-    return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32)
 
 
 def _paint(texture: Array, first: Array, second: Array) -> Array:

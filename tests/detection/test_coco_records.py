@@ -231,7 +231,7 @@ def test_wrong_image_sizes_are_found_before_training(tmp_path, caplog):
         get_dataset_dicts(spec, skip_undecodable=False)
     with caplog.at_level(logging.WARNING):
         assert len(get_dataset_dicts(spec, skip_undecodable=True)) == 2
-    assert "1 of 2 checked images" in caplog.text and "3.png" in caplog.text
+    assert "skip 1 images" in caplog.text and "3.png" in caplog.text
 
 
 def test_an_empty_image_file_is_found_before_training(tmp_path):
@@ -252,4 +252,4 @@ def test_the_check_of_headers_is_bounded_and_made_once(tmp_path, monkeypatch, ca
     monkeypatch.setattr(coco_records, "HEADER_SECONDS", -1.0)
     with caplog.at_level(logging.INFO):
         get_dataset_dicts(spec)
-    assert len(reads) == 3 and "0 of 2 images" in caplog.text
+    assert len(reads) == 3 and "0 of 2 image headers" in caplog.text

@@ -122,7 +122,7 @@ def test_the_mask_is_where_the_shape_is_drawn(monkeypatch):
 @pytest.mark.parametrize("name", shapes.CLASSES)
 def test_outlines_have_the_area_and_the_hole_they_should(name):
     rng = np.random.default_rng(0)
-    outline = shapes._place(rng, shapes._OUTLINES[name](rng), 40.0, 128)
+    outline = shapes._place(rng, shapes._outline(name, rng), 40.0, 128)
     outline = [part - outline[0].mean(axis=0) + 64 for part in outline]
     coverage = shapes._coverage(outline, (0, 0, 128, 128))
     assert coverage.sum() == pytest.approx(40.0**2, rel=0.03)
