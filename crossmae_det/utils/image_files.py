@@ -1,14 +1,11 @@
-"""Finding image files, and saying what was found.
-
-Where images are that an annotation file names by the paths of another storage.
-"""
+"""Finding image files, and describing what was found."""
 
 import logging
 import os
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from urllib.parse import unquote
 
 import numpy as np
@@ -16,34 +13,38 @@ from PIL import Image
 
 from crossmae_det.utils.image_reading import UndecodableImageError, image_size
 
+logger = logging.getLogger(__name__)
+
 _SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 )
 
-# Suffixes of image files, in lower case: those of the list that this Pillow decodes.
+# Suffixes of image files, in lower case, that this Pillow decodes.
 IMAGE_SUFFIXES = tuple(
     suffix for suffix in _SUFFIXES if Image.registered_extensions().get(suffix) in Image.OPEN
 )
 
-
-# How many headers a summary reads, and for how many seconds at most.
+# Headers that a summary reads at most, and seconds that it takes at most.
 SAMPLED_HEADERS = 256
-
 SAMPLING_SECONDS = 5.0
+
+Parts = tuple[str, ...]  # of a path
+
+_warned: set[str] = set()
 
 
 def is_image_file(path: str | os.PathLike[str], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
-    """Whether a file is an image by its name; hidden files are none.
+    """Whether the name of a file is that of an image.
 
-    macOS puts ``._photo.jpg`` beside ``photo.jpg``.
+    Hidden files are not images: macOS puts ``._photo.jpg`` beside ``photo.jpg``.
     """
     name = os.path.basename(os.fspath(path))
     return name.lower().endswith(tuple(suffixes)) and not name.startswith(".")
 
 
 def walk_images(folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterator[str]:
-    """Find the images under a folder, at any depth, also behind links; hidden ones are left out.
+    """Find the images in a folder at any depth, also behind links; hidden ones are left out.
 
     Args:
         folder: where to look.
@@ -52,40 +53,50 @@ def walk_images(folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterat
     Yields:
         Paths relative to the folder, sorted within each folder.
     """
+    for parts in _walk(folder, hidden=False):
+        if is_image_file(parts[-1], suffixes):
+            yield os.path.join(*parts)
+
+
+def _walk(folder: str, hidden: bool = True) -> Iterator[Parts]:
+    """The files in a folder at any depth, as the parts of their relative paths.
+
+    ``hidden`` tells whether to descend into hidden folders.
+    """
     visited = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in visited:  # a link that leads back
+        if (status.st_dev, status.st_ino) in visited:  # a link back
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        prefix = os.path.relpath(parent, folder)
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+        relative = os.path.relpath(parent, folder)
+        above = () if relative == os.curdir else tuple(relative.split(os.sep))
         for name in sorted(files):
-            if is_image_file(name, suffixes):
-                yield name if prefix == os.curdir else os.path.join(prefix, name)
+            yield (*above, name)
 
 
 def suffix_counts(names: Iterable[str]) -> str:
-    """How many files have which suffix, as in "78 jpg, 2 png"."""
+    """The number of files by suffix, such as "78 jpg, 2 png"."""
     counts = Counter(os.path.splitext(name)[1].lower().lstrip(".") or "none" for name in names)
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
 
 
 def sampled_sizes(read_size: Callable[[int], tuple[int, int]], count: int) -> str:
-    """Read the headers of a sample of images, evenly spread, and say what sizes they have.
+    """Describe the sizes of images in one line, from the headers of an even sample of them.
 
     Args:
-        read_size: index of an image -> its (height, width); raises UndecodableImageError.
+        read_size: index of an image -> (height, width); raises UndecodableImageError.
         count: number of images, at least one.
 
     Returns:
-        One line: how many headers were read, the least, median and greatest size, and how many
-        images, of which names one, cannot be read. It takes a few seconds at most.
+        How many headers were read, the smallest, median and largest size, and how many images,
+        with one name, cannot be read. It takes a few seconds at most.
     """
     sizes, bad = [], []
     chosen = np.linspace(0, count - 1, min(count, SAMPLED_HEADERS)).round().astype(int)
-    # Were the time to run out, those that were looked at would still be from everywhere.
+    # In random order, so that those read before the time is up are an even sample as well.
     chosen = np.random.default_rng(0).permutation(chosen)
     end = time.monotonic() + SAMPLING_SECONDS
     for index in chosen.tolist():
@@ -98,13 +109,13 @@ def sampled_sizes(read_size: Callable[[int], tuple[int, int]], count: int) -> st
     texts = []
     if sizes:
         sizes.sort(key=lambda size: (size[0] * size[1], size))
-        least, median, greatest = (
+        least, median, most = (
             f"{width}x{height}" for height, width in (sizes[0], sizes[len(sizes) // 2], sizes[-1])
         )
-        sides = f"{least} to {greatest} pixels, median {median}"
-        texts.append(f"sizes of {len(sizes)} of them: {sides if least != greatest else least}")
+        sides = f"{least} to {most} pixels, median {median}" if least != most else least
+        texts.append(f"sizes of {len(sizes)} of them: {sides}")
     if bad:
-        texts.append(f"{len(bad)} of {len(bad) + len(sizes)} looked at cannot be read: {bad[0]}")
+        texts.append(f"{len(bad)} of {len(bad) + len(sizes)} sampled cannot be read: {bad[0]}")
     return "; ".join(texts)
 
 
@@ -113,86 +124,72 @@ def file_sizes(paths: Sequence[str]) -> str:
     return sampled_sizes(lambda index: image_size(paths[index]), len(paths))
 
 
-logger = logging.getLogger(__name__)
-
-
-_reported: set[str] = set()
-
-
 def locate(
     names: Sequence[str], image_root: str, source: str, *, complete: bool = True
 ) -> list[str]:
-    """Find image files by the paths that an annotation file or a list has for them.
-
-    There is one directory listing per folder.
+    """Find image files by the paths in an annotation file or a list.
 
     Exporters write the paths of their own storage: ``..\\upload\\1\\abc.jpg``,
     ``/data/local-files/?d=images/abc.jpg``. Where a path does not exist below ``image_root``, the
-    one file there that has its base name is taken; of several, the one that shares most of the
-    path. Where none has it, other case and other forms of the same Unicode text count as equal.
+    only file with its base name is taken; of several, the one that shares most of the path. Where
+    there is none, case and the Unicode form are ignored. Every folder is listed once.
 
     Args:
-        names: paths as they are written, relative to ``image_root`` or absolute.
-        image_root: the folder that has the images.
+        names: paths relative to ``image_root``, or absolute.
+        image_root: the folder of the images.
         source: the file that has the names, for messages.
-        complete: whether every image must be there.
+        complete: whether every image must exist.
 
     Returns:
-        The path of each image, in the order of ``names``; as it is written where it is absent.
+        The path of each image, in the order of ``names``; unchanged where it does not exist.
 
     Raises:
-        FileNotFoundError: the folder is absent, or some of the images that must be there are, or
-            more than one file could be meant.
+        FileNotFoundError: the folder does not exist; or, if ``complete``, an image does not exist
+            or is ambiguous.
     """
     if not os.path.isdir(image_root):
-        raise FileNotFoundError(
-            f"{image_root}: no such image folder (for {source}); check the path"
-        )
+        raise FileNotFoundError(f"{image_root}: no such image folder (for {source})")
     listings: dict[str, set[str]] = {}
     paths = [os.path.join(image_root, name) for name in names]
     lost = [index for index, path in enumerate(paths) if not _exists(path, listings)]
     if not lost:
         return paths
-    absent = set(lost)
-    taken = {
-        os.path.realpath(path): names[index]
-        for index, path in enumerate(paths)
-        if index not in absent
-    }
-    by_base = _files_by_base_name(image_root)
-    by_folded: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-    for base, files in by_base.items():
-        by_folded[_folded(base)] += files
-    reasons = []  # of those that stay absent
+    found_before = set(range(len(paths))) - set(lost)
+    taken = {os.path.realpath(paths[index]): names[index] for index in sorted(found_before)}
+    by_name: dict[str, list[Parts]] = defaultdict(list)
+    by_folded: dict[str, list[Parts]] = defaultdict(list)
+    for parts in _walk(image_root):
+        by_name[parts[-1]].append(parts)
+        by_folded[_folded(parts[-1])].append(parts)
+    repaired, failed = [], []  # indices; (name, reason)
     for index in lost:
-        readings = _parts(names[index])
-        found = _best_matches(readings, by_base)
-        if not found:
-            found = _best_matches([tuple(map(_folded, r)) for r in readings], by_folded, _folded)
-        if len(found) != 1:
-            reasons.append((names[index], f"{len(found)} files there have its base name"))
+        readings = _readings(names[index])
+        matches = _best_matches(readings, by_name, str) or _best_matches(
+            [tuple(map(_folded, reading)) for reading in readings], by_folded, _folded
+        )
+        if len(matches) != 1:
+            failed.append((names[index], f"{len(matches)} files have its base name"))
             continue
-        path = os.path.join(image_root, *found[0])
+        path = os.path.join(image_root, *matches[0])
         other = taken.setdefault(os.path.realpath(path), names[index])
         if other != names[index]:
-            reasons.append((names[index], f"{os.path.join(*found[0])} is the file of {other}"))
+            failed.append((names[index], f"{os.path.join(*matches[0])} is the file of {other}"))
             continue
         paths[index] = path
-        absent.discard(index)
-    if reasons and complete:
+        repaired.append(index)
+    if failed and complete:
+        name, reason = failed[0]
         raise FileNotFoundError(
-            f"{image_root}: {len(reasons)} of the {len(names)} images of {source} are not in this "
-            f"folder, the first is {reasons[0][0]}: no such file, and {reasons[0][1]}; check the "
-            "folder or complete it"
+            f"{image_root}: {len(failed)} of the {len(names)} images of {source} do not exist in"
+            f" this folder, the first is {name} ({reason}): check the folder or complete it"
         )
-    repaired = [index for index in lost if index not in absent]
     if repaired:
         message = (
-            f"{source}: {len(repaired)} image paths do not exist in {image_root}: found by their "
-            f"base names (first: {names[repaired[0]]} is {paths[repaired[0]]})"
+            f"{source}: {len(repaired)} image paths do not exist in {image_root}: found by their"
+            f" base names (first: {names[repaired[0]]} is {paths[repaired[0]]})"
         )
-        if message not in _reported:
-            _reported.add(message)
+        if message not in _warned:
+            _warned.add(message)
             logger.warning(message)
     return paths
 
@@ -200,38 +197,21 @@ def locate(
 def _exists(path: str, listings: dict[str, set[str]]) -> bool:
     folder, name = os.path.split(path)
     if folder not in listings:
-        listings[folder] = set(_list_folder(folder))
-    if name in listings[folder]:
-        return True
-    # A listing does not know of file systems that ignore case: they have the last word.
-    return bool(name and listings[folder]) and os.path.exists(path)
+        listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    # File systems that ignore case have the last word.
+    return name in listings[folder] or bool(name and listings[folder] and os.path.exists(path))
 
 
-def _list_folder(folder: str) -> list[str]:
-    if not os.path.isdir(folder):
-        return []
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries]
-
-
-def _parts(file_name: str) -> list[tuple[str, ...]]:
-    """What a path or an address in any storage may be called here: its parts, in each reading."""
+def _readings(name: str) -> list[Parts]:
+    """The parts of a path or an address in any storage, in each way to read it."""
     readings = []
-    for name in dict.fromkeys((file_name, unquote(file_name))):
-        name = name.rpartition("?d=")[2]  # Label Studio's address of a local file
-        if "://" in name:
-            name = name.partition("?")[0]
-        parts = name.replace("\\", "/").split("/")
+    for text in dict.fromkeys((name, unquote(name))):
+        text = text.rpartition("?d=")[2]  # Label Studio's address of a local file
+        if "://" in text:
+            text = text.partition("?")[0]
+        parts = text.replace("\\", "/").split("/")
         readings.append(tuple(part for part in parts if part not in ("", ".", "..")))
     return readings
-
-
-def _files_by_base_name(image_root: str) -> dict[str, list[tuple[str, ...]]]:
-    """Base name -> the files that have it, as the parts of their paths below the folder."""
-    found = defaultdict(list)
-    for parts in _walk(image_root, (), set()):
-        found[parts[-1]].append(parts)
-    return found
 
 
 def _folded(name: str) -> str:
@@ -239,35 +219,20 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
-def _walk(folder: str, parts: tuple[str, ...], seen: set[str]) -> Iterator[tuple[str, ...]]:
-    real = os.path.realpath(folder)
-    if real in seen:  # a link back
-        return
-    seen.add(real)
-    for name in sorted(_list_folder(folder)):
-        path = os.path.join(folder, name)
-        if os.path.isdir(path):
-            yield from _walk(path, (*parts, name), seen)
-        else:
-            yield (*parts, name)
-
-
 def _best_matches(
-    readings: list[tuple[str, ...]],
-    by_base: dict[str, list[tuple[str, ...]]],
-    key: Callable[[str], str] = str,
-) -> list[tuple[str, ...]]:
+    readings: Sequence[Parts], by_name: Mapping[str, list[Parts]], key: Callable[[str], str]
+) -> list[Parts]:
     """The files that share the most last parts of their paths with a name, in any reading.
 
-    ``key`` makes of a part what it is compared by; ``readings`` and ``by_base`` have that form.
+    Parts of files are compared by ``key``; ``readings`` and ``by_name`` have that form.
     """
-    best: dict[tuple[str, ...], None] = {}
+    best: dict[Parts, None] = {}
     length = 0
     for reading in readings:
-        for parts in by_base.get(reading[-1], ()) if reading else ():
+        for parts in by_name.get(reading[-1], ()) if reading else ():
             common = 0
-            for ours, other in zip(reversed(parts), reversed(reading), strict=False):
-                if key(ours) != other:
+            for part, other in zip(reversed(parts), reversed(reading), strict=False):
+                if key(part) != other:
                     break
                 common += 1
             if common > length:

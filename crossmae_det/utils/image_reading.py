@@ -1,20 +1,16 @@
-"""What can be wrong with an image.
-
-Headers of encoded images: the upright size, the orientation, and what can decode the pixels.
-
-Reading images: one decoder for training, evaluation, inference and drawing of every task.
-
-Legend: H x W pixels of the upright image, C channels.
+"""Reading images: one decoder for training, evaluation, inference and drawing of every task.
 
 - An EXIF orientation is applied exactly once, in every container that can hold one.
 - 16-bit channels become 8-bit by their upper byte. 32-bit integers are taken for 16-bit values, as
   Pillow takes them; float pixels have no fixed range and are rejected.
-- Alpha is dropped, as detectron2 drops it: the color below a transparent pixel is what is read.
+- Alpha is dropped, as in detectron2: the color below a transparent pixel is what is read.
 - Palettes, 1-bit, gray, CMYK and YCCK become RGB or gray. Color profiles are not applied.
 - The first frame of an animation or of a file with several pages is read.
 
-Pillow decides what a file contains. OpenCV decodes whole JPEGs and plain 8-bit PNGs, where it gives
-the same pixels in half the time.
+Pillow decides what a file contains. OpenCV decodes complete JPEGs and plain 8-bit PNGs, where it
+gives the same pixels in half the time.
+
+Legend: H x W pixels of the upright image, C channels.
 """
 
 import io
@@ -28,6 +24,34 @@ from typing import IO, Any, NamedTuple
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
+
+# Path of an image file, or an encoded image.
+Source = str | os.PathLike[str] | bytes
+
+IMAGE_FORMATS = ("RGB", "BGR", "L")
+
+# A JPEG can be decoded at a fraction of its size in a fraction of the time.
+REDUCTIONS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+# First and last bytes of what OpenCV decodes. OpenCV 4 silently fills the missing part of a
+# truncated file with gray, so those are left to Pillow, which rejects them.
+JPEG_ENDS = (b"\xff\xd8", b"\xff\xd9")
+PNG_ENDS = (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
+
+# Markers of a JPEG's frame header, which has its size, and of the segments with EXIF or XMP; what
+# a segment with an orientation contains: EXIF's tag in either byte order, or XMP's.
+FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+METADATA_MARKER = 0xE1
+ORIENTATION_SIGNS = (b"\x01\x12", b"\x12\x01", b"tiff:Orientation")
+
+# Chunks of a PNG that may hold an orientation: EXIF, and EXIF or XMP as text.
+PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 
 
 class ImageError(ValueError):
@@ -35,7 +59,7 @@ class ImageError(ValueError):
 
 
 class UndecodableImageError(ImageError):
-    """An image that cannot be read or decoded, or whose size is not what the annotations say.
+    """An image that cannot be read or decoded, or whose size differs from the annotations.
 
     Attributes:
         file_name: the image file.
@@ -49,181 +73,111 @@ class UndecodableImageError(ImageError):
         return self.args[0]
 
 
-# First and last bytes of what OpenCV decodes. OpenCV 4 fills the missing part of a truncated file
-# with gray, without a word, so those are left to Pillow, which rejects them.
-JPEG_ENDS = (b"\xff\xd8", b"\xff\xd9")
-
-PNG_ENDS = (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
-
-# Markers of a JPEG's frame header, which has its size, and of the segments that hold EXIF or XMP.
-_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-
-_METADATA_MARKER = 0xE1
-
-# What such a segment has where it may hold an orientation: EXIF's tag in either byte order, XMP's.
-_ORIENTATION_SIGNS = (b"\x01\x12", b"\x12\x01", b"tiff:Orientation")
-
-# EXIF's tag of the orientation.
-_ORIENTATION_TAG = 0x0112
-
-# Chunks of a PNG that may hold an orientation: EXIF, and EXIF or XMP as text.
-_PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
-
-
-class Header(NamedTuple):
-    """What is known of an encoded image before its pixels are decoded.
-
-    Attributes:
-        height: of the upright image.
-        width: of the upright image.
-        orientation: EXIF orientation, 1 to 8, of the decoded pixels.
-        fast: whether OpenCV decodes it.
-    """
-
-    height: int
-    width: int
-    orientation: int
-    fast: bool
-
-
-def read_header(source: bytes | IO[bytes]) -> Header:
-    """Read the header of an image.
-
-    Args:
-        source: an encoded image, or an open file that has one.
-
-    Raises:
-        Exception: of almost any class, for data that is damaged or no image.
-    """
-    if isinstance(source, bytes):
-        return _read_jpeg_header(source) or _read_any_header(io.BytesIO(source))
-    return _read_any_header(source)
-
-
-def _read_jpeg_header(data: bytes) -> Header | None:
-    """Read the header of a JPEG that has no orientation; None for any other image.
-
-    Pillow parses all of a JPEG's header, which takes a twentieth of the time of decoding it.
-    """
-    place = 2
-    if not data.startswith(JPEG_ENDS[0]):
-        return None
-    while data[place : place + 1] == b"\xff" and place + 10 <= len(data):
-        marker = data[place + 1]
-        if not 0xC0 <= marker < 0xFF:
-            return None
-        if marker in _FRAME_MARKERS:
-            height = int.from_bytes(data[place + 5 : place + 7], "big")
-            width = int.from_bytes(data[place + 7 : place + 9], "big")
-            fast = _is_plain_jpeg(data[place + 4], data[place + 9]) and data.endswith(JPEG_ENDS[1])
-            limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
-            if not 0 < height * width <= limit:
-                return None  # Pillow says why
-            return Header(height, width, 1, fast)
-        following = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker == _METADATA_MARKER:
-            segment = data[place:following]
-            if any(sign in segment for sign in _ORIENTATION_SIGNS):
-                return None
-        place = following
-    return None
-
-
-def _is_plain_jpeg(bits: int, components: int) -> bool:
-    """Gray and YCbCr of 8 bits; each library has conversions of its own for CMYK and YCCK."""
-    return bits == 8 and components in (1, 3)
-
-
-def _read_any_header(file: IO[bytes]) -> Header:
-    """Read the header of any image, from its file or from memory."""
-    file.seek(0)
-    with without_warnings(), Image.open(file) as image:
-        width, height = image.size
-        orientation = _orientation(image, file)
-        if image.format == "TIFF":
-            # Whether the size is that of the upright image depends on Pillow's version.
-            tags: Any = image.tag_v2  # type: ignore[attr-defined]
-            width, height = tags[256], tags[257]
-        fast = False
-        if image.format in ("JPEG", "MPO"):
-            fast = _is_plain_jpeg(getattr(image, "bits", 0), getattr(image, "layers", 0))
-            fast = fast and _ends_with(file, JPEG_ENDS[1])
-        elif image.format == "PNG":
-            file.seek(24)
-            bits, color = file.read(2)
-            # Gray, RGB, gray with alpha and RGBA; not palettes.
-            fast = bits == 8 and color in (0, 2, 4, 6) and _ends_with(file, PNG_ENDS[1])
-            fast = fast and not getattr(image, "is_animated", False)
-    if orientation >= 5:
-        height, width = width, height
-    if image.format == "TIFF":
-        orientation = 1  # Pillow turns its pixels upright
-    return Header(height, width, orientation, fast)
-
-
-def _ends_with(file: IO[bytes], last: bytes) -> bool:
-    file.seek(0, os.SEEK_END)
-    file.seek(max(0, file.tell() - len(last)))
-    return file.read() == last
-
-
-def _orientation(image: Image.Image, file: IO[bytes]) -> int:
-    """EXIF orientation of an opened image, 1 to 8; 1 where there is none or it is damaged."""
-    try:
-        if image.format != "PNG":
-            exif = image.getexif()
-        elif _has_late_metadata(file):
-            exif = image.getexif()  # decodes the image first
-        else:
-            exif = Image.Image.getexif(image)
-        value = exif.get(_ORIENTATION_TAG, 1)
-    except Exception:  # Pillow meets damaged EXIF data with almost any exception
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _has_late_metadata(file: IO[bytes]) -> bool:
-    """Whether a PNG has metadata after its pixels, which Pillow reads only with them."""
-    place = file.tell()
-    try:
-        file.seek(len(PNG_ENDS[0]))
-        pixels = False
-        while len(chunk := file.read(8)) == 8:
-            pixels |= chunk[4:] == b"IDAT"
-            if pixels and chunk[4:] in _PNG_METADATA:
-                return True
-            file.seek(int.from_bytes(chunk[:4], "big") + 4, os.SEEK_CUR)
-        return False
-    finally:
-        file.seek(place)  # Pillow goes on reading here
+class _ReasonError(Exception):
+    """The reason why an image cannot be decoded, for the user."""
 
 
 @contextmanager
-def without_warnings() -> Iterator[None]:
-    """Without Pillow's warnings: a file can be decoded or not, which is said elsewhere."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def naming_errors(name: str) -> Iterator[None]:
+    """Turn any error of reading or decoding into an UndecodableImageError that names the image.
+
+    MemoryError passes unchanged.
+    """
+    try:
         yield
+    except (MemoryError, UndecodableImageError):
+        raise
+    except Exception as error:  # decoders raise almost anything on damaged files
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image of a known format"
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = "too many pixels: cut it into parts, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        else:
+            reason = " ".join(str(error).split()) or type(error).__name__
+        raise UndecodableImageError(f"{name}: the image cannot be decoded ({reason})", name) from (
+            None if isinstance(error, _ReasonError) else error
+        )
 
 
-# Path of an image file, or the encoded image.
-Source = str | os.PathLike[str] | bytes
+def read_image(source: Source, format: str = "RGB", *, name: str = "") -> np.ndarray:
+    """Read an image, upright.
+
+    Args:
+        source: path of an image file, or an encoded image.
+        format: order and number of the channels: "RGB", "BGR" or "L" (gray).
+        name: names the image in messages; the path by default.
+
+    Returns:
+        (H, W, C) uint8, contiguous and writable; C = 1 for "L" and 3 otherwise.
+
+    Raises:
+        UndecodableImageError: the file does not exist, or is empty, truncated, damaged, not an
+            image, of float pixels, or has too many pixels.
+        ValueError: the format is unknown.
+    """
+    check_image_format(format)
+    if isinstance(source, bytes):
+        data, name = source, name or "an image in memory"
+    else:
+        name = name or os.fspath(source)
+        with naming_errors(name), open(source, "rb") as file:
+            data = file.read()
+    return np.ascontiguousarray(EncodedImage(data, name).decode(format))
 
 
-IMAGE_FORMATS = ("RGB", "BGR", "L")
+def image_size(source: Source, *, name: str = "") -> tuple[int, int]:
+    """Read the size of an image from its header, without decoding it.
+
+    Args:
+        source: path of an image file, or an encoded image.
+        name: names the image in messages; the path by default.
+
+    Returns:
+        (height, width) in pixels of the upright image.
+
+    Raises:
+        UndecodableImageError: the file does not exist, or is empty, not an image, or has too many
+            pixels. Damage after the header goes unnoticed.
+    """
+    if isinstance(source, bytes):
+        image = EncodedImage(source, name or "an image in memory")
+        return image.height, image.width
+    with naming_errors(name or os.fspath(source)), open(source, "rb") as file:
+        if not file.read(1):
+            raise _ReasonError("the file is empty")
+        header = _read_any_header(file)
+    return header.height, header.width
 
 
-# A JPEG can be decoded at a fraction of its size for a fraction of the time: OpenCV's names.
-REDUCTIONS = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-}
+def check_image_format(format: str) -> None:
+    """Raise a ValueError unless :func:`read_image` knows the format."""
+    if format not in IMAGE_FORMATS:
+        raise ValueError(
+            f"image_format={format!r}: unknown image format: use {', '.join(IMAGE_FORMATS)}"
+        )
+
+
+def convert_color(image_bgr: np.ndarray, format: str) -> np.ndarray:
+    """Convert an image in memory, such as a frame of a video.
+
+    Args:
+        image_bgr: (H, W, 3) uint8 in BGR.
+        format: "RGB", "BGR" or "L" (gray).
+
+    Returns:
+        (H, W, C) uint8, as :func:`read_image` returns for the same image; it may be a view.
+
+    Raises:
+        ValueError: the format is unknown.
+    """
+    check_image_format(format)
+    return _convert(image_bgr[:, :, ::-1], format)
 
 
 class EncodedImage:
-    """An encoded image whose header was read: its upright size is known before it is decoded.
+    """An encoded image with its upright size, known from the header before it is decoded.
 
     Args:
         data: the content of an image file.
@@ -242,7 +196,7 @@ class EncodedImage:
         with naming_errors(name):
             if not data:
                 raise _ReasonError("the file is empty")
-            self._header = read_header(data)
+            self._header = _read_jpeg_header(data) or _read_any_header(io.BytesIO(data))
         self.height, self.width = self._header.height, self._header.width
 
     def decode(self, format: str = "RGB", reduction: int = 1) -> np.ndarray:
@@ -254,19 +208,18 @@ class EncodedImage:
                 rounded up; any other image at its full size.
 
         Returns:
-            (H, W, C) uint8, C = 1 for "L" and 3 otherwise; not contiguous in memory as a rule.
+            (H, W, C) uint8, C = 1 for "L" and 3 otherwise; usually not contiguous.
 
         Raises:
-            UndecodableImageError: the data are truncated or damaged, or of a kind that has no 8-bit
-                form.
-            ValueError: ``format`` is not one of the three.
+            UndecodableImageError: the data are truncated or damaged, or have no 8-bit form.
+            ValueError: the format is unknown.
         """
         check_image_format(format)
         with naming_errors(self._name):
             pixels = self._decode_fast(reduction) if self._header.fast else None
             if pixels is None:
                 pixels = _decode(self._data, reduction)
-            return _convert(_turn(pixels, self._header.orientation), format)
+            return _convert(_upright(pixels, self._header.orientation), format)
 
     def _decode_fast(self, reduction: int) -> np.ndarray | None:
         """(height, width, 3) uint8 in RGB as stored, or None where OpenCV cannot decode it."""
@@ -279,107 +232,129 @@ class EncodedImage:
         return None if pixels is None else pixels[:, :, ::-1]
 
 
-def read_image(source: Source, format: str = "RGB", *, name: str = "") -> np.ndarray:
-    """Read an image, upright, as the tasks do.
+# Headers
 
-    Args:
-        source: path of an image file, or the encoded image.
-        format: order and number of the channels: "RGB", "BGR" or "L" (gray).
-        name: names the image in messages; the path by default.
 
-    Returns:
-        (H, W, C) uint8, contiguous and writable; C = 1 for "L" and 3 otherwise.
+class _Header(NamedTuple):
+    """What is known of an image before it is decoded.
 
-    Raises:
-        UndecodableImageError: there is no such file, or it is empty, truncated, damaged, not an
-            image, of float pixels, or has too many pixels; one line that names it.
-        ValueError: ``format`` is not one of the three.
+    Attributes:
+        height, width: of the upright image.
+        orientation: EXIF orientation, 1 to 8, of the decoded pixels.
+        fast: whether OpenCV decodes it.
     """
-    check_image_format(format)
-    if isinstance(source, bytes):
-        data, name = source, name or "an image in memory"
-    else:
-        name = name or os.fspath(source)
-        with naming_errors(name), open(source, "rb") as file:
-            data = file.read()
-    return np.ascontiguousarray(EncodedImage(data, name).decode(format))
+
+    height: int
+    width: int
+    orientation: int
+    fast: bool
 
 
-def image_size(source: Source, *, name: str = "") -> tuple[int, int]:
-    """Read the size of an image from its header; its pixels are not decoded.
+def _read_jpeg_header(data: bytes) -> _Header | None:
+    """Read the header of a JPEG without an orientation; None for any other image.
 
-    Args:
-        source: path of an image file, or the encoded image.
-        name: names the image in messages; the path by default.
-
-    Returns:
-        (height, width) of the upright image, as :func:`read_image` gives it, in pixels.
-
-    Raises:
-        UndecodableImageError: there is no such file, or it is empty, not an image, or has too many
-            pixels. A file that is damaged after its header is not noticed.
+    Pillow parses the whole header, which takes a twentieth of the time of decoding.
     """
-    if isinstance(source, bytes):
-        image = EncodedImage(source, name or "an image in memory")
-        return image.height, image.width
-    with naming_errors(name or os.fspath(source)), open(source, "rb") as file:
-        if not file.read(1):
-            raise _ReasonError("the file is empty")
-        header = read_header(file)
-    return header.height, header.width
+    place = 2
+    if not data.startswith(JPEG_ENDS[0]):
+        return None
+    while data[place : place + 1] == b"\xff" and place + 10 <= len(data):
+        marker = data[place + 1]
+        if not 0xC0 <= marker < 0xFF:
+            return None
+        if marker in FRAME_MARKERS:
+            height = int.from_bytes(data[place + 5 : place + 7], "big")
+            width = int.from_bytes(data[place + 7 : place + 9], "big")
+            fast = _is_plain_jpeg(data[place + 4], data[place + 9]) and data.endswith(JPEG_ENDS[1])
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+            if not 0 < height * width <= limit:
+                return None  # Pillow has the reason
+            return _Header(height, width, 1, fast)
+        following = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == METADATA_MARKER:
+            segment = data[place:following]
+            if any(sign in segment for sign in ORIENTATION_SIGNS):
+                return None
+        place = following
+    return None
 
 
-def check_image_format(format: str) -> None:
-    """Raise a ValueError of one line unless ``format`` is one that :func:`read_image` knows."""
-    if format not in IMAGE_FORMATS:
-        raise ValueError(
-            f"image_format={format!r}: unknown image format; use {', '.join(IMAGE_FORMATS)}"
-        )
+def _is_plain_jpeg(bits: int, components: int) -> bool:
+    """Gray and YCbCr of 8 bits; libraries differ in the conversion of CMYK and YCCK."""
+    return bits == 8 and components in (1, 3)
 
 
-def convert_color(image_bgr: np.ndarray, format: str) -> np.ndarray:
-    """Convert an image in memory, such as a frame of a video.
+def _read_any_header(file: IO[bytes]) -> _Header:
+    """Read the header of an image; damaged data raise almost any exception."""
+    file.seek(0)
+    with _without_warnings(), Image.open(file) as image:
+        width, height = image.size
+        orientation = _orientation(image, file)
+        fast = False
+        if image.format == "TIFF":
+            # The size that Pillow gives is upright or not, depending on its version.
+            tags: Any = image.tag_v2  # type: ignore[attr-defined]
+            width, height = tags[Tag.ImageWidth], tags[Tag.ImageLength]
+        elif image.format in ("JPEG", "MPO"):
+            fast = _is_plain_jpeg(getattr(image, "bits", 0), getattr(image, "layers", 0))
+            fast = fast and _ends_with(file, JPEG_ENDS[1])
+        elif image.format == "PNG":
+            file.seek(24)
+            bits, color = file.read(2)
+            # Gray, RGB, gray with alpha and RGBA; not palettes.
+            fast = bits == 8 and color in (0, 2, 4, 6) and _ends_with(file, PNG_ENDS[1])
+            fast = fast and not getattr(image, "is_animated", False)
+    if orientation >= 5:
+        height, width = width, height
+    if image.format == "TIFF":
+        orientation = 1  # Pillow decodes it upright
+    return _Header(height, width, orientation, fast)
 
-    Args:
-        image_bgr: (H, W, 3) uint8 in BGR.
-        format: "RGB", "BGR" or "L" (gray).
 
-    Returns:
-        (H, W, C) uint8, what :func:`read_image` gives of the same image; it may be a view.
-
-    Raises:
-        ValueError: ``format`` is not one of the three.
-    """
-    check_image_format(format)
-    return _convert(image_bgr[:, :, ::-1], format)
+def _ends_with(file: IO[bytes], last: bytes) -> bool:
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - len(last)))
+    return file.read() == last
 
 
-class _ReasonError(Exception):
-    """Why an image cannot be decoded, in words for the user."""
+def _orientation(image: Image.Image, file: IO[bytes]) -> int:
+    """EXIF orientation of an opened image, 1 to 8; 1 where there is none or it is damaged."""
+    try:
+        if image.format == "PNG" and not _has_late_metadata(file):
+            exif = Image.Image.getexif(image)  # PngImageFile's decodes the image first
+        else:
+            exif = image.getexif()
+        value = exif.get(Tag.Orientation, 1)
+    except Exception:  # Pillow raises almost anything on damaged EXIF data
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _has_late_metadata(file: IO[bytes]) -> bool:
+    """Whether a PNG has metadata after its pixels, which Pillow reads only with them."""
+    place = file.tell()
+    try:
+        file.seek(len(PNG_ENDS[0]))
+        pixels = False
+        while len(chunk := file.read(8)) == 8:
+            pixels |= chunk[4:] == b"IDAT"
+            if pixels and chunk[4:] in PNG_METADATA:
+                return True
+            file.seek(int.from_bytes(chunk[:4], "big") + 4, os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)  # where Pillow continues to read
 
 
 @contextmanager
-def naming_errors(name: str) -> Iterator[None]:
-    """Turn whatever reading and decoding raise into an UndecodableImageError that names the image.
-
-    MemoryError is left alone.
-    """
-    try:
+def _without_warnings() -> Iterator[None]:
+    """Hide Pillow's warnings: files that cannot be decoded are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
-    except (MemoryError, UndecodableImageError):
-        raise
-    except Exception as error:  # decoders meet damaged files with almost any exception
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image of a known format"
-        elif isinstance(error, Image.DecompressionBombError):
-            reason = "too many pixels: cut it into parts, or raise PIL.Image.MAX_IMAGE_PIXELS"
-        elif isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        else:
-            reason = " ".join(str(error).split()) or type(error).__name__
-        raise UndecodableImageError(f"{name}: the image cannot be decoded ({reason})", name) from (
-            None if isinstance(error, _ReasonError) else error
-        )
+
+
+# Pixels
 
 
 def _decode(data: bytes, reduction: int) -> np.ndarray:
@@ -388,13 +363,13 @@ def _decode(data: bytes, reduction: int) -> np.ndarray:
     Returns:
         (height, width, 3) uint8 in RGB or (height, width) uint8 gray; as stored, a TIFF upright.
     """
-    with without_warnings(), Image.open(io.BytesIO(data)) as image:
+    with _without_warnings(), Image.open(io.BytesIO(data)) as image:
         bits = 16
         inverted = False
         if image.format == "TIFF":
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
-            bits = min(tags.get(258, (16,))[0], 16)
-            inverted = tags.get(262) == 0
+            bits = min(tags.get(Tag.BitsPerSample, (16,))[0], 16)
+            inverted = tags.get(Tag.PhotometricInterpretation) == 0
         if reduction > 1 and image.format in ("JPEG", "MPO"):
             size = (max(1, image.width // reduction), max(1, image.height // reduction))
             image.draft(image.mode, size)
@@ -403,15 +378,13 @@ def _decode(data: bytes, reduction: int) -> np.ndarray:
             raise _ReasonError("float pixels have no fixed range: convert it to 8 or 16 bits")
         if image.mode == "I" or image.mode.startswith("I;16"):
             pixels = _upper_byte(np.asarray(image), bits)
-            if inverted and bits == 16:  # Pillow inverts white-is-zero up to 8 bits only
-                pixels = 255 - pixels
-        else:
-            # Premultiplied alpha is taken out before it is dropped.
-            straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
-            if straight:
-                image = image.convert(straight)  # type: ignore[assignment]
-            pixels = np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    return pixels
+            # Pillow inverts white-is-zero up to 8 bits only.
+            return 255 - pixels if inverted and bits == 16 else pixels
+        # Premultiplied alpha is divided out before it is dropped.
+        straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
+        if straight:
+            image = image.convert(straight)  # type: ignore[assignment]
+        return np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
 
 
 def _upper_byte(values: np.ndarray, bits: int) -> np.ndarray:
@@ -424,7 +397,7 @@ def _upper_byte(values: np.ndarray, bits: int) -> np.ndarray:
     return (values >> (bits - 8)).astype(np.uint8)
 
 
-def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Turn stored pixels upright; a view."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
@@ -439,7 +412,7 @@ def _convert(pixels: np.ndarray, format: str) -> np.ndarray:
     """(H, W) gray or (H, W, 3) RGB -> (H, W, C) of the format."""
     if format == "L":
         if pixels.ndim == 3:
-            # Pillow's weights, wherever the pixels are from.
+            # Pillow's weights, whichever library decoded the pixels.
             pixels = np.array(Image.fromarray(pixels).convert("L"))
         return pixels[:, :, None]
     if pixels.ndim == 2:

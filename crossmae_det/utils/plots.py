@@ -1,9 +1,4 @@
-"""Pictures in rows and columns, with titles and captions.
-
-Curves of a training run from its ``metrics.json``.
-"""
-
-from __future__ import annotations
+"""Plots: grids of images, and the curves of a run from its ``metrics.json``."""
 
 import json
 import logging
@@ -22,81 +17,64 @@ from torch import Tensor
 
 from crossmae_det.utils.files import atomic_path
 
-CELL_INCHES = 2.6
+logger = logging.getLogger(__name__)
 
+CELL_INCHES = 2.6  # longer side of an image in a grid
+CAPTION_INCHES = 0.3
 DOTS_PER_INCH = 100
+
+SMOOTHING = 0.02  # reach of the running mean on either side, as a fraction of the points
+MAX_NAMES_IN_LEGEND = 4
+VALIDATION = "val/total_loss"  # drawn beside the total loss of training
+
+# Name -> iteration -> value, in order of the iterations.
+Series = dict[str, dict[int, float]]
 
 
 def image_grid(
     columns: Mapping[str, Tensor], captions: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
-    """Write pictures that belong together side by side, one row for each image.
+    """Write a PNG of images in columns, one row per image, atomically.
 
     Args:
         columns: title -> (N, 3, height, width) uint8 in RGB, on any device.
-        captions: N lines, one below the first picture of each row.
-        path: the PNG, written atomically.
+        captions: N lines, one for each row.
+        path: the file to write.
 
     Raises:
         OSError: the file cannot be written.
     """
     height, width = next(iter(columns.values())).shape[-2:]
     scale = CELL_INCHES / max(height, width)
-    caption_inches = 0.3
-    figure = Figure(
-        figsize=(
-            len(columns) * width * scale,
-            len(captions) * (height * scale + caption_inches) + caption_inches,
-        ),
-        dpi=DOTS_PER_INCH,
-        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03),
-    )
-    FigureCanvasAgg(figure)
+    row_inches = height * scale + CAPTION_INCHES
+    size = len(columns) * width * scale, len(captions) * row_inches + CAPTION_INCHES
+    figure = _figure(size, pad=0.03)
     cells = figure.subplots(len(captions), len(columns), squeeze=False)
-    for column, (title, pictures) in enumerate(columns.items()):
+    for column, (title, images) in enumerate(columns.items()):
         cells[0, column].set_title(title, fontsize=11)
-        for row, picture in enumerate(pictures.permute(0, 2, 3, 1).cpu().numpy()):
+        for row, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
             axes = cells[row, column]
-            # The blocks of a small image are to be seen as they are.
-            axes.imshow(picture, interpolation="nearest")
+            axes.imshow(image, interpolation="nearest")  # small images keep their pixels
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
     for row, caption in enumerate(captions):
-        # File names are text: "$" must not start a formula.
+        # In a file name, "$" does not start a formula.
         cells[row, 0].set_xlabel(caption, fontsize=9, loc="left", parse_math=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-logger = logging.getLogger(__name__)
-
-
-# iteration -> value, per name; in order of the iterations.
-Series = dict[str, dict[int, float]]
-
-
-SMOOTHING = 0.02  # of the number of points, on either side
-
-MAX_NAMES_IN_LEGEND = 4
-
-VALIDATION = "val/total_loss"  # drawn beside the training's total loss
-
-
 def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:
-    """Reads the JSON lines of a run's ``metrics.json``, with null or NaN for what is not finite.
+    """Read the JSON lines of a run's ``metrics.json``.
 
-    A resumed run writes iterations again that were written before it was stopped: the last value
-    counts, and what a name had beyond it belongs to the abandoned run and is dropped. A line cut
-    short by a killed process is skipped.
-
-    Args:
-        metrics_json: the file.
+    A resumed run repeats iterations: the last value counts, and later values of the abandoned run
+    are dropped. A line cut short by a kill is skipped.
 
     Returns:
-        For every name, ``{iteration: value}`` in order of the iterations. Values may be NaN.
+        Name -> iteration -> value, in order of the iterations; NaN for what is not finite.
 
     Raises:
-        ValueError: the file is missing, or holds no metrics.
+        ValueError: the file does not exist, or has no metrics.
     """
     path = Path(metrics_json)
     try:
@@ -113,80 +91,75 @@ def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:
             skipped += bool(line.strip())
             continue
         for name, value in record.items():
-            if value is None:  # what is not finite in JSON
+            if value is None:  # how JSON has what is not finite
                 value = math.nan
-            if isinstance(value, int | float):
-                _append(series.setdefault(name, {}), iteration, float(value))
+            if not isinstance(value, int | float):
+                continue
+            values = series.setdefault(name, {})
+            if values and iteration <= next(reversed(values)):
+                for stale in [known for known in values if known >= iteration]:
+                    del values[stale]
+            values[iteration] = float(value)
     if not series:
-        raise ValueError(f"{path}: no metrics in it; has the run written its first line yet?")
+        raise ValueError(f"{path}: no metrics: has the run written its first line yet?")
     if skipped:
         logger.warning("%s: skipped %d unreadable lines", path, skipped)
     return series
 
 
 def plot_metrics(metrics_json: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
-    """Draws the losses, the learning rate and, where evaluated, the AP of a run over iterations.
+    """Plot the losses, the learning rate and, if evaluated, the AP of a run over its iterations.
 
-    Losses are a smoothed line (running mean over 4 % of the points) over the logged values, that of
-    a validation set is drawn as it is; their
-    axis is logarithmic where they span more than a factor of ten. Values that are not finite leave
-    a gap and a cross on the axis below it.
+    Losses are logged values with a running mean, except for that of a validation set, which is
+    plotted as it is. Their axis is logarithmic where they span more than a factor of ten. Values
+    that are not finite leave a gap and a cross on the axis below it.
 
     Args:
         metrics_json: detectron2's ``metrics.json``.
-        png_path: the picture, written atomically: 100 pixels an inch, 1400 pixels wide.
+        png_path: the file to write, atomically; 1400 pixels wide.
 
     Raises:
-        ValueError: the metrics file is missing, empty, or has neither losses nor AP.
-        OSError: the picture cannot be written.
+        ValueError: the metrics file does not exist, is empty, or has nothing to plot.
+        OSError: the plot cannot be written.
     """
     series = read_metrics(metrics_json)
-    total = {name: series[name] for name in ("total_loss", VALIDATION) if name in series}
-    parts = {name: series[name] for name in sorted(series) if name.startswith("loss_")}
-    rates = {name: series[name] for name in sorted(series) if name == "lr"}
-    precisions = {name: series[name] for name in sorted(series) if _is_precision(name)}
+
+    def select(names: Callable[[str], bool]) -> Series:
+        return {name: series[name] for name in sorted(series) if names(name)}
+
+    total = select(lambda name: name in ("total_loss", VALIDATION))
+    parts = select(lambda name: name.startswith("loss_"))
     if len(parts) == 1 and "total_loss" in total:
-        # The total of one loss is that loss.
-        parts = {}
+        parts = {}  # the same curve
     panels: list[tuple[str, Series, Callable[[Axes, Series], None]]] = [
         ("Total loss", total, _draw_losses),
         ("Losses", parts, _draw_losses),
-        ("COCO AP", precisions, _draw_precisions),
-        ("Learning rate", rates, _draw_rates),
+        ("COCO AP", select(lambda n: n.rpartition("/")[2] in ("AP", "AP50")), _draw_precisions),
+        ("Learning rate", select(lambda name: name == "lr"), _draw_rates),
     ]
     panels = [panel for panel in panels if panel[1]]
     if not panels:
-        raise ValueError(f"{metrics_json}: no total_loss, loss_*, lr or */AP in it to draw")
-
-    figure = Figure(
-        # A little more than the pixels wanted: matplotlib rounds down.
-        figsize=(14.001, 4.6 * math.ceil(len(panels) / 2) + 0.001),
-        dpi=100,
-        layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15),
-    )
-    FigureCanvasAgg(figure)
+        raise ValueError(f"{metrics_json}: no total_loss, loss_*, lr or */AP to plot")
+    rows = math.ceil(len(panels) / 2)
+    figure = _figure((14.001, 4.6 * rows + 0.001), pad=0.15)  # matplotlib rounds pixels down
     last = max(max(values) for _, group, _ in panels for values in group.values())
-    grid = figure.add_gridspec(math.ceil(len(panels) / 2), 2)
+    grid = figure.add_gridspec(rows, 2)
     for index, (title, group, draw) in enumerate(panels):
         row, column = divmod(index, 2)
         # An odd last panel has the row to itself.
         alone = index == len(panels) - 1 and column == 0
         axes = figure.add_subplot(grid[row, :] if alone else grid[row, column])
         draw(axes, group)
-        _decorate(axes, title, last, names=len(group))
+        _decorate(axes, title, last, len(group))
     with atomic_path(png_path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def _append(values: dict[int, float], iteration: int, value: float) -> None:
-    if values and iteration <= next(reversed(values)):
-        for stale in [known for known in values if known >= iteration]:
-            del values[stale]
-    values[iteration] = value
-
-
-def _is_precision(name: str) -> bool:
-    return name.rpartition("/")[2] in ("AP", "AP50")
+def _figure(inches: tuple[float, float], pad: float) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
+    figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _draw_losses(axes: Axes, group: Series) -> None:
@@ -199,30 +172,22 @@ def _draw_losses(axes: Axes, group: Series) -> None:
         if not finite.any():
             continue
         finite_values += values[finite].tolist()
-        color = f"C{number % 10}"
-        style = "-" if number < 10 else "--"
-        label = f"{name}, last {_last(values):.3g}"
+        color, style = f"C{number % 10}", "-" if number < 10 else "--"
+        label = f"{name}, last {values[finite][-1]:.3g}"
         if finite.sum() == 1 or name == VALIDATION:
-            # There are few values of a validation set, and they have no noise of batches.
+            # A validation loss has few values, without the noise of batches.
             axes.plot(iterations, values, "o-", color=color, markersize=5, label=label)
             continue
         axes.plot(iterations, values, ".", color=color, alpha=0.22, markersize=4, linewidth=0)
         axes.plot(iterations, _smooth(values), style, color=color, linewidth=1.8, label=label)
     if broken:
-        where = sorted(broken)
-        axes.plot(
-            where,
-            [0] * len(where),
-            "x",
-            color="crimson",
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-            zorder=5,
-            label=f"not finite ({len(where)} logged)",
+        label = f"not finite ({len(broken)} logged)"
+        (marks,) = axes.plot(
+            sorted(broken), [0] * len(broken), "x", color="crimson", zorder=5, label=label
         )
+        marks.set(transform=axes.get_xaxis_transform(), clip_on=False)
     axes.set_ylabel("loss")
-    positive = [value for value in finite_values if value > 0]
-    if len(positive) == len(finite_values) > 0 and max(positive) > 10 * min(positive):
+    if finite_values and 0 < 10 * min(finite_values) < max(finite_values):
         axes.set_yscale("log")
 
 
@@ -232,14 +197,15 @@ def _draw_precisions(axes: Axes, group: Series) -> None:
     for name, points in group.items():
         task, _, metric = name.rpartition("/")
         iterations, values = _arrays(points)
+        finite = values[np.isfinite(values)]
+        last = finite[-1] if len(finite) else math.nan
         axes.plot(
             iterations,
             values,
-            "-" if metric == "AP" else "--",
-            marker="o" if metric == "AP" else "s",
+            "o-" if metric == "AP" else "s--",
             markersize=5,
             color=f"C{tasks.index(task) % 10}",
-            label=f"{task} {metric}".strip() + f", last {_last(values):.2f}",
+            label=f"{task} {metric}".strip() + f", last {last:.2f}",
         )
     axes.set_ylabel("percent")
     axes.set_ylim(bottom=0)
@@ -257,7 +223,7 @@ def _draw_rates(axes: Axes, group: Series) -> None:
 def _decorate(axes: Axes, title: str, last: int, names: int) -> None:
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel("iteration")
-    # All panels share their scale, with room for a mark at the last iteration.
+    # All panels share their scale, with space for a mark at the last iteration.
     axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -269,24 +235,22 @@ def _decorate(axes: Axes, title: str, last: int, names: int) -> None:
 
 
 def _arrays(points: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations, and values with NaN for what is not finite."""
     values = np.array(list(points.values()), dtype=float)
     return np.array(list(points), dtype=int), np.where(np.isfinite(values), values, np.nan)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over the finite values of a window, NaN where the value itself is."""
+    """Running mean over the finite values of a window, NaN where the value itself is.
+
+    The window shrinks towards the ends and stays centered, so that nothing lags.
+    """
     reach = max(1, round(SMOOTHING * len(values)))
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    # The window shrinks towards the ends and stays centered: no lag at the start, none at the end.
     index = np.arange(len(values))
     reaches = np.minimum(reach, np.minimum(index, len(values) - 1 - index))
     low, high = index - reaches, index + reaches + 1
     mean = (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)
     return np.where(finite, mean, np.nan)
-
-
-def _last(values: Sequence[float] | np.ndarray) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return finite[-1] if finite else math.nan
