@@ -1,4 +1,4 @@
-"""Unusual and bad image files, in every task, as a user meets them."""
+"""Unusual and undecodable image files in every task."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_a_one_channel_model_trains_evaluates_and_predicts(
     assert {"bbox", "segm"} == results.keys()
     assert cv2.imread(str(output / "predictions.png")).std() > 10  # drawn in color
 
-    # A folder with everything in it: what cannot be decoded does not keep the others from it.
+    # Files that cannot be decoded do not stop the others.
     folder = tmp_path / "in"
     (folder / "deeper").mkdir(parents=True)
     color = photo(64, 80)
@@ -50,7 +50,7 @@ def test_a_one_channel_model_trains_evaluates_and_predicts(
     arguments += ["--output", folder / "drawn", "--score-threshold", "0.99"]
     main = load_tool(repo, "demo").main
     weights = f"train.init_checkpoint={output}/model_final.pth"
-    for _ in range(2):  # the second time, there are pictures below the input
+    for _ in range(2):  # the second time, the output is below the input
         with pytest.raises(SystemExit) as stop:
             call_tool(main, monkeypatch, "demo", *arguments, "--opts", weights)
         assert stop.value.code == 1
@@ -70,7 +70,7 @@ def test_a_one_channel_model_trains_evaluates_and_predicts(
     assert cv2.imread(str(drawn / "color.jpg")).std(axis=2).mean() > 5  # in color
 
 
-def test_images_of_other_channels_than_the_model_takes_are_an_error(tiny_overrides):
+def test_a_wrong_number_of_channels_is_an_error(tiny_overrides):
     options = ["train.max_iter=1", "model.backbone.net.in_chans=1"]
     with pytest.raises(ValueError, match="images of 3 channels .* takes 1") as error:
         run(get_config(CONFIG, [*tiny_overrides, *options]), NEW)
@@ -78,7 +78,7 @@ def test_images_of_other_channels_than_the_model_takes_are_an_error(tiny_overrid
 
 
 @pytest.fixture
-def spoilt(tiny_sets, tmp_path):
+def damaged(tiny_sets, tmp_path):
     """A copy of the training set in which a part of the images is bad: json:folder, bad files."""
     json_file, _, images = tiny_sets[0].rpartition(":")
     folder = tmp_path / "images"
@@ -98,8 +98,8 @@ TINY_PRETRAINING = [
 
 
 @pytest.mark.parametrize("task", ["pretraining", "detection"])
-def test_bad_images_end_training_in_one_line_or_are_skipped(task, spoilt, tiny_overrides, tmp_path):
-    dataset, bad = spoilt
+def test_bad_images_stop_training_or_are_skipped(task, damaged, tiny_overrides, tmp_path):
+    dataset, bad = damaged
     if task == "detection":
         config = CONFIG
         options = [*tiny_overrides, "dataloader.train.total_batch_size=8", "train.eval_period=0"]

@@ -1,4 +1,4 @@
-"""Every tool sees the same picture, whatever the file is that it is stored in."""
+"""Every task decodes an image to the same pixels, whatever the format and orientation of the file."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def recorder(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if f".{k.split()[1]}" in IMAGE_SUFFIXES])
-def test_every_tool_sees_the_same_picture(tmp_path, monkeypatch, recorder, kind):
+def test_every_task_sees_the_same_pixels(tmp_path, monkeypatch, recorder, kind):
     # The part that pretraining takes is the whole image.
     monkeypatch.setattr(crops, "random_crop", lambda height, width, *_: (0, 0, height, width))
     picture = photo(HEIGHT, WIDTH, seed=2, finest=4)
