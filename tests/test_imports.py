@@ -22,7 +22,9 @@ ORDER = (
     ("tools",),
 )
 RANKS = {package: rank for rank, packages in enumerate(ORDER) for package in packages}
-WITHOUT_DETECTRON2 = ("utils", "layers", "modeling", "data", "pretraining", "classification")
+WITHOUT_DETECTRON2 = (
+    *("utils", "layers", "modeling", "data", "checkpoint", "pretraining", "classification"),
+)
 PACKAGES = sorted(p.name for p in PACKAGE.iterdir() if p.is_dir() and list(p.glob("*.py")))
 
 

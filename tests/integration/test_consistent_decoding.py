@@ -1,4 +1,4 @@
-"""Every task decodes an image to the same pixels, whatever the format and orientation of the file."""
+"""Every task decodes an image to the same pixels, whatever the format and the orientation."""
 
 import numpy as np
 import pytest
