@@ -6,8 +6,7 @@ that variants lie side by side. A folder that exists is complete:
     ROOT/shapes_v1_128px_4000_150_seed0/
         train/000001.jpg ...              also a plain image folder, for pretraining
         val/000001.jpg ...
-        annotations/instances_train.json
-        annotations/instances_val.json
+        annotations/instances_train.json, instances_val.json
         shapes.json                       the parameters
 
 An image holds one to six shapes of six classes on a textured ground. Classes differ in outline
@@ -25,7 +24,6 @@ import logging
 import math
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -196,9 +194,7 @@ def _build(target: Path, description: dict[str, Any]) -> None:
     partial_folder = target.with_name(f".{target.name}.partial")
     if partial_folder.exists():  # left by a build that was killed
         shutil.rmtree(partial_folder)
-    total = description["num_train"] + description["num_val"]
-    logger.info("Building the shapes dataset of %d images in %s", total, target)
-    start = time.perf_counter()
+    logger.info("Building the shapes dataset in %s", target)
     try:
         (partial_folder / "annotations").mkdir(parents=True)
         for split in SPLITS:
@@ -209,7 +205,6 @@ def _build(target: Path, description: dict[str, Any]) -> None:
     except BaseException:
         shutil.rmtree(partial_folder, ignore_errors=True)
         raise
-    logger.info("Built %d images in %.1f s", total, time.perf_counter() - start)
 
 
 def _write_split(images: Path, split: str, description: dict[str, Any]) -> dict[str, Any]:
@@ -277,9 +272,8 @@ def render(split: str, number: int, *, image_size: int = 128, seed: int = 0) -> 
         seed: that of the dataset.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), number]))
-    whole = (0, 0, image_size, image_size)
     ground_colors = _color_pair(rng, saturation=(0.05, 0.5), value=(0.25, 0.9))
-    canvas = _paint(_texture(rng, whole, image_size), *ground_colors)
+    canvas = _paint(_texture(rng, (0, 0, image_size, image_size), image_size), *ground_colors)
     ground = canvas.mean(axis=(0, 1))
     shadow_angle = rng.uniform(0, 2 * math.pi)
 

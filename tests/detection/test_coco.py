@@ -1,3 +1,5 @@
+"""Datasets named by one string: registering, describing and loading them."""
+
 import os
 
 import pytest
@@ -62,7 +64,7 @@ def test_both_paths_may_contain_colons(tmp_path):
         (3, "JSON:IMAGE_FOLDER"),
     ],
 )
-def test_what_is_no_dataset_says_what_one_is(spec, text):
+def test_unknown_datasets_are_rejected_with_advice(spec, text):
     with pytest.raises(ValueError) as error:
         resolve_name(spec)
     assert text in one_line(error) and str(spec) in one_line(error)
@@ -177,7 +179,7 @@ def test_registered_data_that_cannot_be_used(register):
         get_dataset_dicts(register("nothing", list, thing_classes=["a"]))
 
 
-def test_a_loader_may_make_its_files_when_called(tmp_path, register):
+def test_a_loader_may_write_its_files_when_called(tmp_path, register):
     def make():
         write(tmp_path, example())
         return coco.load_coco_json(json_file, image_root, "made")

@@ -325,7 +325,7 @@ def test_annotations_that_cannot_be_trained_on(tmp_path, register, caplog, chang
         assert "left out 1 annotations" in caplog.text and "annotation 12" in caplog.text
 
 
-def test_the_number_of_faults_is_told(tmp_path):
+def test_the_number_of_faults_is_in_the_message(tmp_path):
     content = example(segmentation=[[1, 1, 5, 5]])
     content["annotations"][0]["bbox"] = [0, 0, 0, 4]
     spec = write(tmp_path, content)

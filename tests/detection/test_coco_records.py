@@ -1,4 +1,4 @@
-"""Records of COCO jsons: classes, objects and images that are used, and the files of the images."""
+"""Records of COCO jsons: classes matched by name, objects that are used, image files."""
 
 import logging
 import os
@@ -74,7 +74,7 @@ def test_registered_name_with_a_json_of_other_classes(tmp_path, register):
 
 
 def test_records_of_a_loader_are_checked_and_mapped(tmp_path, register):
-    """A function of a user's own that returns fewer images than the json has."""
+    """A custom loader that returns fewer images than the json has."""
     content = example(bbox=[2, 2, 8, 0])
     spec = write(tmp_path, content)
     json_file, image_root = spec.split(":")
@@ -141,7 +141,7 @@ def test_images_are_counted_as_they_are_used(tmp_path):
         assert describe(spec, **options).num_images == len(records), options
 
 
-def test_the_summary_says_what_is_used(tmp_path, caplog):
+def test_the_summary_of_the_data_is_logged_once(tmp_path, caplog):
     content = example()
     content["images"] += [
         {"id": 1, "file_name": "1.png", "height": 40, "width": 30},

@@ -1,3 +1,5 @@
+"""COCO evaluation: values, backends, subsets, results files and tables."""
+
 import contextlib
 import io
 import json
@@ -36,7 +38,7 @@ SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def direct_stats(json_file, results_file, task, image_ids):
-    """COCO's evaluation as its authors use it."""
+    """COCO's evaluation with pycocotools alone."""
     detections = json.loads(Path(results_file).read_text())
     if task == "segm":
         detections = [{k: v for k, v in d.items() if k != "bbox"} for d in detections]
@@ -107,7 +109,7 @@ def test_a_subset_counts_only_its_own_images(register_json, tmp_path, backend):
 
 
 @both_backends
-def test_asked_images_without_detections_lower_the_score(register_json, backend):
+def test_requested_images_without_detections_lower_the_score(register_json, backend):
     name = register_json(make_dataset())
     inputs, outputs = perturbed(DatasetCatalog.get(name))
     evaluator = COCOEvaluator(name, backend=backend)
@@ -233,7 +235,7 @@ def test_limit_on_detections(register_json, backend):
 
 
 def test_proposals(register_json, tmp_path):
-    """Recall of proposals, as detectron2 computes it of the same json."""
+    """Recall of proposals, equal to that of detectron2's evaluator."""
     name = register_json(make_dataset())
     inputs, outputs = perturbed(DatasetCatalog.get(name))
     for output in outputs:
@@ -261,7 +263,7 @@ def test_bfloat16_scores(register_json):
     )
 
 
-def test_auto_prefers_the_fast_backend_and_says_so_once(register_json, caplog, monkeypatch):
+def test_auto_prefers_the_fast_backend_and_logs_it_once(register_json, caplog, monkeypatch):
     name = register_json(make_dataset())
     logger._LOG_COUNTER.clear()
     with caplog.at_level(logging.INFO):

@@ -1,6 +1,6 @@
-"""A COCO json in other spellings gives the AP of the clean file, or one line.
+"""A mutated COCO json gives the AP of the original, or a one-line error.
 
-Fixed detections, made from the clean file, are evaluated on mutated ones as a user would: through
+Fixed detections, made from the original, are evaluated on the mutated files as a user would: with
 the records of the loader and the evaluator, images by file name and classes by name.
 """
 
@@ -79,7 +79,7 @@ def clean():
 
 
 def detections():
-    """File name -> what a model that is mostly right finds there."""
+    """File name -> detections of a model that is mostly right."""
     content, rng = clean(), random.Random(1)
     names = {category["id"]: category["name"] for category in content["categories"]}
     order = list(CLASSES.values())
@@ -109,8 +109,9 @@ def detections():
     return found
 
 
-# Mutations: each changes the content in place and says what must come of it: "same" AP, a "line",
-# or "box" AP where a mask is gone. Those of the whole file go before those of single values.
+# Mutations: each changes the content in place and returns what to expect: the "same" AP, a one-line
+# error ("line"), or the same AP of boxes only ("box"), without a mask. Those of the whole file are
+# applied before those of single values.
 
 
 def permute_ids(content, rng):
@@ -177,21 +178,21 @@ def other_paths(content, rng):
 
 
 def values(content, rng):
-    """A random part of an entry that is a number: (its holder, its key)."""
+    """A random number in the content: (the list or dict that holds it, its index or key)."""
     kind = rng.choice(["images", "annotations", "annotations", "annotations", "categories"])
     entry = rng.choice(content[kind])
-    places = [(entry, key) for key, value in entry.items() if is_number(value)]
+    choices = [(entry, key) for key, value in entry.items() if is_number(value)]
     box = entry.get("bbox")
     if box:
-        places += [(box, k) for k in range(4)]
+        choices += [(box, k) for k in range(4)]
     mask = entry.get("segmentation")
     if isinstance(mask, dict):
-        places += [(mask["size"], 0), (mask["size"], 1)]
+        choices += [(mask["size"], 0), (mask["size"], 1)]
         if isinstance(mask["counts"], list):
-            places += [(mask["counts"], k) for k in range(len(mask["counts"]))]
+            choices += [(mask["counts"], k) for k in range(len(mask["counts"]))]
     elif mask:
-        places += [(mask[0], k) for k in range(len(mask[0]))]
-    return rng.choice(places) if places else None
+        choices += [(mask[0], k) for k in range(len(mask[0]))]
+    return rng.choice(choices) if choices else None
 
 
 def is_number(value):
@@ -199,11 +200,11 @@ def is_number(value):
 
 
 def all_of(content, rng, change):
-    """One value, or the same one in every entry of its list."""
-    place = values(content, rng)
-    if place is None:
+    """Change one number, or the number under the same key in every entry of its list."""
+    found = values(content, rng)
+    if found is None:
         return "same"
-    holder, key = place
+    holder, key = found
     if isinstance(key, str) and rng.random() < 0.5:
         for entries in content.values():
             if any(entry is holder for entry in entries):
@@ -236,7 +237,7 @@ def lost(content, rng, change):
     entry = rng.choice(content[kind])
     keys = list(REQUIRED[kind])
     if kind == "annotations":
-        # Without it a crowd region is an object: that is another file.
+        # Without iscrowd, a crowd region would become an object.
         keys += ["area", "segmentation"] + ["iscrowd"] * (not int(entry.get("iscrowd") or 0))
     key = rng.choice(keys)
     change(entry, key)
@@ -287,7 +288,7 @@ def extra_keys(content, rng):
 
 
 def no_polygons(content, rng):
-    """Polygons that are none, beside good ones."""
+    """Degenerate polygons beside good ones."""
     for annotation in content["annotations"]:
         if isinstance(annotation.get("segmentation"), list) and annotation["segmentation"]:
             bad = rng.choice([[1, 1, 5, 5], [], [2, 2], [1, 1, 5, 5, 9, 9], [1, 1, 5, 5, 1, 5, 3]])
@@ -329,8 +330,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mutations")
     (folder / "images").mkdir()
     for image in clean()["images"]:
-        picture = Image.new("RGB", (image["width"], image["height"]))
-        picture.save(folder / "images" / image["file_name"])
+        file = folder / "images" / image["file_name"]
+        Image.new("RGB", (image["width"], image["height"])).save(file)
     return folder
 
 
@@ -361,12 +362,12 @@ def mutate(seed, count):
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["alone", "in pairs"])
-def test_the_ap_of_the_clean_file_or_one_line(folder, count):
+def test_mutations_keep_the_ap_or_are_one_line_errors(folder, count):
     found = detections()
     reference = evaluate(folder, clean(), f"clean {count}", found)
     assert 20 < reference["bbox"]["AP"] < 80 and 20 < reference["segm"]["AP"] < 80
     assert reference["segm"]["APs"] > 0 and reference["segm"]["APm"] > 0
-    outcomes = {"same": 0, "line": 0, "box": 0}
+    counts = {"same": 0, "line": 0, "box": 0}
     for seed in range(MUTATIONS):
         content, names, expected, bom = mutate(seed + count * 1000, count)
         case = f"seed {seed}: {names}"
@@ -375,12 +376,12 @@ def test_the_ap_of_the_clean_file_or_one_line(folder, count):
         except (ValueError, OSError) as error:
             assert "line" in expected, f"{case}: {error}"
             assert "\n" not in str(error) and f"{count} {seed}.json" in str(error), case
-            outcomes["line"] += 1
+            counts["line"] += 1
             continue
         assert "line" not in expected, case
         tasks = ["bbox"] if "box" in expected else ["bbox", "segm"]
         for task in tasks:
             for key, value in reference[task].items():
                 np.testing.assert_allclose(results[task][key], value, err_msg=f"{case} {key}")
-        outcomes["box" if "box" in expected else "same"] += 1
-    assert outcomes["same"] > MUTATIONS / 3 and outcomes["line"] > MUTATIONS / 6, outcomes
+        counts["box" if "box" in expected else "same"] += 1
+    assert counts["same"] > MUTATIONS / 3 and counts["line"] > MUTATIONS / 6, counts

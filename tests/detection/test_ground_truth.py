@@ -1,4 +1,4 @@
-"""Ground truth of COCO evaluation: spellings, ids, classes, and datasets that lack something."""
+"""Ground truth of COCO evaluation: repaired values, ids, classes, incomplete datasets."""
 
 import copy
 import json
@@ -66,7 +66,7 @@ def test_spellings_do_not_change_the_ap(register_json, reference, backend, chang
 
 
 def inputs_of(name):
-    """What an evaluator reads of the records: these datasets have no image files."""
+    """The part of the records that an evaluator reads: these datasets have no image files."""
     with open(MetadataCatalog.get(name).json_file) as file:
         return [{"image_id": int(image["id"])} for image in json.load(file)["images"]]
 
@@ -82,7 +82,7 @@ def test_run_lengths_that_do_not_add_up_are_named(register_json):
 
 
 def test_categories_are_those_of_the_model_by_name(register_json, reference, tmp_path):
-    """Ids that are permuted, and another order of the classes in the model."""
+    """Permuted ids, and another order of the classes in the model."""
     outputs, expected = reference
     content = make_dataset()
     new = {3: 9, 7: 3, 9: 7}
@@ -113,7 +113,7 @@ def test_categories_are_those_of_the_model_by_name(register_json, reference, tmp
         ({1: "class3", 2: "class7", 3: "nine"}, ["'class9' (id 9)", "'nine' (id 3)"]),
     ],
 )
-def test_names_that_are_missing_or_new_are_named(register_json, classes, parts):
+def test_missing_and_unknown_classes_are_named(register_json, classes, parts):
     name = register_json(make_dataset())
     with pytest.raises(ValueError) as error:
         COCOEvaluator(name, categories=classes)
@@ -121,7 +121,7 @@ def test_names_that_are_missing_or_new_are_named(register_json, classes, parts):
 
 
 def test_two_ids_may_share_a_class(tmp_path, register):
-    """A dataset of one's own that takes classes 3 and 7 of the json for one and leaves out 9."""
+    """A custom dataset that merges classes 3 and 7 of the json and leaves out 9."""
     content = make_dataset()
     content["annotations"][0]["category_id"] = 9
     path = tmp_path / "shared.json"
@@ -151,7 +151,7 @@ def test_two_ids_may_share_a_class(tmp_path, register):
     assert swapped["AP"] == pytest.approx(100)
 
 
-def test_crowd_regions_can_be_objects_here_too(register_json):
+def test_crowd_regions_can_be_objects(register_json):
     content = make_dataset()
     for annotation in content["annotations"]:
         annotation["iscrowd"] = 1
@@ -188,7 +188,7 @@ def test_loader_and_evaluator_share_the_classes_of_the_model(tmp_path):
     assert "'nine' (id 9)" in str(error.value) and "'ten' (id 2)" in str(error.value)
 
 
-# Datasets that lack something, appear late or are none
+# Incomplete, late or invalid datasets
 
 
 @both_backends
@@ -218,7 +218,7 @@ def test_boxes_only_where_model_or_dataset_have_no_masks(register_json):
 
 
 @both_backends
-def test_tolerates_what_users_annotations_lack(register_json, backend):
+def test_missing_values_of_annotations_do_not_change_the_ap(register_json, backend):
     """Annotation ids from 0, image ids that are text, no area, no iscrowd."""
     complete = make_dataset()
     complete["annotations"] = [a for a in complete["annotations"] if not a["iscrowd"]]

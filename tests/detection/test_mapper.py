@@ -1,3 +1,5 @@
+"""The mapper of detection, its augmentations, and the training loader."""
+
 import copy
 import logging
 import pickle
@@ -45,7 +47,7 @@ def target(segmentation=SQUARE, **changes):
 
 @pytest.fixture
 def records(tmp_path):
-    """Seven small pictures of noise, each with one square as its target."""
+    """Seven small images of noise, each with one square as its target."""
     rng = np.random.default_rng(0)
     out = []
     for i in range(7):
@@ -141,7 +143,7 @@ def test_processes_share_the_batch_of_one(records, monkeypatch):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_generators_are_seeded_for_each_image_and_left_alone(records, num_workers):
+def test_generators_are_seeded_for_each_image_and_restored(records, num_workers):
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     expected = draw({})["drawn"]
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
@@ -216,11 +218,11 @@ def test_skipping_replaces_counts_and_warns_once(records, caplog, num_workers):
         assert "skipped" not in after
         if before["image_id"] in (2, 5):
             assert after["image_id"] not in (2, 5)
-        else:  # the places of good images keep their image and its augmentation
+        else:  # the good images and their augmentations stay
             assert_same([[before]], [[after]])
 
 
-def test_nothing_but_bad_images_ends(records):
+def test_only_undecodable_images_is_an_error(records):
     for record in records:
         damage(record, "text")
     with pytest.raises(ValueError) as error:
@@ -228,7 +230,7 @@ def test_nothing_but_bad_images_ends(records):
     assert ".png: none of 10 images drawn could be decoded" in one_line(error)
 
 
-def test_mapper_that_declines(records):
+def test_a_mapper_may_return_none(records):
     def odd(record):
         return record if record["image_id"] % 2 else None
 
@@ -377,11 +379,11 @@ def test_mapper_in_detectron2_test_loader(records):
 )
 def test_a_square_is_fitted_as_by_detectron2(side, shape):
     image = torch.zeros(*shape, 3, dtype=torch.uint8).numpy()
-    ours = ResizeToFit(side).get_transform(image)
-    theirs = T.ResizeShortestEdge(side, side).get_transform(image)
-    assert isinstance(ours, T.ResizeTransform)
+    made = ResizeToFit(side).get_transform(image)
+    expected = T.ResizeShortestEdge(side, side).get_transform(image)
+    assert isinstance(made, T.ResizeTransform)
     names = ("h", "w", "new_h", "new_w", "interp")
-    assert [getattr(ours, n) for n in names] == [getattr(theirs, n) for n in names]
+    assert [getattr(made, n) for n in names] == [getattr(expected, n) for n in names]
 
 
 @pytest.mark.parametrize(
@@ -402,7 +404,7 @@ def test_an_image_is_as_large_as_fits(shape, box, expected):
 
 @pytest.mark.parametrize("size", [(16, 3300), (3300, 16)])
 def test_a_long_thin_image_keeps_a_pixel(tmp_path, size):
-    """At a tenth of its size and less, its short side would round to nothing."""
+    """Its short side would round to 0 at a tenth of its size."""
     path = tmp_path / "thin.png"
     path.write_bytes(encode(np.full((*size, 3), 77, np.uint8)))
     height, width = size

@@ -25,7 +25,7 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def catalog():
-    """Puts detectron2's entries for the shapes back as they were."""
+    """Restore detectron2's entries for the shapes after the test."""
     names = ("shapes_train", "shapes_val")
     saved = [(c, n, c[n]) for c in (DatasetCatalog, MetadataCatalog) for n in names if n in c]
     yield
@@ -102,7 +102,7 @@ def test_masks_boxes_and_areas_are_exact(built, split):
 
 
 def test_the_mask_is_where_the_shape_is_drawn(monkeypatch):
-    """With flat paint and no shadow, light or noise, the pixels tell the mask."""
+    """With flat paint and without shadow, light and noise, the pixels give the mask."""
     red, gray = np.array([1, 0, 0], np.float32), np.array([0.5] * 3, np.float32)
 
     def flat(*_, away_from=None, **__):
@@ -129,7 +129,7 @@ def test_outlines_have_the_area_and_the_hole_they_should(name):
     assert (coverage[64, 64] == 0) == (name == "ring")
 
 
-def test_coverage_is_centred_on_the_outline():
+def test_coverage_is_centered_on_the_outline():
     outline = [np.array([(14, 5), (18, 5), (18, 13), (14, 13)], float)]
     coverage = shapes._coverage(outline, (10, 2, 30, 20))
     np.testing.assert_array_equal(coverage[3:11, 4:8], 1)
@@ -177,7 +177,7 @@ def test_pycocotools_and_detectron2_read_it(built):
     assert sum(len(record["annotations"]) for record in records) == len(coco.anns)
 
 
-def test_what_is_there_is_left_alone(built, monkeypatch):
+def test_an_existing_dataset_is_not_written_again(built, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
     monkeypatch.setattr(shapes, "render", None)
     assert shapes.build(built.parent, **SMALL) == built
@@ -218,7 +218,7 @@ def test_a_killed_build_is_cleared_away_by_the_next(built, tmp_path):
     assert visible(tmp_path) == [built.name]
 
 
-def test_builders_at_once_wait_for_the_first(built, tmp_path, monkeypatch):
+def test_concurrent_builds_write_once(built, tmp_path, monkeypatch):
     build_once, runs = shapes._build, []
 
     def counted(target, variant):
@@ -259,7 +259,7 @@ def test_registering_again_replaces(catalog, tmp_path):
     assert "_24_1_" in MetadataCatalog.get("shapes_val").json_file
 
 
-def test_data_of_others_is_not_replaced(catalog, tmp_path):
+def test_another_dataset_of_the_name_is_not_replaced(catalog, tmp_path):
     shapes.register(tmp_path, **SMALL)
     DatasetCatalog.remove("shapes_val")
     DatasetCatalog.register("shapes_val", list)
@@ -299,7 +299,7 @@ def test_root_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"version": 0}'])
-def test_something_else_of_that_name(tmp_path, content):
+def test_a_folder_of_the_name_with_other_content(tmp_path, content):
     target = shapes.folder(tmp_path, **SMALL)
     target.mkdir()
     if content is not None:

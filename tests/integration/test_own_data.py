@@ -1,4 +1,4 @@
-"""Runs on one's own data, and their configs used again on other data."""
+"""Runs on custom data, and their configs reused on other data."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ EVALUATE = Namespace(eval_only=True, resume=False)
 
 
 def rewrite(spec, path, edit):
-    """A copy of a dataset's json with other content, as the spec of a dataset."""
+    """The spec of a dataset whose json is an edited copy of another's."""
     json_file, _, images = spec.rpartition(":")
     content = json.loads(Path(json_file).read_text())
     edit(content)
@@ -47,7 +47,7 @@ def rename_class(content):
 
 @pytest.fixture(scope="module")
 def trained(tiny_sets, tmp_path_factory):
-    """A run of a few iterations in a folder, its results, and the overrides of its config."""
+    """The folder of a short run, its results, and the overrides of its config."""
     folder = tmp_path_factory.mktemp("run")
     options = [
         f"dataloader.train.dataset.names={tiny_sets[0]}",
@@ -62,7 +62,7 @@ def trained(tiny_sets, tmp_path_factory):
         "model.roi_heads.box_predictor.test_score_thresh=0.0",
     ]
     results = run(get_config(CONFIG, options), TRAIN)
-    assert results["bbox"]["AP"] > 0  # so that other numbers show
+    assert results["bbox"]["AP"] > 0  # so that a different result would show
     return folder, results, options
 
 
@@ -77,7 +77,7 @@ def test_evaluation_maps_classes_by_name(trained, tiny_sets, tmp_path):
     assert json.dumps(evaluate(folder, test)) == json.dumps(results)
     detections = json.loads((folder / "inference" / "coco_instances_results.json").read_text())
     assert {d["category_id"] for d in detections} <= {10, 20, 30, 40, 50, 60}
-    # The classes of the weights are known, whatever the training set has become.
+    # The classes of the weights are known even if the training set changes.
     train = rewrite(tiny_sets[0], tmp_path / "train.json", permute_ids)
     both = [*options, test, f"dataloader.train.dataset.names={train}"]
     checkpoint = f"train.init_checkpoint={folder}/model_final.pth"
@@ -102,7 +102,7 @@ def test_a_run_without_weights_named_is_evaluated_with_its_own(trained):
     assert list(Predictor(cfg).metadata.thing_classes) == list(cfg.dataloader.categories.values())
     named = get_config(str(folder / "config.yaml"), ["train.init_checkpoint=a.pth"], trained=True)
     assert named.train.init_checkpoint == "a.pth"
-    # To train again, it starts from what it started from.
+    # Training again starts from the original weights.
     assert get_config(str(folder / "config.yaml")).train.init_checkpoint == ""
 
 
@@ -141,7 +141,7 @@ def test_training_without_a_validation_set(trained, tiny_sets, tmp_path):
         evaluate(tmp_path / "output")
 
 
-def test_train_and_val_whose_classes_differ_are_told_apart(trained, tiny_sets, tmp_path):
+def test_different_classes_of_train_and_val_are_named(trained, tiny_sets, tmp_path):
     _, _, options = trained
     spec = rewrite(tiny_sets[1], tmp_path / "other.json", rename_class)
     cfg = get_config(CONFIG, [*options, f"dataloader.test.dataset.names={spec}"])

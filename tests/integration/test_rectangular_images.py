@@ -1,4 +1,4 @@
-"""Images of height x width through pretraining, detection, evaluation and the demo."""
+"""Rectangular images in pretraining, detection, evaluation and prediction."""
 
 import json
 from argparse import Namespace
@@ -17,7 +17,7 @@ TRAIN, EVALUATE = (Namespace(eval_only=only, resume=False) for only in (False, T
 
 
 def batches(model):
-    """The sizes of the batches that a detector's backbone is given."""
+    """The sizes of the batches that a detector's backbone receives."""
     sizes = set()
     model.backbone.register_forward_pre_hook(lambda _, args: sizes.add(tuple(args[0].shape[2:])))
     return sizes
@@ -104,7 +104,7 @@ def test_a_yaml_config_takes_a_rectangle(tiny_sets):
 
 
 @pytest.mark.parametrize("size", ["[64]", "[64,128,3]", "[64,0]", "[64,96.5]", "-64"])
-def test_image_sizes_that_are_none_are_rejected(size, tiny_overrides):
+def test_invalid_image_sizes_are_rejected(size, tiny_overrides):
     cfg = get_config(DETECTION, [*tiny_overrides, f"dataloader.image_size={size}"])
     with pytest.raises(Exception, match="dataloader.image_size") as error:
         run(cfg, TRAIN)
