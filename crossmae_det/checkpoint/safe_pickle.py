@@ -23,7 +23,7 @@ from torch import Tensor
 # Largest side and number of dimensions of an array; larger ones are rejected before multiplying.
 MAX_SIDE, MAX_DIMENSIONS = 2**48, 32
 
-# Elements of a tuple with everything nested in it. Checkpoints have shapes and the like.
+# Largest number of elements of a tuple with everything nested in it; checkpoints have shapes.
 MAX_NESTED = 10_000
 
 # Kinds of numpy's types: of arrays, and in addition of scalars (complex numbers and text).

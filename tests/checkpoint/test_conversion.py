@@ -55,11 +55,11 @@ def test_to_native_in_every_format(model, source, tmp_path, suffix):
 def test_timm_loads_it_strictly(model, source, tmp_path):
     report = convert(source, tmp_path / "vit.safetensors", "timm")
     assert len(report.dropped) == len([n for n in model.state_dict() if n.startswith("decoder.")])
-    theirs = VisionTransformer(**SIZES, num_classes=0, final_norm=False).eval()
-    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "vit.safetensors"))
+    reference = VisionTransformer(**SIZES, num_classes=0, final_norm=False).eval()
+    reference.load_state_dict(safetensors.torch.load_file(tmp_path / "vit.safetensors"))
     images = torch.randn(1, 3, 32, 32)
     expected = model.encoder.forward_tokens(images)[-1]
-    torch.testing.assert_close(theirs.forward_features(images), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference.forward_features(images), expected, atol=1e-5, rtol=0)
 
 
 class Detector(torch.nn.Module):
@@ -74,13 +74,13 @@ def test_detectron2_loads_it(model, source, tmp_path, suffix):
     report = convert(source, tmp_path / f"vitdet{suffix}", "vitdet")
     assert "encoder.cls_token" in report.dropped
     sizes = dict(window_size=0, pretrain_img_size=32, norm_layer=LAYER_NORM)
-    theirs = Detector(DetectronViT(**SIZES, **sizes)).eval()
-    DetectionCheckpointer(theirs).load(str(tmp_path / f"vitdet{suffix}"))
-    ours = Detector(ViTBackbone(**SIZES)).eval()
-    load(ours, tmp_path / f"vitdet{suffix}", whole=True)
+    reference = Detector(DetectronViT(**SIZES, **sizes)).eval()
+    DetectionCheckpointer(reference).load(str(tmp_path / f"vitdet{suffix}"))
+    own = Detector(ViTBackbone(**SIZES)).eval()
+    load(own, tmp_path / f"vitdet{suffix}", whole=True)
     images = torch.randn(1, 3, 32, 32)
     expected = model.encoder.forward_map(images)
-    for detector in (theirs, ours):
+    for detector in (reference, own):
         got = detector.backbone.net(images)["last_feat"]
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 

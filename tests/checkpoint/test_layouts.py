@@ -172,36 +172,36 @@ TIMM = {
 
 @pytest.mark.parametrize("kind", TIMM)
 def test_a_vit_of_timm_gives_the_same_features(kind):
-    theirs = timm_vit(**TIMM[kind])
-    ours = ViT(32, 8, embed_dim=16, depth=2, num_heads=2)
+    reference = timm_vit(**TIMM[kind])
+    model = ViT(32, 8, embed_dim=16, depth=2, num_heads=2)
     if kind == "class token without a position":
-        state = to_native(theirs.state_dict())
+        state = to_native(reference.state_dict())
         state["encoder.pos_embed"] = with_class_row(state["encoder.pos_embed"])
     else:
-        state = to_native(theirs.state_dict())
+        state = to_native(reference.state_dict())
     backbone = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    assert backbone.keys() == ours.state_dict().keys() - (
+    assert backbone.keys() == model.state_dict().keys() - (
         {"cls_token"} if "no c" in kind else set()
     )
-    ours.load_state_dict(backbone, strict=False)
+    model.load_state_dict(backbone, strict=False)
     images = torch.randn(2, 3, 32, 32)
-    theirs.norm = theirs.fc_norm = torch.nn.Identity()
-    expected = theirs.forward_features(images)
+    reference.norm = reference.fc_norm = torch.nn.Identity()
+    expected = reference.forward_features(images)
     if kind == "no class token":
         # Nor has the feature-map path; without windows the attention is the same.
         expected_map = expected.transpose(1, 2).unflatten(2, (4, 4))
-        torch.testing.assert_close(ours.forward_map(images), expected_map, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.forward_map(images), expected_map, atol=1e-5, rtol=0)
     else:
-        torch.testing.assert_close(ours.forward_tokens(images)[-1], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.forward_tokens(images)[-1], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", TIMM)
 def test_timm_survives_the_round_trip(kind):
-    theirs = timm_vit(**TIMM[kind]).state_dict()
-    native = to_native(theirs)
+    reference = timm_vit(**TIMM[kind]).state_dict()
+    native = to_native(reference)
     back = to_published(native, format="timm")
-    assert back.keys() == theirs.keys()
-    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+    assert back.keys() == reference.keys()
+    assert all(torch.equal(back[name], reference[name]) for name in reference)
     assert_same(to_native(back), native)
 
 
@@ -213,23 +213,23 @@ def assert_same(got, want):
 @pytest.mark.parametrize("norm", [True, False])
 def test_timm_loads_an_exported_backbone_and_gives_the_same_features(norm):
     if norm:  # MAE's encoder ends with one
-        ours = MAE(
+        model = MAE(
             ViT(32, 8, embed_dim=16, depth=2, num_heads=2), decoder_dim=8, decoder_num_heads=2
         )
     else:
-        ours = CrossMAE(
+        model = CrossMAE(
             ViT(32, 8, embed_dim=16, depth=2, num_heads=2), decoder_dim=8, decoder_num_heads=2
         )
-    theirs = timm_vit(num_classes=0, final_norm=norm)
-    theirs.load_state_dict(to_published(ours.state_dict(), format="timm"))
+    reference = timm_vit(num_classes=0, final_norm=norm)
+    reference.load_state_dict(to_published(model.state_dict(), format="timm"))
     images = torch.randn(2, 3, 32, 32)
-    expected = ours.encoder.forward_tokens(images)[-1]
+    expected = model.encoder.forward_tokens(images)[-1]
     if norm:
-        expected = ours.decoder.encoder_norm(expected)
-    got = theirs.forward_features(images)
+        expected = model.decoder.encoder_norm(expected)
+    got = reference.forward_features(images)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    back = to_native(theirs.state_dict())
-    backbone = {k: v for k, v in ours.state_dict().items() if k.startswith("encoder.")}
+    back = to_native(reference.state_dict())
+    backbone = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
     assert_same({k: v for k, v in back.items() if k.startswith("encoder.")}, backbone)
 
 
@@ -276,11 +276,11 @@ def huggingface_names(state):
 
 def test_hugging_face_survives_the_round_trip():
     native = tiny_state("mae")
-    theirs = huggingface_names(to_published(native, format="mae"))
-    assert_same(to_native(theirs), native)
-    assert_same(to_published(native, format="huggingface"), theirs)
+    reference = huggingface_names(to_published(native, format="mae"))
+    assert_same(to_native(reference), native)
+    assert_same(to_published(native, format="huggingface"), reference)
     # The model without its decoder has no "vit." in front.
-    alone = {k.removeprefix("vit."): v for k, v in theirs.items() if k.startswith("vit.")}
+    alone = {k.removeprefix("vit."): v for k, v in reference.items() if k.startswith("vit.")}
     backbone = {k: v for k, v in native.items() if "encoder" in k}
     assert_same(to_native(alone), backbone)
     # As transformers 5 has them in memory.
@@ -290,7 +290,7 @@ def test_hugging_face_survives_the_round_trip():
     new |= {"attention.output.dense": "attention.o_proj"}
     new |= {"intermediate.dense": "mlp.fc1", ".output.dense": ".mlp.fc2"}
     renamed = {}
-    for key, value in theirs.items():
+    for key, value in reference.items():
         for old, name in new.items():
             key = key.replace(old, name)
         renamed[key] = value
@@ -298,11 +298,11 @@ def test_hugging_face_survives_the_round_trip():
 
 
 def test_a_query_without_its_key_is_named():
-    theirs = to_published(tiny_state("mae"), format="huggingface")
+    reference = to_published(tiny_state("mae"), format="huggingface")
     missing = "vit.encoder.layer.1.attention.attention.key.weight"
-    del theirs[missing]
+    del reference[missing]
     with pytest.raises(ValueError, match=f"not '{missing}'"):
-        to_native(theirs)
+        to_native(reference)
 
 
 def detectron2_vit(**options):
@@ -317,13 +317,13 @@ def detectron2_vit(**options):
 
 @pytest.mark.parametrize("class_row", [True, False])
 def test_a_vit_of_detectron2_gives_the_same_feature_map(class_row):
-    theirs = detectron2_vit(
+    reference = detectron2_vit(
         pretrain_img_size=32,
         pretrain_use_cls_token=class_row,
         window_size=3,
         window_block_indexes=[0],
     )
-    ours = ViTBackbone(
+    model = ViTBackbone(
         32,
         8,
         embed_dim=16,
@@ -334,15 +334,15 @@ def test_a_vit_of_detectron2_gives_the_same_feature_map(class_row):
         use_rel_pos=True,
     )
     # As the backbone of a ViTDet file.
-    state = {f"backbone.net.{name}": value for name, value in theirs.state_dict().items()}
+    state = {f"backbone.net.{name}": value for name, value in reference.state_dict().items()}
     native = to_native(state)
     backbone = {name.removeprefix("backbone.net."): value for name, value in native.items()}
     if not class_row:
         backbone["pos_embed"] = with_class_row(backbone["pos_embed"])
-    ours.load_state_dict(backbone)
+    model.load_state_dict(backbone)
     images = torch.randn(2, 3, 32, 32)
-    expected = theirs(images)["last_feat"]
-    torch.testing.assert_close(ours(images)["last_feat"], expected, atol=1e-5, rtol=0)
+    expected = reference(images)["last_feat"]
+    torch.testing.assert_close(model(images)["last_feat"], expected, atol=1e-5, rtol=0)
 
 
 def test_a_pretrained_backbone_survives_the_round_trip_through_vitdet():

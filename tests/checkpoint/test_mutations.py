@@ -1,7 +1,7 @@
-"""Damaged checkpoints: thousands of them, each of which loads right or is refused.
+"""Ten thousand damaged checkpoints, each of which is rejected or loads what the file says.
 
-Right is what the file says: pickles and the files of torch before 1.6 have no checksums, so that a
-damaged byte may be another number, or name another tensor of the same shape.
+Pickles and files of torch before 1.6 have no checksums: a damaged byte may be another number, or
+name another tensor of the same shape.
 """
 
 import io
@@ -94,7 +94,7 @@ def damaged_state(state, rng):
 @pytest.mark.filterwarnings("ignore")  # torch's, about what the damage made of a file
 @pytest.mark.parametrize("damage", EACH)
 @pytest.mark.parametrize("format", WRITERS)
-def test_a_damaged_file_loads_right_or_is_refused(tmp_path, format, damage):
+def test_a_damaged_file_is_rejected_or_loads_what_it_says(tmp_path, format, damage):
     rng = random.Random(f"{format} {damage}")
     torch.manual_seed(0)
     state = {name: torch.randn_like(t) for name, t in build().state_dict().items()}
@@ -102,19 +102,19 @@ def test_a_damaged_file_loads_right_or_is_refused(tmp_path, format, damage):
     names = to_published(state, "crossmae")
     whole = write(names)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    refused = loaded = 0
+    rejected = loaded = 0
     for _ in range(EACH[damage]):
         if damage == "bytes":
-            data, there = damaged_bytes(whole, rng), names
+            data, saved = damaged_bytes(whole, rng), names
         else:
-            there = damaged_state(names, rng)
-            data = write(there)
+            saved = damaged_state(names, rng)
+            data = write(saved)
         path.write_bytes(data)
         now = model.state_dict()
         try:
             report = load(model, path)
         except ValueError as error:
-            refused += 1
+            rejected += 1
             assert str(path) in str(error) and "\n" not in str(error)
             assert all(torch.equal(now[name], before[name]) for name in before)
             continue
@@ -127,16 +127,16 @@ def test_a_damaged_file_loads_right_or_is_refused(tmp_path, format, damage):
             # Without checksums, numbers may be others, but no others than the damaged ones.
             assert sum((now[name] != state[name]).sum().item() for name in wrong) <= 2 * 64
         elif damage == "bytes":
-            said = to_native(extract_state_dict(read_checkpoint(path), path))
+            in_file = to_native(extract_state_dict(read_checkpoint(path), path))
             for name in wrong:
                 torch.testing.assert_close(
-                    now[name], said[name].to(now[name].dtype), rtol=0, atol=0, equal_nan=True
+                    now[name], in_file[name].to(now[name].dtype), rtol=0, atol=0, equal_nan=True
                 )
         else:
             # Resampled where it has another shape; else right, whatever its type.
-            theirs = to_published(now, "crossmae")
-            for name in theirs.keys() & there.keys():
-                if theirs[name].shape == there[name].shape:
-                    assert torch.equal(theirs[name], there[name].float())
+            published = to_published(now, "crossmae")
+            for name in published.keys() & saved.keys():
+                if published[name].shape == saved[name].shape:
+                    assert torch.equal(published[name], saved[name].float())
         model.load_state_dict(before)
-    assert refused > EACH[damage] / 3 and refused + loaded == EACH[damage]
+    assert rejected > EACH[damage] / 3 and rejected + loaded == EACH[damage]

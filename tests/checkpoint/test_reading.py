@@ -142,7 +142,7 @@ def test_urls_are_cached(tmp_path, server, monkeypatch):
     save_checkpoint({"model": WEIGHTS}, tmp_path / "a.pth")
     assert_weights(read_checkpoint(f"{server}/a.pth")["model"])
     (tmp_path / "a.pth").unlink()
-    # As detectron2's configs write it; the names are told from the file, not guessed.
+    # As in detectron2's configs; keys are never guessed.
     assert_weights(read_checkpoint(f"{server}/a.pth?matching_heuristics=True")["model"])
     with pytest.raises(OSError, match=r"cannot download http://.*/none.pth: .*404") as error:
         read_checkpoint(f"{server}/none.pth")

@@ -1,4 +1,4 @@
-"""A picture as every kind of image file: modes x containers x EXIF orientations."""
+"""An image in every kind of file: modes x containers x EXIF orientations."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.Image import Transpose
 
-# How an upright picture is stored under each EXIF orientation.
+# How an upright image is stored under each EXIF orientation.
 STORED = {
     **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM},
     **{5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_90},
@@ -46,12 +46,12 @@ VARIANTS = {
 }
 
 
-def encode_kind(kind, picture, orientation=1):
-    """Encode a picture.
+def encode_kind(kind, pixels, orientation=1):
+    """Encode an image.
 
     Args:
         kind: of KINDS.
-        picture: (H, W, 3) uint8 in RGB, upright.
+        pixels: (H, W, 3) uint8 in RGB, upright.
         orientation: EXIF orientation.
 
     Returns:
@@ -63,7 +63,7 @@ def encode_kind(kind, picture, orientation=1):
     if orientation != 1 and not oriented:
         return None
     options = options | {k: v for name in variant for k, v in VARIANTS.get(name, {}).items()}
-    image, expected = _in_mode(mode, picture)
+    image, expected = _in_mode(mode, pixels)
     if orientation != 1:
         image = image.transpose(STORED[orientation])
     exif = Image.Exif()
@@ -80,9 +80,9 @@ def encode_kind(kind, picture, orientation=1):
     return data + b"\0 and more" * ("trailing" in variant), expected, tolerance
 
 
-def _in_mode(mode, picture):
-    """The picture as a Pillow image of a mode, and the pixels in RGB that it stands for."""
-    image = Image.fromarray(picture)
+def _in_mode(mode, pixels):
+    """The Pillow image of a mode, and the pixels in RGB that it stands for."""
+    image = Image.fromarray(pixels)
     gray = image.convert("L")
     alpha = np.linspace(1, 255, gray.width * gray.height).reshape(gray.height, gray.width)
     alpha = Image.fromarray(alpha.astype(np.uint8))

@@ -54,14 +54,14 @@ def recorder(monkeypatch):
 def test_every_task_sees_the_same_pixels(tmp_path, monkeypatch, recorder, kind):
     # The part that pretraining takes is the whole image.
     monkeypatch.setattr(crops, "random_crop", lambda height, width, *_: (0, 0, height, width))
-    picture = photo(HEIGHT, WIDTH, seed=2, finest=4)
+    original = photo(HEIGHT, WIDTH, seed=2, finest=4)
     demo = {image_format: recorder(image_format) for image_format in ("RGB", "BGR", "L")}
     mapper = DetectionMapper(True, augmentations=[], image_format="RGB")
     folder = tmp_path / "class"
     folder.mkdir()
     expected = {}
     for orientation in range(1, 9):
-        encoded = encode_kind(kind, picture, orientation)
+        encoded = encode_kind(kind, original, orientation)
         if encoded is None:
             continue
         path = folder / f"{orientation}.{kind.split()[1]}"

@@ -20,7 +20,7 @@ from crossmae_det.utils.image_reading import (
     read_image,
 )
 
-PICTURE = photo(20, 29, seed=1, finest=4)
+PHOTO = photo(20, 29, seed=1, finest=4)
 
 
 def supported(kind):
@@ -32,7 +32,7 @@ def test_every_kind_of_image_is_read_upright(tmp_path, kind):
     if not supported(kind):
         pytest.skip("this Pillow does not decode it")
     for orientation in range(1, 9):
-        encoded = encode_kind(kind, PICTURE, orientation)
+        encoded = encode_kind(kind, PHOTO, orientation)
         if encoded is None:
             continue
         data, expected, tolerance = encoded
@@ -152,7 +152,7 @@ def test_too_many_pixels_are_an_error_of_one_line(monkeypatch):
 def test_an_unknown_format_is_an_error_of_one_line():
     for name in ("rgb", "RGBA", "YUV-BT.601", None):
         with pytest.raises(ValueError, match="image_format") as error:
-            read_image(encode(PICTURE), name)
+            read_image(encode(PHOTO), name)
         assert not isinstance(error.value, UndecodableImageError)
         one_line(error)
 
@@ -160,6 +160,6 @@ def test_an_unknown_format_is_an_error_of_one_line():
 def test_a_damaged_orientation_is_none():
     exif = Image.Exif()
     exif[274] = 9
-    assert image_size(encode(PICTURE, "JPEG", exif=exif)) == PICTURE.shape[:2]
-    data = encode(PICTURE, "JPEG", exif=b"Exif\0\0II*\0 nonsense")
-    assert read_image(data).shape == PICTURE.shape
+    assert image_size(encode(PHOTO, "JPEG", exif=exif)) == PHOTO.shape[:2]
+    data = encode(PHOTO, "JPEG", exif=b"Exif\0\0II*\0 nonsense")
+    assert read_image(data).shape == PHOTO.shape
