@@ -317,3 +317,13 @@ def test_the_architecture_enters_no_package_twice():
     for walk in walks:
         packages = [name for name, _ in groupby(re.findall(r"^\| `(\w+)/", walk, re.M))]
         assert len(packages) == len(set(packages)), packages
+
+
+def test_contributing_states_the_import_rule_of_the_test():
+    rule = runpy.run_path(str(REPO / "tests/test_imports.py"))
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    packages = (", ".join(names) for names in rule["ORDER"])
+    order = " < ".join(f"{{{names}}}" if "," in names else names for names in packages)
+    assert order in re.sub(r"\s+", " ", text)
+    *names, last = (f"`{name}`" for name in rule["WITHOUT_DETECTRON2"])
+    assert f"{', '.join(names)} and {last} import without detectron2" in text
