@@ -6,7 +6,7 @@ from detectron2.utils.logger import _cached_log_stream, setup_logger
 
 from crossmae_det.detection import shapes
 
-# Their assertions tell what was compared, as those of tests do.
+# Their assertions show what was compared, like those of tests.
 pytest.register_assert_rewrite("detections", "shorthand")
 
 REPO = Path(__file__).parents[1]
@@ -14,7 +14,7 @@ REPO = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _fresh_loggers():
-    """Take away the log files and streams that a run in this process has set up."""
+    """Remove the log files and streams that a run in this process has set up."""
     yield
     setup_logger.cache_clear()
     _cached_log_stream.cache_clear()
@@ -29,7 +29,7 @@ def repo():
 
 
 def shared(name, what):
-    """A folder beside the repository that the project must do without: skips where it is absent."""
+    """An optional folder beside the repository; the test is skipped without it."""
     folder = REPO.parent / "shared" / name
     if not folder.is_dir():
         pytest.skip(f"{what} are not here: {folder} is missing")
@@ -59,7 +59,7 @@ def tiny_sets(tmp_path_factory):
 
 @pytest.fixture
 def tiny_overrides(tiny_sets, tmp_path):
-    """What makes any of the COCO configs small enough to train in a test."""
+    """Overrides that make any of the COCO configs small enough to train in a test."""
     train_set, val_set = tiny_sets
     return [
         f"dataloader.train.dataset.names='{train_set}'",

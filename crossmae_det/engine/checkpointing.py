@@ -101,11 +101,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def check_changes(path: str, found: Iterable[Change]) -> None:
-    """Reject changes that a run cannot continue with.
-
-    Args:
-        path: the checkpoint, for the message.
-        found: by :func:`changes`.
+    """Reject changes that the run of a checkpoint cannot continue with.
 
     Raises:
         ValueError: another optimizer, or other classes.
@@ -130,13 +126,7 @@ def check_changes(path: str, found: Iterable[Change]) -> None:
 def check_model(
     path: str, file: Mapping[str, Tensor], model: Mapping[str, Tensor], found: Iterable[Change]
 ) -> None:
-    """Reject a checkpoint of another model.
-
-    Args:
-        path: the checkpoint, for the message.
-        file: the weights in the checkpoint.
-        model: the state dict of the model.
-        found: by :func:`changes`; those of the model are in the message.
+    """Reject a checkpoint of another model, given the state dicts of the file and of the model.
 
     Raises:
         ValueError: names or shapes differ.
@@ -155,12 +145,7 @@ def check_model(
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    """The names of the parameters in each group of an optimizer, in its order.
-
-    Args:
-        model: without a DistributedDataParallel wrapper.
-        optimizer: over parameters of the model.
-    """
+    """The names, in ``model``, of the parameters in each group of an optimizer, in its order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
@@ -210,11 +195,6 @@ def match_optimizer_state(
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Every parameter of an optimizer in its order, with its group."""
-    return [(p, group) for group in optimizer.param_groups for p in group["params"]]
-
-
 def _check_order(
     state: Mapping[int, Mapping[str, Any]],
     order: list[int],
@@ -231,7 +211,8 @@ def _check_order(
             f"the optimizer's state is for {len(order)} parameters, and the config trains"
             f" {len(names)}; {advice}"
         )
-    for index, name, (parameter, _) in zip(order, names, _parameters(optimizer), strict=True):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, name, parameter in zip(order, names, parameters, strict=True):
         for value in state.get(index, {}).values():
             same_rank = isinstance(value, Tensor) and value.ndim == parameter.ndim > 0
             if same_rank and value.shape != parameter.shape:
@@ -244,46 +225,38 @@ def _check_order(
 def _check_entries(
     optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]], names: list[str]
 ) -> None:
-    """Reject settings that need what the state does not have; torch fails at the first step."""
-    needed: dict[int, set[str]] = {}  # by group
-    for index, (parameter, group) in enumerate(_parameters(optimizer)):
-        if not (entries := state.get(index)):
-            continue
-        if id(group) not in needed:
-            needed[id(group)] = _state_entries(optimizer, group, parameter)
-        if missing := sorted(needed[id(group)] - entries.keys()):
-            raise ValueError(
-                f"the checkpoint has no '{missing[0]}' for '{names[index]}', which the config's"
-                f" settings of {type(optimizer).__name__} need: set them back"
-            )
+    """Reject settings that need what the state does not have; torch fails at the first step.
 
-
-def _state_entries(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], like: Tensor
-) -> set[str]:
-    """The names of what an optimizer keeps for a parameter, found by a step on one number."""
-    trial = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
-    trial.grad = torch.zeros_like(trial)
+    What an optimizer keeps for a parameter is found by a step on one number.
+    """
+    place = 0
     arguments = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
-    one = type(optimizer)([trial], **{name: group[name] for name in arguments})
-    one.step()
-    return {name for name, value in one.state[trial].items() if value is not None}
+    for group in optimizer.param_groups:
+        places = range(place, place + len(group["params"]))
+        place = places.stop
+        if not any(state.get(index) for index in places):
+            continue
+        like = group["params"][0]
+        trial = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+        trial.grad = torch.zeros_like(trial)
+        one = type(optimizer)([trial], **{name: group[name] for name in arguments})
+        one.step()
+        needed = {name for name, value in one.state[trial].items() if value is not None}
+        for index in places:
+            if state.get(index) and (missing := sorted(needed - state[index].keys())):
+                raise ValueError(
+                    f"the checkpoint has no '{missing[0]}' for '{names[index]}', which the config's"
+                    f" settings of {type(optimizer).__name__} need: set them back"
+                )
 
 
 class Resumed(NamedTuple):
-    """What a resumed run starts with.
+    """What a resumed run starts with."""
 
-    Attributes:
-        path: the checkpoint.
-        changes: settings that differ from those in the checkpoint.
-        missing: optional entries that the file does not have.
-        has_settings: whether the file has settings; those of earlier versions do not.
-    """
-
-    path: str
-    changes: list[Change]
-    missing: list[str]
-    has_settings: bool
+    path: str  # the checkpoint
+    changes: list[Change]  # settings that differ from those in the checkpoint
+    missing: list[str]  # optional entries that the file does not have
+    has_settings: bool  # files of earlier versions have none
 
 
 class Checkpointer(FvcoreCheckpointer):

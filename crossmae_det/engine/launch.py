@@ -298,8 +298,12 @@ def claim_folder(cfg: DictConfig, args: Namespace) -> list[str]:
             os.makedirs(folder, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(f"{folder} is not writable")
-            if getattr(args, "overwrite", False) and not args.eval_only:
-                result = _remove_run(folder)
+            if getattr(args, "overwrite", False) and not args.eval_only and find_run(folder):
+                old = _files_of_run(folder)  # the pointer first: a kill leaves nothing to resume
+                for path in old:
+                    is_folder = path.is_dir() and not path.is_symlink()
+                    shutil.rmtree(path) if is_folder else path.unlink()
+                result = [path.name for path in old]
         except ValueError as error:
             result = error
         except OSError as error:
@@ -317,14 +321,6 @@ def _files_of_run(output_dir: str) -> list[Path]:
     return files + [path for path in sorted(folder.iterdir()) if CHECKPOINT.match(path.name)]
 
 
-def _remove_run(output_dir: str) -> list[str]:
-    """Remove what a run has left in a folder; nothing if there was no run."""
-    old = _files_of_run(output_dir) if find_run(output_dir) else []
-    for path in old:  # the pointer first: a kill in between leaves nothing to resume
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    return [path.name for path in old]
-
-
 def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
     """Resolve the config, claim the run's folder, start the log and seed this process.
 
@@ -334,9 +330,6 @@ def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
     Raises:
         ValueError, OSError: a file of the config is missing, or the folder has another run.
     """
-    # It looks for a CUDA compiler when it is imported.
-    from detectron2.utils.collect_env import collect_env_info
-
     resolved = resolve(cfg)
     options = resolved.train
     device = resolve_device(options.device)
@@ -353,6 +346,9 @@ def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
         logger.warning("--overwrite removed the run in the folder: %s", ", ".join(removed))
     logger.debug("Command line arguments: %s", args)
     if comm.is_main_process():
+        # It looks for a CUDA compiler when it is imported.
+        from detectron2.utils.collect_env import collect_env_info
+
         logger.debug("Environment\n%s", collect_env_info())
     log_data(cfg, resolved, training=not args.eval_only)
     seed_all_rng(options.seed + comm.get_rank())
@@ -382,25 +378,6 @@ def run_distributed(main: Callable[[Namespace], Any], args: Namespace, cfg: Dict
     # As in detectron2, 0 GPUs are one process.
     local_size = int(os.environ["LOCAL_WORLD_SIZE"]) if torchrun else args.num_gpus or 1
     world_size = int(os.environ["WORLD_SIZE"]) if torchrun else args.num_machines * local_size
-    _check_devices(device, local_size, world_size)
-    if not torchrun or os.environ["RANK"] == "0":
-        check_folder(cfg, args)
-    if torchrun:
-        _run_process(int(os.environ["LOCAL_RANK"]), main, args, device.type, local_size, None)
-    elif world_size == 1:
-        main(args)
-    else:
-        url = _free_address(args) if args.dist_url == "auto" else args.dist_url
-        group = {"init_method": url, "world_size": world_size}
-        start_processes(
-            _start_process,
-            (main, args, device.type, local_size, group),
-            nprocs=local_size,
-            start_method="spawn",
-        )
-
-
-def _check_devices(device: torch.device, local_size: int, world_size: int) -> None:
     if local_size < 1:
         raise ValueError(f"--num-gpus must not be negative, got {local_size}")
     if device.type == "cuda" and local_size > torch.cuda.device_count():
@@ -413,14 +390,27 @@ def _check_devices(device: torch.device, local_size: int, world_size: int) -> No
             f"train.device='{device}' is one device for {world_size} processes: set"
             f" train.device={device.type}"
         )
-
-
-def _free_address(args: Namespace) -> str:
-    if args.num_machines > 1:
-        raise ValueError("--dist-url auto is for one machine: give the address of the first one")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    if not torchrun or os.environ["RANK"] == "0":
+        check_folder(cfg, args)
+    if torchrun:
+        _run_process(int(os.environ["LOCAL_RANK"]), main, args, device.type, local_size, None)
+    elif world_size == 1:
+        main(args)
+    else:
+        url = args.dist_url
+        if url == "auto":
+            if args.num_machines > 1:
+                raise ValueError("--dist-url=auto: several machines need the address of the first")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        group = {"init_method": url, "world_size": world_size}
+        start_processes(
+            _start_process,
+            (main, args, device.type, local_size, group),
+            nprocs=local_size,
+            start_method="spawn",
+        )
 
 
 def _start_process(local_rank: int, *job: Any) -> None:
@@ -437,13 +427,8 @@ def _run_process(
 ) -> None:
     """Join the group of all processes, run ``main(args)``, and leave it.
 
-    Args:
-        local_rank: of this process, on its machine.
-        main: see :func:`run_distributed`.
-        args: see :func:`run_distributed`.
-        device_type: of the run: "cuda", "cpu".
-        local_size: processes on this machine.
-        group: ``init_method`` and ``world_size``; None under torchrun, whose environment has them.
+    ``group`` has ``init_method`` and ``world_size``; under torchrun, whose environment has them, it
+    is None.
     """
     if group is not None:
         group["rank"] = args.machine_rank * local_size + local_rank

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -181,21 +181,6 @@ def sign_of(metric: str, mode: str) -> int:
         part = metric.rpartition("/")[2]
         mode = "min" if part.endswith("loss") or part.startswith("loss_") else "max"
     return 1 if mode == "max" else -1
-
-
-def best_of(values: Mapping[int, float], sign: int) -> tuple[int, int]:
-    """The iteration with the best value, and the number of evaluations after it.
-
-    The first of equal values is the best one. NaN is never better.
-
-    Args:
-        values: iteration -> value, not empty.
-        sign: see :func:`sign_of`.
-    """
-    iterations = sorted(values)
-    scores = [-math.inf if math.isnan(values[i]) else sign * values[i] for i in iterations]
-    best = scores.index(max(scores))
-    return iterations[best], len(scores) - 1 - best
 
 
 class BestCheckpointer(HookBase):
@@ -399,7 +384,14 @@ class EarlyStopping(HookBase):
         return metric, {key: value for key, value in values.items() if key < start}
 
     def _best(self) -> tuple[int, int]:
-        return best_of(self.values, sign_of(self.metric, self.mode))
+        """The iteration with the best value, and the number of evaluations after it.
+
+        The first of equal values is the best one. NaN is never better.
+        """
+        sign = sign_of(self.metric, self.mode)
+        scores = {i: -math.inf if math.isnan(v) else sign * v for i, v in self.values.items()}
+        best = max(sorted(scores), key=lambda iteration: scores[iteration])
+        return best, sum(iteration > best for iteration in scores)
 
     def _is_over(self) -> bool:
         return bool(self.values) and self._best()[1] >= self.patience

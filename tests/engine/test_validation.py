@@ -21,7 +21,6 @@ from crossmae_det.engine.validation import (
     BestCheckpointer,
     EarlyStopping,
     ValidationLoss,
-    best_of,
     losses_on,
     sign_of,
 )
@@ -245,8 +244,8 @@ def test_a_run_ends_after_patience_evaluations_without_a_better_one(
 
 
 def test_nan_is_never_better(tmp_path):
-    assert best_of({1: math.nan, 2: 0.5, 3: math.nan}, 1) == (2, 1)
-    assert best_of({1: math.nan, 2: math.nan}, -1) == (1, 1)
+    assert drive(hook_of(tmp_path), [math.nan, math.nan, math.nan, 5.0]) == 30
+    assert drive(hook_of(tmp_path), [math.nan, 1.0, math.nan, 0.5, 5.0]) == 40
     assert drive(hook_of(tmp_path), [1.0, math.nan, math.nan, 5.0]) == 30
     content = (tmp_path / EarlyStopping.FILE).read_text()
     assert json.loads(content, parse_constant=pytest.fail)["values"]["19"] is None

@@ -1,4 +1,4 @@
-"""What tests of several rooms say often."""
+"""Short helpers of many tests."""
 
 
 def one_line(error):

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line that says what to do, exit code 2, nothing lost."""
+"""Errors of the user: one line that says what to do, exit code 2, nothing lost."""
 
 import json
 import shutil
@@ -188,8 +188,8 @@ def test_a_test_image_that_cannot_be_decoded_is_named(train, own_set, num_worker
 def test_an_image_smaller_than_a_patch_is_named(train, own_set):
     content, write, folder = own_set
     for image in content["images"]:
-        picture = cv2.imread(str(folder / image["file_name"]))
-        cv2.imwrite(str(folder / image["file_name"]), picture[:10])
+        pixels = cv2.imread(str(folder / image["file_name"]))
+        cv2.imwrite(str(folder / image["file_name"]), pixels[:10])
         image["height"] = 10
     content["annotations"] = [
         {
@@ -241,7 +241,7 @@ def test_a_reference_that_leads_nowhere_is_named_with_its_key(train):
     assert "train.log_period" in line and "no_such_key" in line
 
 
-def test_batches_that_do_not_fit_are_refused(train):
+def test_an_empty_batch_is_rejected(train):
     assert "total_batch_size" in train("dataloader.train.total_batch_size=0")
 
 

@@ -1,4 +1,4 @@
-"""Runs that stop early, and losses on a validation set, as a user meets them."""
+"""Runs with validation losses and early stopping."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from crossmae_det.model_zoo import get_config
 
 DETECTION = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
 PRETRAINING = "pretraining/crossmae_vit_b_800ep.py"
-# Nothing is learnt, so that no evaluation is better than the first: the run ends after three.
+# With a rate of 0 no evaluation is better than the first: the run ends after three.
 STOPPED = [
     "optimizer.lr=0",
     "train.max_iter=40",
@@ -60,7 +60,7 @@ def test_a_detector_stops_early_like_a_finished_run_and_resumes(tiny_overrides, 
     log = (output / "log.txt").read_text()
     assert "Early stopping after 6 iterations" in log and f"{output}/model_best.pth" in log
 
-    # It is finished, but for a greater patience.
+    # It is finished, except for a greater patience.
     assert {"bbox", "segm"} <= run(get_config(DETECTION, options), RESUME).keys()
     assert last_iteration(output) == ("model_final.pth", 5)
     run(get_config(DETECTION, [*options, "train.early_stopping.patience=4"]), RESUME)

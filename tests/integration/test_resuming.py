@@ -109,7 +109,7 @@ def test_what_cannot_be_resumed_is_rejected_and_changes_nothing(train, output, t
         assert content(output) == before
 
 
-def test_a_run_that_is_complete_is_evaluated_again_and_keeps_its_config(train, output):
+def test_a_complete_run_is_evaluated_again_and_keeps_its_config(train, output):
     trained = train()
     before = content(output)
     shutil.rmtree(output / "inference")
@@ -135,5 +135,6 @@ def test_a_used_folder_is_not_used_again_by_accident(train, output):
     assert not list(output.glob("*.pth"))
     train(resume=True)
     log = (output / "log.txt").read_text()
-    assert "no checkpoint to resume from" in log.rpartition("--overwrite removed")[2]
+    (line,) = [line for line in log.splitlines() if "no checkpoint to resume from" in line]
+    assert "INFO" in line
     assert "Resumed from" not in log

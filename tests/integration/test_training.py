@@ -1,4 +1,4 @@
-"""The tools as a user starts them: training, killing, resuming, several processes, inference."""
+"""The training tools as a user starts them: kill and resume, several processes, evaluation."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def weights(folder):
 
 
 def assert_quiet(log, folder):
-    """A start says two lines about itself, and nothing that a user can do nothing about."""
+    """A start logs two lines about itself, and no warnings of libraries."""
     assert "Warning" not in log and "not built correctly" not in log
     starts = [line for line in log.splitlines() if "crossmae_det.engine.launch" in line]
     assert len(starts) == 2 and "torch" in starts[0] and str(folder) in starts[1]
@@ -212,7 +212,7 @@ def test_the_main_job_on_real_photographs(repo, shared_data, tmp_path):
     assert len([name for name in results["segm"] if name.startswith("AP-")]) == 80
 
 
-def test_what_became_of_the_weights_that_a_run_starts_from_is_written_down(
+def test_the_report_of_the_initial_weights_is_saved(
     tiny_overrides, tiny_sets, tmp_path
 ):
     cfg = get_config(f"{CONFIG}.py", [*tiny_overrides, "train.max_iter=1", "train.visualizer=null"])
