@@ -39,7 +39,7 @@ USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, NonFiniteError)
 
 BAD_INPUT = 2  # exit code
 
-WAIT_FOR_FIRST = 5  # seconds
+WAIT_FOR_FIRST = 10  # seconds
 
 TIMEOUT = timedelta(minutes=30)  # of an exchange between processes
 

@@ -6,7 +6,7 @@ import shutil
 from functools import partial
 
 import pytest
-from tool_calls import call_tool, load_tool
+from tool_calls import call_tool
 
 from crossmae_det import model_zoo
 from crossmae_det.benchmark import zoo_page
@@ -153,8 +153,7 @@ def test_crossmae_is_compared_with_the_mae_of_its_encoder_and_image_size(
 @pytest.fixture
 def tool(repo, monkeypatch):
     """Run the tool in this process."""
-    main = load_tool(repo, "make_model_zoo").main
-    return partial(call_tool, main, monkeypatch, "make_model_zoo")
+    return partial(call_tool, repo, monkeypatch, "make_model_zoo")
 
 
 def exit_code(tool, *arguments):

@@ -15,7 +15,7 @@ import torch
 from checkpoint_models import SIZES, Detector
 from detectron2.utils.file_io import Detectron2Handler
 from timm.models.vision_transformer import VisionTransformer
-from tool_calls import call_tool, load_tool
+from tool_calls import call_tool
 
 from crossmae_det.checkpoint import convert, extract_state_dict, inspect, load, read_checkpoint
 from crossmae_det.checkpoint.reading import split_prefix
@@ -339,6 +339,5 @@ def test_the_tool_takes_a_prefix(tmp_path, monkeypatch, repo):
     torch.save(dino()[0], tmp_path / "dino.pth")
     facts = tmp_path / "facts.json"
     arguments = (tmp_path / "dino.pth", "--inspect", "--prefix", "teacher.backbone.")
-    main = load_tool(repo, "convert_checkpoint").main
-    call_tool(main, monkeypatch, "convert_checkpoint", *arguments, "--json", facts)
+    call_tool(repo, monkeypatch, "convert_checkpoint", *arguments, "--json", facts)
     assert json.loads(facts.read_text())["embed_dim"] == 16

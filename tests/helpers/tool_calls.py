@@ -4,7 +4,6 @@ import os
 import runpy
 import subprocess
 import sys
-from types import SimpleNamespace
 
 # Makes libraries look as if they were not installed, then is the console script.
 WITHOUT = """
@@ -23,16 +22,10 @@ main()
 """
 
 
-def load_tool(repo, name):
-    """tools/NAME.py; its ``main`` runs it as a program."""
-    path = str(repo / "tools" / f"{name}.py")
-    return SimpleNamespace(main=lambda *_: runpy.run_path(path, run_name="__main__"))
-
-
-def call_tool(main, monkeypatch, name, *arguments):
-    """Run a tool with arguments as from the command line."""
+def call_tool(repo, monkeypatch, name, *arguments):
+    """Run tools/NAME.py with arguments, as from the command line."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    main()
+    runpy.run_path(str(repo / "tools" / f"{name}.py"), run_name="__main__")
 
 
 def command(*arguments, missing=(), **options):

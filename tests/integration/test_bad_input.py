@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from tool_calls import call_tool, load_tool
+from tool_calls import call_tool
 
 from crossmae_det import model_zoo
 from crossmae_det.modeling import ViT
@@ -24,9 +23,8 @@ def tool(repo, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(repo / "tools"))
 
     def call(name, *arguments):
-        main = load_tool(repo, name).main
         with pytest.raises(SystemExit) as stop:
-            call_tool(partial(main, "") if "train" in name else main, monkeypatch, name, *arguments)
+            call_tool(repo, monkeypatch, name, *arguments)
         captured = capsys.readouterr()
         error = captured.err
         assert stop.value.code == 2
@@ -122,7 +120,7 @@ def test_the_help_shows_the_shipped_configs(repo, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(repo / "tools"))
     for name in ("lazyconfig_train_net", "train_net"):
         with pytest.raises(SystemExit) as stop:
-            call_tool(partial(load_tool(repo, name).main, "A tool."), monkeypatch, name, "--help")
+            call_tool(repo, monkeypatch, name, "--help")
         assert stop.value.code == 0
         text = capsys.readouterr().out
         assert all(config in text for config in model_zoo.list())

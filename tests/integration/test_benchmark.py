@@ -9,7 +9,7 @@ from functools import partial
 import cv2
 import numpy as np
 import pytest
-from tool_calls import call_tool, load_tool
+from tool_calls import call_tool
 
 from crossmae_det.benchmark.report import JSON_VERSION
 
@@ -40,7 +40,7 @@ def images(tmp_path):
 @pytest.fixture
 def run_benchmark(repo, monkeypatch):
     """Run the tool in this process."""
-    return partial(call_tool, load_tool(repo, "benchmark").main, monkeypatch, "benchmark")
+    return partial(call_tool, repo, monkeypatch, "benchmark")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from image_files import encode, photo
 from PIL import Image
 from shorthand import one_line
-from tool_calls import call_tool, load_tool
+from tool_calls import call_tool
 
 from crossmae_det.engine import run
 from crossmae_det.model_zoo import get_config
@@ -48,11 +48,10 @@ def test_a_one_channel_model_trains_evaluates_and_predicts(
     (folder / "deeper" / "z.mp4").write_bytes(b"no video")
     arguments = ["--config-file", output / "config.yaml", "--input", folder]
     arguments += ["--output", folder / "drawn", "--score-threshold", "0.99"]
-    main = load_tool(repo, "demo").main
     weights = f"train.init_checkpoint={output}/model_final.pth"
     for _ in range(2):  # the second time, the output is below the input
         with pytest.raises(SystemExit) as stop:
-            call_tool(main, monkeypatch, "demo", *arguments, "--opts", weights)
+            call_tool(repo, monkeypatch, "demo", *arguments, "--opts", weights)
         assert stop.value.code == 1
         captured = capsys.readouterr()
         assert "Traceback" not in captured.out + captured.err
@@ -136,16 +135,15 @@ def test_knn_names_bad_images_or_skips_them(repo, monkeypatch, capsys, tmp_path)
                 (tmp_path / split / name / f"{index}.png").write_bytes(encode(pixels))
     bad = tmp_path / "train" / "dark" / "1.png"
     bad.write_bytes(BAD["truncated"])
-    main = load_tool(repo, "knn").main
     arguments = ["--config-file", "demo/pretrain_cifar10.py", "--neighbors", "1"]
     arguments += ["--train", tmp_path / "train", "--test", tmp_path / "val"]
     options = ["--opts", "model.encoder.embed_dim=24", "model.encoder.depth=1", "train.device=cpu"]
     with pytest.raises(SystemExit) as stop:
-        call_tool(main, monkeypatch, "knn", *arguments, *options)
+        call_tool(repo, monkeypatch, "knn", *arguments, *options)
     captured = capsys.readouterr()
     assert stop.value.code == 2 and "Traceback" not in captured.err
     assert captured.err.strip().splitlines()[-1].startswith(f"knn.py: error: {bad}: ")
-    call_tool(main, monkeypatch, "knn", *arguments, "--skip-undecodable", *options)
+    call_tool(repo, monkeypatch, "knn", *arguments, "--skip-undecodable", *options)
     out = capsys.readouterr().out
     assert "100.00 % on 6 images" in out and "5 training images" in out
     assert str(bad) in out and "1 of 6 images" in out

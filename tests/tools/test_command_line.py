@@ -8,7 +8,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from tool_calls import command, load_tool
+from tool_calls import call_tool, command
 
 import crossmae_det
 from crossmae_det import model_zoo
@@ -85,9 +85,8 @@ def test_every_command_describes_itself(capsys, name):
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_every_script_is_its_command(repo, monkeypatch, capsys, name):
-    monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        load_tool(repo, name).main()
+        call_tool(repo, monkeypatch, name, "--help")
     script = capsys.readouterr().out
     assert stop.value.code == 0 and script.startswith(f"usage: {name}.py ")
     _, text, _ = call(capsys, TOOLS[name], "--help")
