@@ -38,7 +38,7 @@ from crossmae_det.modeling import ViT
 REPO = Path(__file__).parents[2]
 TOP_FOLDERS = ("tests", "tools", "configs", "docs", "crossmae_det")
 PACKAGES = [init.parent.name for init in REPO.glob("crossmae_det/*/__init__.py")]
-PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "MODEL_ZOO.md"]
 PAGES += sorted(p.relative_to(REPO).as_posix() for p in REPO.glob("docs/**/*.md"))
 
 BLOCK = re.compile(
@@ -283,7 +283,7 @@ def test_what_a_page_names_exists(page):
             places = [REPO / folder / path for folder in ("", "crossmae_det", "configs")]
             assert any(place.exists() for place in places), f"{page}: {path}"
     # The build of the site checks the links between its pages.
-    for target in re.findall(r"\]\(([^)#\s]+)", text) if page in PAGES[:2] else ():
+    for target in re.findall(r"\]\(([^)#\s]+)", text) if page in PAGES[:3] else ():
         assert "://" in target or (REPO / target).exists(), f"{page}: {target}"
 
 
