@@ -195,7 +195,10 @@ class _Matcher:
             for name, module in modules.items()
             if hasattr(module, "pos_grid")
         }
-        self.same_model = state.keys() == self.target.keys()
+        self.source_prefix, self.target_prefix = "", ""
+        # Whether parts beside the backbone mean the same in both, and which parts they have.
+        self.same_kind = self.same_model = state.keys() == self.target.keys()
+        self.file_parts, self.target_parts = set[str](), set[str]()
         if self.same_model:
             self.native = Native("", state, {key: key for key in state})
             self.report.layout = "this model"
@@ -215,7 +218,6 @@ class _Matcher:
         self.report.unexpected = self.native.unexpected
         self.source_prefix, self.target_prefix = self.native.backbone, vits[0]
         file_decoder, decoder = _decoder_kind(self.native.tensors), _decoder_kind(self.target)
-        # Whether parts beside the backbone mean the same in both.
         self.same_kind = self.source_prefix == vits[0] and file_decoder in (decoder, None)
         self.file_parts = _parts(self.native.tensors, self.source_prefix)
         self.target_parts = _parts(self.target, self.target_prefix)
@@ -265,12 +267,11 @@ class _Matcher:
 
     def _target_key(self, key: str) -> str | None:
         """The target key of a native key, None where there is none."""
-        if self.same_model:
+        if self.same_kind:
             return key
-        if key.startswith(self.source_prefix):
-            inside = key.removeprefix(self.source_prefix)
-            return self.target_prefix + inside if BACKBONE_KEY.match(inside) else None
-        return key if self.same_kind else None
+        inside = key.removeprefix(self.source_prefix)
+        in_backbone = key.startswith(self.source_prefix) and BACKBONE_KEY.match(inside)
+        return self.target_prefix + inside if in_backbone else None
 
     def _may_be_dropped(self, key: str) -> bool:
         """Whether the model lacks a tensor of the file by its nature.
@@ -278,8 +279,6 @@ class _Matcher:
         The feature-map path has no class token. Parts beside the backbone are of use to the same
         kind of model only, if it has them.
         """
-        if self.same_model:
-            return False
         if key.startswith(self.source_prefix):
             return key == f"{self.source_prefix}cls_token"
         return not (self.same_kind and _part(key) in self.target_parts)
@@ -289,8 +288,6 @@ class _Matcher:
 
         Pretraining has no relative positions, which start from zeros.
         """
-        if self.same_model:
-            return False
         inside = target.removeprefix(self.target_prefix)
         if target.startswith(self.target_prefix) and BACKBONE_KEY.match(inside):
             return RELATIVE_POSITION.search(target) is not None
@@ -381,12 +378,8 @@ def _resized(
     Position embeddings are resampled bicubically, relative positions linearly, and patch kernels so
     that an enlarged patch has the same embedding (FlexiViT, https://arxiv.org/abs/2212.08013).
 
-    Args:
-        key: the target key.
-        tensor: of the file.
-        target: of the model.
-        grid: that of the model where the tensor is a position embedding (1, 1 + L, C), else None.
-        file_grid: the grid of the file's position embeddings where it is known.
+    ``grid`` is that of the model where ``key`` is a position embedding (1, 1 + L, C), and
+    ``file_grid`` that of the file where it is known.
     """
     is_position = grid is not None and tensor.ndim == 3 and len(tensor) == 1
     if is_position and 0 not in tensor.shape and tensor.shape[-1] == target.shape[-1]:
