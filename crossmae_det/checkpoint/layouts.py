@@ -268,10 +268,10 @@ def translate(state_dict: Mapping[str, Tensor], allowed: Predicate = lambda key:
     for key, tensor in tensors.items():
         if is_foreign:
             new = layout.to_native(prefix + key)
-            for pattern, property in OTHER_NETWORKS.items():
+            for pattern, feature in OTHER_NETWORKS.items():
                 if re.match(pattern, key):
                     raise ValueError(
-                        f"'{key}' {tuple(tensor.shape)} is of a ViT with {property}, which is"
+                        f"'{key}' {tuple(tensor.shape)} is of a ViT with {feature}, which is"
                         " another network: use a plain ViT"
                     )
         else:
