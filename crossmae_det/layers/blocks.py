@@ -1,6 +1,6 @@
-"""The transformer block of the ViT, and the block of a cross-attention decoder.
+"""Transformer blocks: that of the ViT, and that of a cross-attention decoder.
 
-Legend: N images, H x W patches, L tokens, C channels. In the decoder: Q queries of C channels, K
+Legend: N images, H x W patches, L tokens, C channels. In the decoder: Q queries of C channels, L
 memory tokens of E channels.
 """
 
@@ -13,7 +13,7 @@ from crossmae_det.layers.attention import Attention, CrossAttention
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, for a sequence of tokens or for a map.
+    """Pre-norm transformer block, for a sequence of tokens or for a feature map.
 
     Args:
         dim: channels C.
@@ -21,7 +21,7 @@ class Block(nn.Module):
         mlp_ratio: hidden width of the MLP over ``dim``.
         drop_path: stochastic depth rate in [0, 1).
         norm_layer: makes a norm from a number of channels.
-        window_size: side of the attention windows in map mode; 0 for global attention.
+        window_size: side of the attention windows on a feature map; 0 for global attention.
         rel_pos_size: (H, W) of the relative-position tables, or None for none.
         attention_backend: a name in :data:`.attention_backends.BACKENDS`.
     """
@@ -47,15 +47,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Transform tokens.
+        """Transform tokens (N, L, C) to (N, L, C).
 
         Args:
             x: (N, L, C).
-            grid: None for token mode: global attention, no relative position. (H, W) with
-                H * W = L for map mode: windows and relative position as configured.
-
-        Returns:
-            (N, L, C).
+            grid: None for the token path: global attention, no relative position. (H, W) with
+                H * W = L for the feature-map path: windows and relative position as configured.
         """
         x = x + self.drop_path(self.attn(self.norm1(x), grid, self.window_size))
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -64,8 +61,8 @@ class Block(nn.Module):
 class CrossAttentionBlock(nn.Module):
     """Pre-norm decoder block: the queries attend to a memory, then an MLP.
 
-    The memory is taken as it is: whoever calls normalizes it. Without ``self_attention`` every
-    query is transformed on its own, whatever the other queries are.
+    The memory is not normalized here. Without ``self_attention`` a query does not depend on the
+    other queries.
 
     Args:
         dim: channels C of a query.
@@ -97,15 +94,7 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
-        """Transform queries.
-
-        Args:
-            queries: (N, Q, C).
-            memory: (N, K, E), normalized.
-
-        Returns:
-            (N, Q, C).
-        """
+        """Transform queries (N, Q, C) with a normalized memory (N, L, E); returns (N, Q, C)."""
         x = queries
         if self.self_attention:
             x = x + self.self_attn(self.self_norm(x))

@@ -1,50 +1,68 @@
 """Images to patches, patches to tokens.
 
-Legend: N images, H x W patches, L = H * W, P patch side in pixels, C channels of a token, B
-channels of an image.
+Legend: N images, H x W patches, L = H * W, P patch side in pixels, F = P * P * B values of a patch
+in the order row, column, channel, C channels of a token, B channels of an image.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Cut images into patches.
-
-    Args:
-        images: (N, B, H * P, W * P).
-        patch_size: (P_h, P_w); must divide the image.
-
-    Returns:
-        (N, L, P_h * P_w * B), row-major; inside a patch: row, column, channel.
+def patch_grid(images: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of images (N, B, H * P, W * P) in patches.
 
     Raises:
         ValueError: the patch does not divide the image.
     """
-    n, channels, height, width = images.shape
-    patch_h, patch_w = patch_size
+    (height, width), (patch_h, patch_w) = images.shape[-2:], patch_size
     if height % patch_h or width % patch_w:
         raise ValueError(
             f"an image of {height}x{width} pixels is not divisible into {patch_h}x{patch_w} patches"
         )
-    x = images.reshape(n, channels, height // patch_h, patch_h, width // patch_w, patch_w)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch_h * patch_w * channels)
+    return height // patch_h, width // patch_w
+
+
+def _by_patch(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """(N, B, H * P, W * P) as (N, H, W, P, P, B), a view."""
+    height, width = patch_grid(images, patch_size)
+    x = images.unflatten(3, (width, patch_size[1])).unflatten(2, (height, patch_size[0]))
+    return x.permute(0, 2, 4, 3, 5, 1)
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Cut images into patches: (N, B, H * P, W * P) -> (N, L, F), row-major.
+
+    Raises:
+        ValueError: the patch (P_h, P_w) does not divide the image.
+    """
+    return _by_patch(images, patch_size).flatten(3).flatten(1, 2)
+
+
+def take_patches(images: Tensor, indices: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Some of the patches of :func:`patchify`, without cutting the others.
+
+    Args:
+        images: (N, B, H * P, W * P).
+        indices: (N, K) int64 patch indices.
+        patch_size: (P_h, P_w).
+
+    Returns:
+        (N, K, F).
+
+    Raises:
+        ValueError: the patch does not divide the image.
+    """
+    patches = _by_patch(images, patch_size)
+    image = torch.arange(len(images), device=indices.device)[:, None]
+    width = patches.shape[2]
+    return patches[image, indices // width, indices % width].flatten(2)
 
 
 def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`patchify`.
-
-    Args:
-        patches: (N, L, P_h * P_w * B).
-        patch_size: (P_h, P_w).
-        grid: (H, W) with H * W = L.
-
-    Returns:
-        (N, B, H * P_h, W * P_w).
-    """
-    (patch_h, patch_w), (height, width) = patch_size, grid
-    x = patches.reshape(len(patches), height, width, patch_h, patch_w, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height * patch_h, width * patch_w)
+    """The inverse of :func:`patchify`: (N, L, F) of a grid (H, W) -> (N, B, H * P, W * P)."""
+    x = patches.unflatten(2, (*patch_size, -1)).unflatten(1, grid)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 class PatchEmbed(nn.Module):
@@ -65,7 +83,7 @@ class PatchEmbed(nn.Module):
         """Embed every patch: (N, B, H * P, W * P) -> (N, L, C).
 
         Raises:
-            ValueError: the images have another number of channels than B.
+            ValueError: the images do not have B channels.
         """
         self._check_channels(images)
         # Contiguous, or every token stays spread over memory: sums of tensors keep the strides of
@@ -73,22 +91,21 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2).contiguous()
 
     def embed_visible(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Embed only some of the patches.
+        """Embed some of the patches; the others are not read.
 
         Args:
             images: (N, B, H * P, W * P).
             visible: (N, L_visible) int64 patch indices.
 
         Returns:
-            (N, L_visible, C): the same rows that ``forward`` gives at those indices.
+            (N, L_visible, C): the rows of ``forward`` at those indices.
 
         Raises:
-            ValueError: the images have another number of channels than B.
+            ValueError: the images do not have B channels.
         """
         self._check_channels(images)
-        patches = patchify(images, self.patch_size)
-        patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[-1]))
-        # (C, B, P_h, P_w) -> (C, P_h * P_w * B), the order of patchify.
+        patches = take_patches(images, visible, self.patch_size)
+        # (C, B, P_h, P_w) -> (C, F), the order within a patch.
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(patches, weight, self.proj.bias)
 

@@ -26,14 +26,10 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
     """
     if dim % 4:
         raise ValueError(f"a 2-D sine-cosine embedding needs a width divisible by 4, got {dim}")
-    height, width = grid
     # In float64 first, so that large positions lose nothing before the sine.
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    y, x = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64),
-        torch.arange(width, dtype=torch.float64),
-        indexing="ij",
-    )
+    rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     x_phase, y_phase = x.reshape(-1, 1) * frequency, y.reshape(-1, 1) * frequency
     table = torch.cat([x_phase.sin(), x_phase.cos(), y_phase.sin(), y_phase.cos()], dim=1)
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])[None].float()
@@ -47,7 +43,7 @@ def resample_position_embedding(
     Args:
         embedding: (1, 1 + H * W, C), class token first.
         old_grid: (H, W) of ``embedding``.
-        new_grid: (H', W') wanted.
+        new_grid: (H', W') of the result.
 
     Returns:
         (1, 1 + H' * W', C); the embedding itself when the grids are equal.

@@ -1,10 +1,7 @@
-"""The one table of model sizes.
+"""The plain Vision Transformer: one ViT for pretraining, detection and classification.
 
-The plain Vision Transformer: one ViT for pretraining, detection and classification.
-
-Legend: N images, H x W patches, L = H * W, P patch side in pixels, C channels.
-
-The ViT of a size.
+Legend: N images, H x W patches, L = H * W, P patch side in pixels, B channels of an image, C
+channels of a token.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +15,15 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossmae_det.layers.attention import ParameterCache
 from crossmae_det.layers.blocks import Block
-from crossmae_det.layers.patches import PatchEmbed
+from crossmae_det.layers.patches import PatchEmbed, patch_grid
 from crossmae_det.layers.position_embedding import (
     resample_position_embedding,
     sincos_position_embedding,
 )
+
+# Published ViTs are trained with this epsilon, not with torch's.
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
 def spread_global_blocks(depth: int, count: int = 4) -> list[int]:
@@ -61,39 +60,36 @@ SIZES: dict[str, Size] = {
 }
 
 
-# Published ViTs are trained with this epsilon, not with torch's.
-LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
-
-
 class ViT(nn.Module):
-    """Plain ViT with two entries: :meth:`forward_tokens` and :meth:`forward_map`.
+    """Plain ViT with a token path, :meth:`forward_tokens`, and a feature-map path,
+    :meth:`forward_map`.
 
     Its state dict has the keys of detectron2's ViT and of the published MAE checkpoints, so that
-    either loads without renaming. There is no final norm: heads and decoders bring their own.
+    either loads without renaming. There is no final norm: heads and decoders have their own.
 
     Args:
         img_size: image side in pixels, int or (H, W), that the relative-position tables are made
-            for. Images of any other size work as well: the tables are resampled.
+            for. They are resampled for images of other sizes.
         patch_size: patch side P in pixels, int or (H, W).
         embed_dim: channels C.
         depth: number of blocks.
         num_heads: attention heads; must divide ``embed_dim``.
         mlp_ratio: hidden width of the MLPs over ``embed_dim``.
-        in_chans: channels of an image.
+        in_chans: channels B of an image.
         pretrain_img_size: image side that the absolute position embedding is made for; None means
-            ``img_size``. Another grid resamples it.
-        class_token: keep a class token, for token mode. The position embedding has its row either
-            way.
-        window_size: side in patches of the attention windows in map mode; 0 for none. It need not
-            divide the grid.
+            ``img_size``. It is resampled for other grids.
+        class_token: keep a class token, for the token path. The position embedding has its row
+            either way.
+        window_size: side in patches of the attention windows on the feature-map path; 0 for none.
+            It need not divide the grid.
         global_blocks: with windows, the indices of the blocks that stay global, negative ones
             counted from the end; None spreads four of them evenly.
-        use_rel_pos: decomposed relative position in map mode.
+        use_rel_pos: decomposed relative position on the feature-map path.
         drop_path_rate: stochastic depth rate of the last block in [0, 1), growing linearly from 0.
         norm_layer: makes a norm from a number of channels.
         use_act_checkpoint: recompute the blocks' activations in the backward pass, to save memory.
-        freeze_blocks: keep the patch embedding, the position embedding and the first
-            ``freeze_blocks`` blocks as they are: no gradients, no stochastic depth. 0 for none.
+        freeze_blocks: freeze the patch embedding, the position embedding and the first
+            ``freeze_blocks`` blocks: no gradients, no stochastic depth. 0 for none.
         attention_backend: how attention is computed, which changes its speed and its memory only:
             a name in :data:`crossmae_det.layers.attention_backends.BACKENDS`.
 
@@ -123,9 +119,9 @@ class ViT(nn.Module):
         attention_backend: str = "auto",
     ):
         super().__init__()
+        self.patch_size = to_2tuple(patch_size)
         sizes = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, in_chans=in_chans)
-        sizes["patch_size"] = min(to_2tuple(patch_size))
-        for name, value in sizes.items():
+        for name, value in (sizes | {"patch_size": min(self.patch_size)}).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if window_size < 0:
@@ -134,7 +130,6 @@ class ViT(nn.Module):
             raise ValueError(f"freeze_blocks must lie in [0, {depth}], got {freeze_blocks}")
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
-        self.patch_size = to_2tuple(patch_size)
         self.embed_dim = embed_dim
         self.use_act_checkpoint = use_act_checkpoint
         self.freeze_blocks = freeze_blocks
@@ -143,9 +138,8 @@ class ViT(nn.Module):
         self.pos_grid = self._grid(pretrain_img_size or img_size)
         self.pos_embed = nn.Parameter(sincos_position_embedding(embed_dim, self.pos_grid))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        self._positions = ParameterCache()
 
-        global_indices = self._global_indices(depth, global_blocks, window_size)
+        global_indices = _global_indices(depth, global_blocks, window_size)
         self.blocks = nn.ModuleList()
         for index in range(depth):
             window = 0 if index in global_indices else window_size
@@ -163,25 +157,15 @@ class ViT(nn.Module):
                 )
             )
         self._initialize()
-        self._freeze()
+        if freeze_blocks:
+            self.pos_embed.requires_grad_(False)
+            for module in (self.patch_embed, *self.blocks[:freeze_blocks]):
+                module.requires_grad_(False)
 
     def _grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         """(H, W) in patches of an image, rounded up: a part of a patch is padded to a whole one."""
         (height, width), (patch_h, patch_w) = to_2tuple(img_size), self.patch_size
         return -(-height // patch_h), -(-width // patch_w)
-
-    @staticmethod
-    def _global_indices(
-        depth: int, global_blocks: Sequence[int] | None, window_size: int
-    ) -> set[int]:
-        if not window_size:
-            return set(range(depth))
-        if global_blocks is None:
-            return set(spread_global_blocks(depth))
-        for index in global_blocks:
-            if not -depth <= index < depth:
-                raise ValueError(f"global block {index} does not exist in a ViT of {depth} blocks")
-        return {index % depth for index in global_blocks}
 
     def _initialize(self) -> None:
         """MAE's initialization: Xavier for every linear map, the patch embedding seen as one."""
@@ -194,28 +178,16 @@ class ViT(nn.Module):
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
 
-    def _freeze(self) -> None:
-        if self.freeze_blocks:
-            self.patch_embed.requires_grad_(False)
-            self.pos_embed.requires_grad_(False)
-            for block in self.blocks[: self.freeze_blocks]:
-                block.requires_grad_(False)
-
     def train(self, mode: bool = True) -> "ViT":
         """Set training mode; frozen blocks stay in evaluation mode, without stochastic depth."""
         super().train(mode)
-        self._positions.clear()
         for block in self.blocks[: self.freeze_blocks]:
             block.eval()
         return self
 
     def _position(self, grid: tuple[int, int]) -> Tensor:
         """The position embedding of a grid, class token first: (1, 1 + H * W, C)."""
-        return self._positions(
-            grid,
-            self.pos_embed,
-            lambda embedding: resample_position_embedding(embedding, self.pos_grid, grid),
-        )
+        return resample_position_embedding(self.pos_embed, self.pos_grid, grid)
 
     def _run_block(self, block: nn.Module, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         if self.use_act_checkpoint and torch.is_grad_enabled():
@@ -237,14 +209,8 @@ class ViT(nn.Module):
             ValueError: the ViT has no class token, or the patch does not divide the image.
         """
         if self.cls_token is None:
-            raise ValueError("token mode needs a ViT with class_token=True")
-        height, width = images.shape[-2:]
-        if height % self.patch_size[0] or width % self.patch_size[1]:
-            raise ValueError(
-                f"token mode needs images divisible by the patch {self.patch_size},"
-                f" got {height}x{width} pixels"
-            )
-        position = self._position(self._grid((height, width)))
+            raise ValueError("forward_tokens needs a ViT with class_token=True")
+        position = self._position(patch_grid(images, self.patch_size))
         patch_position = position[:, 1:]
         if visible is None:
             x = self.patch_embed(images) + patch_position
@@ -270,8 +236,7 @@ class ViT(nn.Module):
         Raises:
             ValueError: the image is smaller than one patch.
         """
-        height, width = images.shape[-2:]
-        patch_h, patch_w = self.patch_size
+        (height, width), (patch_h, patch_w) = images.shape[-2:], self.patch_size
         if height < patch_h or width < patch_w:
             raise ValueError(
                 f"an image of {height}x{width} pixels is smaller than a patch of"
@@ -280,20 +245,33 @@ class ViT(nn.Module):
         if height % patch_h or width % patch_w:
             images = F.pad(images, (0, -width % patch_w, 0, -height % patch_h))
         grid = self._grid((height, width))
-        position = self._position(grid)
-        x = self.patch_embed(images) + position[:, 1:]
+        x = self.patch_embed(images) + self._position(grid)[:, 1:]
         for block in self.blocks:
             x = self._run_block(block, x, grid)
         return x.transpose(1, 2).unflatten(2, grid)
+
+
+def _global_indices(
+    depth: int, global_blocks: Sequence[int] | None, window_size: int
+) -> Sequence[int]:
+    """Indices from 0 of the blocks without windows."""
+    if not window_size:
+        return range(depth)
+    if global_blocks is None:
+        return spread_global_blocks(depth)
+    for index in global_blocks:
+        if not -depth <= index < depth:
+            raise ValueError(f"global block {index} does not exist in a ViT of {depth} blocks")
+    return [index % depth for index in global_blocks]
 
 
 def size_arguments(size: str, **overrides: Any) -> dict[str, Any]:
     """Arguments of a ViT of the size table.
 
     Args:
-        size: a name in :data:`crossmae_det.modeling.SIZES`.
-        **overrides: further arguments, or others than the table's; None leaves the table's value or
-            the default.
+        size: a name in :data:`SIZES`.
+        **overrides: further arguments, or replacements of the table's; None leaves the table's
+            value or the default.
 
     Raises:
         ValueError: an unknown size.

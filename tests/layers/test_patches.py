@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from crossmae_det.layers.patches import PatchEmbed, patchify, unpatchify
+from crossmae_det.layers.patches import PatchEmbed, patchify, take_patches, unpatchify
 
 
 def test_a_patch_lists_rows_columns_channels():
@@ -19,7 +19,7 @@ def test_round_trip():
 
 
 def test_patches_must_divide_the_image():
-    with pytest.raises(ValueError, match="8x9 pixels is not divisible into 4x4"):
+    with pytest.raises(ValueError, match="8x9.*4x4"):
         patchify(torch.zeros(1, 3, 8, 9), (4, 4))
 
 
@@ -35,3 +35,12 @@ def test_embedding_the_visible_patches_is_a_selection_of_embedding_all():
     gradients = torch.autograd.grad((got * weight).sum(), embed.parameters())
     wanted = torch.autograd.grad((expected * weight).sum(), embed.parameters())
     torch.testing.assert_close(gradients, wanted)
+
+
+def test_chosen_patches_are_those_of_patchify_and_the_others_are_not_read():
+    images = torch.randn(2, 3, 8, 12)
+    indices = torch.tensor([[0, 5, 3], [4, 4, 1]])
+    expected = torch.stack([patchify(images, (4, 3))[n, indices[n]] for n in range(2)])
+    assert torch.equal(take_patches(images, indices, (4, 3)), expected)
+    images[0, :, :4, 3:6] = float("nan")  # patch 1 of the first image
+    assert torch.equal(take_patches(images, indices, (4, 3)), expected)

@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 
@@ -14,7 +12,7 @@ def make(**overrides):
     return ViT(**(TINY | overrides)).eval()
 
 
-def test_token_mode_gives_the_input_and_every_output_class_token_first():
+def test_token_path_gives_the_input_and_every_output_class_token_first():
     vit = make()
     images = torch.randn(2, 3, 32, 32)
     features = vit.forward_tokens(images)
@@ -39,7 +37,7 @@ def test_visible_patches_are_encoded_without_the_others():
     assert torch.equal(vit.forward_tokens(hidden, visible)[-1], features[-1])
 
 
-def test_token_mode_ignores_windows_and_relative_position():
+def test_token_path_ignores_windows_and_relative_position():
     plain, windowed = make(), make(window_size=2, use_rel_pos=True)
     windowed.load_state_dict(plain.state_dict(), strict=False)
     for block in windowed.blocks:
@@ -49,7 +47,7 @@ def test_token_mode_ignores_windows_and_relative_position():
     assert not torch.equal(windowed.forward_map(images), plain.forward_map(images))
 
 
-def test_map_mode_without_windows_is_token_mode_without_the_class_token():
+def test_map_path_without_windows_is_the_token_path_without_the_class_token():
     vit = make()
     images = torch.randn(2, 3, 16, 40)  # another grid, not square
     x = vit.forward_map(images)
@@ -70,8 +68,8 @@ def test_an_image_that_the_patch_does_not_divide_is_padded_at_the_bottom_and_rig
     assert torch.equal(vit.forward_map(images), vit.forward_map(padded))
 
 
-def test_an_image_smaller_than_a_patch_is_refused():
-    with pytest.raises(ValueError, match="5x300 pixels is smaller than a patch of 8x8"):
+def test_an_image_smaller_than_a_patch_is_rejected():
+    with pytest.raises(ValueError, match="5x300.*8x8"):
         make().forward_map(torch.zeros(1, 3, 5, 300))
 
 
@@ -94,63 +92,6 @@ def test_activation_checkpointing_gives_the_same_gradients():
         gradients.append([p.grad for p in vit.parameters() if p.grad is not None])
     assert len(gradients[0]) > 30
     torch.testing.assert_close(*gradients)
-
-
-def positions(vit):
-    """What the ViT adds for positions, of a model whose size is not that of its parameters."""
-    return [vit.pos_embed, *[p for name, p in vit.named_parameters() if "rel_pos" in name]]
-
-
-@pytest.mark.parametrize("change", ["optimizer", "load_state_dict", "to", "data", "copy"])
-def test_positions_are_resampled_again_when_they_change(change):
-    options = {"pretrain_img_size": 16, "window_size": 3, "use_rel_pos": True}
-    vit = make(img_size=64, **options)
-    images = torch.randn(1, 3, 40, 32)
-    with torch.no_grad():
-        before = vit.forward_map(images)
-        assert torch.equal(vit.forward_map(images), before)
-    if change == "optimizer":
-        optimizer = torch.optim.AdamW(positions(vit), lr=0.5)
-        vit.train().forward_map(images).square().sum().backward()
-        optimizer.step()
-        vit.eval()
-    elif change == "load_state_dict":
-        vit.load_state_dict({name: p + 0.5 for name, p in vit.state_dict().items()})
-    elif change == "to":
-        vit.to(torch.float64)
-        images = images.double()
-    elif change == "data":
-        for parameter in positions(vit):
-            parameter.data.add_(0.5)  # no version tells of it
-        vit.eval()
-    else:
-        vit = copy.deepcopy(vit)
-        for parameter in positions(vit):
-            torch.nn.init.normal_(parameter)
-    with torch.no_grad():
-        after = vit.forward_map(images)
-        fresh = make(img_size=64, **options).to(after.dtype)
-        fresh.load_state_dict(vit.state_dict())
-        assert torch.equal(after, fresh.forward_map(images))
-    assert change == "to" or not torch.equal(after, before)
-
-
-def test_positions_are_resampled_once_for_each_size(monkeypatch):
-    calls = []
-    original = torch.nn.functional.interpolate
-    monkeypatch.setattr(
-        torch.nn.functional, "interpolate", lambda *a, **k: calls.append(1) or original(*a, **k)
-    )
-    vit = make(img_size=64, pretrain_img_size=16, use_rel_pos=True)
-    images = [torch.randn(1, 3, 40, 32), torch.randn(1, 3, 24, 24)]
-    with torch.no_grad():
-        for image in images:
-            vit.forward_map(image)
-        once = len(calls)
-        assert once > 0
-        for image in images * 2:
-            vit.forward_map(image)
-    assert len(calls) == once
 
 
 def test_frozen_blocks_get_no_gradient_and_no_stochastic_depth():
@@ -183,21 +124,21 @@ def test_the_position_embedding_may_be_made_for_another_size_than_the_tables():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"freeze_blocks": 5}, r"freeze_blocks must lie in \[0, 4\], got 5"),
-        ({"drop_path_rate": 1.0}, r"drop_path_rate must lie in \[0, 1\)"),
-        ({"window_size": 2, "global_blocks": [4]}, "global block 4 does not exist"),
-        ({"num_heads": 3}, "width 16 is not divisible by 3"),
+        ({"freeze_blocks": 5}, r"freeze_blocks .*4.*5"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate"),
+        ({"window_size": 2, "global_blocks": [4]}, "global block 4"),
+        ({"num_heads": 3}, r"16 .* 3 "),
     ],
 )
-def test_arguments_out_of_range_are_refused(overrides, message):
+def test_arguments_out_of_range_are_rejected(overrides, message):
     with pytest.raises(ValueError, match=message):
         make(**overrides)
 
 
-def test_token_mode_wants_a_class_token_and_whole_patches():
+def test_token_path_needs_a_class_token_and_whole_patches():
     with pytest.raises(ValueError, match="class_token=True"):
         make(class_token=False).forward_tokens(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="divisible by the patch"):
+    with pytest.raises(ValueError, match="30x32.*8x8"):
         make().forward_tokens(torch.zeros(1, 3, 30, 32))
 
 
