@@ -1,12 +1,14 @@
-"""Training batches that depend on the seed and the iteration, and on nothing else.
+"""Training batches that depend on the seed and the iteration only.
 
-Iteration i of a run sees the same images under the same augmentations whether the run got there in
-one go or was killed and resumed, with any number of workers, and on any number of processes: each
-takes its slice of one global batch. So every random choice is derived from (seed, position), where
-position = iteration x total_batch_size + place in the batch counts the images of the whole run. A
-run that is resumed with another batch size goes on at the position that it has reached.
+Iteration i of a run has the same images under the same augmentations whether the run got there
+without a stop or was killed and resumed, with any number of workers, and on any number of
+processes, of which each takes its slice of one global batch. To that end every random choice is
+derived from (seed, position), where position = iteration x total_batch_size + index in the batch
+counts the images of the whole run. A run that is resumed with another batch size continues at the
+position that it has reached.
 """
 
+import itertools
 import logging
 import pickle
 import traceback
@@ -24,44 +26,49 @@ from crossmae_det.utils.image_reading import UndecodableImageError
 
 logger = logging.getLogger(__name__)
 
-
-# How many images are tried for one place in a batch before the dataset itself is to blame.
+# Images that are tried for one position before the dataset is considered broken.
 _MAX_ATTEMPTS = 10
 
-
 _ADVICE = (
-    ": replace the file, take it out of the dataset, or pass"
+    ": replace the file, remove it from the dataset, or pass"
     " dataloader.train.skip_undecodable=True to skip such images"
 )
 
 
-class ResumableLoader:
-    """An endless iterable over training batches, each what ``collate`` makes of a list of samples.
+def process_rank() -> tuple[int, int]:
+    """(rank, world size) of this process; (0, 1) without a process group."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
-    Epoch e goes through the dataset in the order of ``np.random.default_rng([seed, e])``: its
-    ``permutation`` of the length, or, where the dataset has a method ``permutation`` itself, what
-    that makes of the generator. Batches may straddle two epochs. The state of the global random
-    generators is left as it was, also with ``num_workers=0``.
+
+class ResumableLoader:
+    """An endless iterable over training batches, each made by ``collate`` from a list of samples.
+
+    Epoch e goes through the dataset in the order that ``np.random.default_rng([seed, e])`` gives:
+    its ``permutation`` of the length, or ``dataset.permutation(rng)`` where the dataset has that
+    method. Batches may straddle two epochs. The global random generators are left unchanged, also
+    with ``num_workers=0``.
 
     Args:
         dataset: items by index, with a length.
-        load: makes a sample of an item and of the seed_sequence, a list of numbers >= 0 that every
-            random choice for this sample is to be seeded with. It may return None to have another
+        load: makes a sample from an item and the seed_sequence, a list of ints >= 0 that every
+            random choice for this sample must be seeded with. It may return None to have another
             item tried.
         total_batch_size: samples per iteration over all processes.
         num_workers: worker processes of each process; 0 loads in the process itself.
-        seed: any number >= 0, the same in every process.
+        seed: an int >= 0, the same in every process.
         shuffle: False goes through the dataset in its own order.
-        skip_undecodable: replace an `UndecodableImageError` by another item, rather than raise it.
-        collate: makes a batch of a list of samples, in the worker.
-        pin_memory: give tensors in page-locked memory, from where they get to a GPU faster.
+        skip_undecodable: replace an `UndecodableImageError` by another item instead of raising it.
+        collate: makes a batch from a list of samples, in the worker.
+        pin_memory: return tensors in page-locked memory, which is copied to a GPU faster.
         worker_init: called with its number in each worker process, before anything is loaded.
 
     Attributes:
-        skipped: how often each undecodable image was left out by this process, by file name.
+        skipped: how often this process skipped each undecodable image, by file name.
 
     Raises:
-        ValueError: the dataset is empty, or the batch size or the seed cannot be used.
+        ValueError: the dataset is empty, or the batch size or the seed is out of range.
     """
 
     def __init__(
@@ -85,21 +92,21 @@ class ResumableLoader:
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
         self.skipped: Counter[str] = Counter()
-        self._order = _Order(dataset, seed, shuffle)
         self._samples = _Samples(dataset, load, seed, skip_undecodable)
         self._collate = _Collate(collate)
+        self._shuffle = shuffle
         self._pin_memory = pin_memory
         self._worker_init = worker_init
-        self._start = 0  # in images
+        self._start = 0  # position of the first image
         self._slice()  # so that a batch size that cannot be split fails here and not in training
 
     def start_at(self, iteration: int, offset: int = 0) -> None:
-        """Let every following ``iter()`` begin at this iteration, without loading those before.
+        """Start every following ``iter()`` at this iteration, without loading those before.
 
         Args:
             iteration: counted in batches of ``total_batch_size``.
-            offset: images to leave out as well, fewer than a batch: what a run that has been
-                resumed with another batch size has seen beyond ``iteration`` batches.
+            offset: further images to skip, fewer than a batch: those that a run resumed with
+                another batch size has seen beyond ``iteration`` batches.
 
         Raises:
             ValueError: one of them is negative.
@@ -111,7 +118,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Any]:
         loader = DataLoader(
             self._samples,
-            batch_sampler=_Batches(self._order, self.total_batch_size, self._start, *self._slice()),
+            batch_sampler=self._batches(self._start, *self._slice()),
             num_workers=self.num_workers,
             collate_fn=self._collate,
             pin_memory=self._pin_memory,
@@ -122,10 +129,8 @@ class ResumableLoader:
         return self._receive(iter(loader))
 
     def _slice(self) -> tuple[int, int]:
-        """Return the places (from, to) of the global batch that belong to this process."""
-        rank, world_size = 0, 1
-        if distributed.is_available() and distributed.is_initialized():
-            rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        """The indices (from, to) in the global batch that belong to this process."""
+        rank, world_size = process_rank()
         if self.total_batch_size < 1 or self.total_batch_size % world_size:
             raise ValueError(
                 f"total_batch_size={self.total_batch_size}: must be a positive multiple of the "
@@ -133,6 +138,25 @@ class ResumableLoader:
             )
         size = self.total_batch_size // world_size
         return rank * size, (rank + 1) * size
+
+    def _batches(self, start: int, begin: int, end: int) -> Iterator[list[tuple[int, int]]]:
+        """Endless lists of (position, index into the dataset) for this process."""
+        length = len(self._samples.dataset)
+        epoch, order = -1, range(length)
+        for first in itertools.count(start, self.total_batch_size):
+            batch = []
+            for position in range(first + begin, first + end):
+                if self._shuffle and epoch != position // length:
+                    epoch = position // length
+                    order = self._permutation(np.random.default_rng([self._samples.seed, epoch]))
+                batch.append((position, int(order[position % length])))
+            yield batch
+
+    def _permutation(self, rng: np.random.Generator) -> Any:
+        dataset = self._samples.dataset
+        if hasattr(dataset, "permutation"):
+            return dataset.permutation(rng)
+        return rng.permutation(len(dataset))
 
     def _receive(self, batches: Iterator["_Loaded | _Failure"]) -> Iterator[Any]:
         try:
@@ -142,7 +166,7 @@ class ResumableLoader:
                 self._count(batch.skipped)
                 yield batch.content
         finally:
-            # An error keeps this frame; workers that are not let go of here end only 5 s later.
+            # An error keeps this frame, and with it the workers, which then end 5 s later.
             del batches
 
     def _count(self, skipped: Sequence[str]) -> None:
@@ -156,45 +180,11 @@ class ResumableLoader:
                 )
 
 
-class _Order:
-    """position -> index into the dataset."""
-
-    def __init__(self, dataset: Any, seed: int, shuffle: bool):
-        self.length, self.seed, self.shuffle = len(dataset), seed, shuffle
-        self._permute = getattr(dataset, "permutation", self._uniform)
-        self._epoch, self._permutation = -1, np.arange(0)
-
-    def _uniform(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.permutation(self.length)
-
-    def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.length)
-        if not self.shuffle:
-            return place
-        if epoch != self._epoch:
-            self._permutation = self._permute(np.random.default_rng([self.seed, epoch]))
-            self._epoch = epoch
-        return int(self._permutation[place])
-
-
-class _Batches:
-    """The batch sampler: endless lists of (position, index) for one process."""
-
-    def __init__(self, order: _Order, total_batch_size: int, start: int, begin: int, end: int):
-        self.order, self.total_batch_size = order, total_batch_size
-        self.start = start  # position of the first image
-        self.begin, self.end = begin, end
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first = self.start
-        while True:
-            positions = range(first + self.begin, first + self.end)
-            yield [(position, self.order[position]) for position in positions]
-            first += self.total_batch_size
-
-
 class _Loaded(NamedTuple):
-    """A sample or a batch, and the images that were left out on the way to it."""
+    """A sample or a batch, and the undecodable images that were skipped for it.
+
+    A tuple because torch pins the memory of the tensors in one.
+    """
 
     content: Any
     skipped: list[str]
@@ -202,6 +192,8 @@ class _Loaded(NamedTuple):
 
 @dataclass
 class _Failure:
+    """An error to be raised in the main process."""
+
     error: Exception
     traceback: str
 
@@ -254,13 +246,13 @@ class _Collate:
         self.collate = collate
 
     def __call__(self, samples: list[_Loaded | _Failure]) -> _Loaded | _Failure:
-        contents, skipped = [], []
+        loaded = []
         for sample in samples:
             if isinstance(sample, _Failure):
                 return sample
-            contents.append(sample.content)
-            skipped += sample.skipped
-        return _Loaded(self.collate(contents), skipped)
+            loaded.append(sample)
+        skipped = [name for sample in loaded for name in sample.skipped]
+        return _Loaded(self.collate([sample.content for sample in loaded]), skipped)
 
 
 class _WorkerTracebackError(Exception):
@@ -271,7 +263,7 @@ class _WorkerTracebackError(Exception):
 
 
 def _failure(error: Exception) -> _Failure:
-    """Wrap an error to be raised in the main process, or raise it where it cannot travel."""
+    """Wrap an error, or raise it where it cannot be sent between processes."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # an exception may hold anything; a worker that cannot send it would hang

@@ -1,4 +1,4 @@
-"""The machinery by itself; what it does for each kind of data is tested with that."""
+"""The loader alone; tests of each task cover it with their kind of data."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from crossmae_det.utils.image_reading import UndecodableImageError
 
 
 class Reversed:
-    """Ten numbers that are gone through from the last to the first."""
+    """Ten numbers whose order in an epoch is descending."""
 
     def __len__(self):
         return 10
@@ -28,7 +28,7 @@ def load(item, seed_sequence):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_dataset_may_have_an_order_of_its_own(num_workers):
+def test_a_dataset_may_define_the_order_of_an_epoch(num_workers):
     options = {"num_workers": num_workers, "skip_undecodable": True, "collate": torch.stack}
     loader = ResumableLoader(Reversed(), load, 4, seed=3, **options)
     first, second, third = take(loader, 3)
@@ -41,13 +41,13 @@ def test_a_dataset_may_have_an_order_of_its_own(num_workers):
     assert torch.equal(take(loader, 1)[0], second)
 
 
-def test_shuffle_off_wins():
+def test_without_shuffling_the_order_is_that_of_the_dataset():
     batches = take(ResumableLoader(Reversed(), load, 5, shuffle=False), 1)
     assert [sample[0].item() for sample in batches[0]] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_one_failure_is_raised_for_its_batch(num_workers):
+def test_a_failure_is_raised_for_its_batch(num_workers):
     loader = ResumableLoader(Reversed(), load, 4, num_workers=num_workers)
     with pytest.raises(UndecodableImageError, match="^seven: .*skip_undecodable=True") as error:
         take(loader, 1)
