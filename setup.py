@@ -52,6 +52,7 @@ setup(
         "torch>=2.7",
         "torchvision>=0.22",  # detectron2's NMS and ROIAlign
         "timm>=1.0",
+        "braceexpand>=0.1.7",
         "numpy>=1.24",
         "pillow>=9.1",
         "matplotlib>=3.6",
@@ -71,7 +72,6 @@ setup(
         "tabulate>=0.8",
         "tensorboard>=2.10",  # torch.utils.tensorboard writes with it
         "tqdm>=4.60",
-        "webdataset>=0.2.86",
         "scikit-learn>=1.2",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources
     ],

@@ -1,7 +1,8 @@
 """The published recipe of pretraining: data, optimizer and schedule, for CrossMAE and for MAE.
 
-The free keys are ``dataloader.image_size``, ``dataloader.train.dataset.name`` and
-``total_batch_size``, ``train.epochs``, and of the model ``encoder.size`` and ``prediction_ratio``.
+Keys to set: ``dataloader.image_size``, ``dataloader.train.dataset.name`` and
+``dataloader.train.total_batch_size``, ``train.epochs``, ``model.encoder.size`` and
+``model.prediction_ratio``. The learning rate, the iterations and the periods are derived from them.
 A dataset is a name ("imagenet_train", or one registered in detectron2), a folder of images, a list
 file, ``annotations.json:image_folder``, or tar shards: ``shards/{000..127}.tar``.
 """
@@ -10,13 +11,13 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
+from timm.optim import param_groups_weight_decay
 
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.pretraining import (
     build_pretraining_loader,
     build_validation_loader,
     load_images,
-    weight_decay_param_groups,
 )
 from crossmae_det.pretraining.visualizer import ReconstructionVisualizer
 
@@ -34,10 +35,11 @@ dataloader = dict(
         flip=True,
         num_workers=8,
         seed="${train.seed}",
-        # Large sets have bad files: they are skipped, counted and logged. False ends at the first.
+        # Large datasets have bad files: they are skipped, counted and logged. False stops at one.
         skip_undecodable=True,
+        device="${train.device}",
     ),
-    # Images that are held out, named as those of the training set: their reconstruction loss.
+    # Held-out images, for their reconstruction loss; named like those of the training set.
     validation=L(build_validation_loader)(
         dataset=L(image_set)(name=""),
         image_size="${dataloader.image_size}",
@@ -48,8 +50,8 @@ dataloader = dict(
 )
 
 optimizer = L(torch.optim.AdamW)(
-    # The model is set when it is built.
-    params=L(weight_decay_param_groups)(weight_decay="${..weight_decay}"),
+    # No decay of biases and norms. The engine sets the model.
+    params=L(param_groups_weight_decay)(weight_decay="${..weight_decay}"),
     # 1.5e-4 for 256 images, times the fraction of the masked patches that is predicted; MAE
     # predicts them all.
     lr=(

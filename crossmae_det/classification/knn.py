@@ -1,4 +1,4 @@
-"""k-nearest-neighbor classification: what frozen features know, with nothing trained on them.
+"""k-nearest-neighbor classification on frozen features: a backbone's quality without training.
 
 Legend: N images, C channels of a feature.
 """
@@ -32,9 +32,9 @@ def labeled_features(
     num_workers: int = 0,
     skip_undecodable: bool = False,
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """The features of a folder of images, one folder a class, as ImageNet is laid out.
+    """The features of a folder of images, with one subfolder per class, as ImageNet is laid out.
 
-    What is found is logged: how many images, of which kinds and sizes.
+    Number, suffixes and sizes of the images found are logged.
 
     Args:
         folder: the folder.
@@ -43,7 +43,7 @@ def labeled_features(
             is cropped.
         batch_size: images at a time.
         num_workers: worker processes that load the images; 0 loads in this one.
-        skip_undecodable: leave out images that cannot be decoded, and name them in the log.
+        skip_undecodable: skip undecodable images and log their names.
 
     Returns:
         Features (images, C) float32 and labels (images,) int64 on the CPU, and the classes' names.
@@ -68,22 +68,20 @@ def labeled_features(
     )
     features, labels = [], []
     skipped = 0
-    with torch.no_grad():
-        for samples in tqdm(loader, desc=folder):
-            good = []
-            for sample in samples:
-                if not isinstance(sample, UndecodableImageError):
-                    good.append(sample)
-                elif skip_undecodable:
-                    logger.warning("Skipped: %s", sample)
-                    skipped += 1
-                else:
+    for samples in tqdm(loader, desc=folder):
+        decoded = [sample for sample in samples if not isinstance(sample, UndecodableImageError)]
+        for error in samples:
+            if isinstance(error, UndecodableImageError):
+                if not skip_undecodable:
                     advice = "replace the file or remove it, or pass --skip-undecodable"
-                    raise UndecodableImageError(f"{sample}: {advice}", sample.file_name)
-            if good:
-                images, classes = default_collate(good)
+                    raise UndecodableImageError(f"{error}: {advice}", error.file_name)
+                logger.warning("Skipped: %s", error)
+                skipped += 1
+        if decoded:
+            images, classes = default_collate(decoded)
+            with torch.no_grad():
                 features.append(encode(images).float().cpu())
-                labels.append(classes)
+            labels.append(classes)
     if skipped:
         logger.warning("%s: %d of %d images were skipped", folder, skipped, len(paths))
     if not features:
@@ -92,9 +90,9 @@ def labeled_features(
 
 
 class _LabeledImages(ImageFolder):
-    """Images and classes by index, and for an image that cannot be decoded the error instead.
+    """(image, class) by index; the error instead for an image that cannot be decoded.
 
-    An error that a worker raises would come with the worker's traceback in its message.
+    torch re-raises the errors of a worker with the worker's traceback inside the message.
     """
 
     def __getitem__(self, index: int) -> Any:
@@ -111,19 +109,16 @@ def _read_image(path: str) -> Image.Image:
 def knn_accuracy(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], neighbors: int = 20
 ) -> float:
-    """The share of test images whose neighbors in the training set vote for their class.
+    """Accuracy of a majority vote of the nearest training images, in percent.
 
-    Neighbors are those of the greatest cosine similarity. A channel counts by its deviation from
-    the mean of the training set, in units of its standard deviation there: without that, the few
-    channels in which a masked autoencoder is large decide alone.
+    Nearest in cosine similarity, after each channel is standardized with the mean and the standard
+    deviation of the training set: without that, the few channels in which a masked autoencoder is
+    large decide alone.
 
     Args:
         train: features (images, C) and labels (images,).
         test: the same of the test set.
         neighbors: how many vote.
-
-    Returns:
-        Accuracy in percent.
 
     Raises:
         ValueError: ``neighbors`` is not between 1 and the number of training images.

@@ -8,8 +8,7 @@ from crossmae_det.pretraining.crops import (
 from crossmae_det.pretraining.crossmae import CrossMAE
 from crossmae_det.pretraining.image_datasets import find_images
 from crossmae_det.pretraining.mae import MAE
-from crossmae_det.pretraining.param_groups import weight_decay_param_groups
-from crossmae_det.pretraining.reconstruction import Panels, Reconstruction
+from crossmae_det.pretraining.masked_image_model import Panels, Reconstruction
 
 __all__ = [
     "CrossMAE",
@@ -20,5 +19,4 @@ __all__ = [
     "build_validation_loader",
     "find_images",
     "load_images",
-    "weight_decay_param_groups",
 ]

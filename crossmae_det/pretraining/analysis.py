@@ -1,4 +1,4 @@
-"""What a trained decoder looks at: the analysis that CrossMAE rests on (arXiv 2401.14391).
+"""What a trained decoder attends to: the analysis behind CrossMAE (arXiv 2401.14391).
 
 Of an MAE, how much of the mask tokens' self-attention goes to visible patches and how much to other
 masked ones (the paper's introduction and figure 1). Of a CrossMAE, which features of the encoder
@@ -23,29 +23,24 @@ from torch import Tensor, nn
 from crossmae_det.layers.attention import Attention, by_head
 from crossmae_det.pretraining.crossmae import CrossAttentionDecoder
 from crossmae_det.pretraining.mae import SelfAttentionDecoder
-from crossmae_det.pretraining.masked_image_model import MaskedImageModel, Masking, mask_patches
+from crossmae_det.pretraining.masked_image_model import MaskedImageModel, Masking
 
 # What the mask tokens of an MAE attend to, in the order of the columns.
 KEY_GROUPS = ("visible", "masked", "class token")
 
-
-# Figures of the paper for an MAE (arXiv 2401.14391, Table 6; its introduction gives the sums
-# 1.42 and 0.39): mean attention of the mask tokens per key, added up over the heads, by decoder
-# block. In every block 49 visible patches times the first and 147 masked ones times the second are
-# 15.7 to 15.9; the class token gets the rest of the 16 heads.
+# The paper's measurements of an MAE (Table 6; its introduction gives the sums 1.42 and 0.39): mean
+# attention of the mask tokens per key, summed over the heads, by decoder block. In every block 49
+# visible patches times the first plus 147 masked ones times the second is 15.7 to 15.9; the class
+# token gets the rest of the 16 heads.
 PAPER_PER_KEY = {
     "visible": (0.196, 0.149, 0.181, 0.153, 0.193, 0.161, 0.207, 0.179),
     "masked": (0.042, 0.058, 0.047, 0.057, 0.043, 0.054, 0.038, 0.048),
 }
-
 PAPER_NUM_HEADS = 16
-
 PAPER_KEYS = (49, 147, 1)
-
 
 # Images that go through a model at a time, and attention weights that are held at a time (64 MB).
 BATCH_SIZE = 8
-
 MAX_WEIGHTS = 2**24
 
 
@@ -67,21 +62,20 @@ class DecoderAttention:
 
     @property
     def relative(self) -> Tensor:
-        """(depth, 3): the mass over the one that uniform attention would give, V / T, Q / T, 1 / T.
+        """(depth, 3): the mass over that of uniform attention, which is V / T, Q / T and 1 / T.
 
-        So it is the mean weight of a key of the group, times T: 1 for a key that gets its even
-        share. Weighted by their shares of the tokens, the three average to 1.
+        It is the mean weight of a key of the group, times T: 1 for a key that gets its even share.
         """
         keys = torch.tensor(self.keys)
         return self.mass * keys.sum() / keys
 
     @property
     def per_key(self) -> Tensor:
-        """(depth, 3), in the paper's unit: attention per key of a group, added up over the heads.
+        """(depth, 3), in the paper's unit: attention per key of a group, summed over the heads.
 
-        A row times ``keys`` sums to M. The paper's 1.42 and 0.39 are the first two columns added up
+        A row times ``keys`` sums to M. The paper's 1.42 and 0.39 are the first two columns summed
         over the 8 decoder blocks of its MAE. The unit grows with the heads and shrinks with the
-        patches: compare it between models that are alike in both, others by ``relative``.
+        patches: compare it between models that agree in both, others by ``relative``.
         """
         return self.mass * self.num_heads / torch.tensor(self.keys)
 
@@ -92,51 +86,40 @@ class DecoderAttention:
         patch's weight over that of a masked one. The second has the paper's unit with its sums,
         beside the paper's own figures.
         """
-        return f"{self._relative_table()}\n\n{self._paper_table()}"
-
-    def _relative_table(self) -> str:
         both = torch.cat([self.mass, self.relative], dim=1)
-        rows = [(str(index), *row) for index, row in enumerate(both.tolist())]
-        rows.append(("mean", *both.mean(0).tolist()))
-        visible, masked = (1 + len(KEY_GROUPS) + index for index in (0, 1))
-        return tabulate(
-            [(*row, row[visible] / max(row[masked], torch.finfo().tiny)) for row in rows],
-            headers=[
-                "decoder\nblock",
-                *(f"to\n{name}" for name in KEY_GROUPS),
-                *(f"{name},\nx uniform" for name in KEY_GROUPS),
-                "visible\n/ masked",
-            ],
-            floatfmt=".3f",
-        )
+        rows = [[str(index), *row] for index, row in enumerate(both.tolist())]
+        rows.append(["mean", *both.mean(0).tolist()])
+        headers = [
+            "decoder\nblock",
+            *(f"to\n{name}" for name in KEY_GROUPS),
+            *(f"{name},\nx uniform" for name in KEY_GROUPS),
+            "visible\n/ masked",
+        ]
+        visible, masked = 4, 5
+        for row in rows:
+            row.append(row[visible] / max(row[masked], torch.finfo().tiny))
+        relative = tabulate(rows, headers, floatfmt=".3f")
 
-    def _paper_table(self) -> str:
         measured = self.per_key[:, :2].tolist()
         paper = list(zip(*PAPER_PER_KEY.values(), strict=True))
         # The paper's MAE may have more decoder blocks than this one, or fewer.
-        rows: list[tuple[Any, ...]] = [
-            (index, *(here or (None, None)), *(there or (None, None)))
+        rows = [
+            [index, *(here or (None, None)), *(there or (None, None))]
             for index, (here, there) in enumerate(zip_longest(measured, paper))
         ]
         sums = (sum(column) for table in (measured, paper) for column in zip(*table, strict=True))
-        rows.append(("sum", *sums))
-        text = tabulate(
-            rows,
-            headers=[
-                "decoder\nblock",
-                *(f"{name},\n{whose}" for whose in ("here", "paper") for name in KEY_GROUPS[:2]),
-            ],
-            floatfmt=".3f",
-        )
+        rows.append(["sum", *sums])
+        columns = [f"{name},\n{whose}" for whose in ("here", "paper") for name in KEY_GROUPS[:2]]
+        per_key = tabulate(rows, ["decoder\nblock", *columns], floatfmt=".3f")
         return (
-            f"Attention per key, added up over {self.num_heads} heads:"
+            f"{relative}\n\nAttention per key, summed over {self.num_heads} heads:"
             f" {self.keys[0]} visible and {self.keys[1]} masked patches here;"
             f" the paper's MAE has {PAPER_NUM_HEADS} heads, {PAPER_KEYS[0]} and {PAPER_KEYS[1]}"
-            f" patches\n{text}"
+            f" patches\n{per_key}"
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All measures, for JSON."""
         return {
             "method": "MAE",
             "num_images": self.num_images,
@@ -162,7 +145,7 @@ class FeatureUsage:
     """What each decoder block of a CrossMAE reads: see :func:`feature_usage`.
 
     Attributes:
-        weights: (depth, K), as learnt, with their signs.
+        weights: (depth, K), as learned, with their signs.
         deviation: (K,), of the features: what a weight is multiplied with.
         names: of the K features: "input" (of the encoder's first block), "block 0", ...
         num_images: images averaged over.
@@ -193,7 +176,7 @@ class FeatureUsage:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All measures, for JSON."""
         return {
             "method": "CrossMAE",
             "num_images": self.num_images,
@@ -211,13 +194,13 @@ def decoder_attention(
 ) -> DecoderAttention:
     """Measure where the mask tokens of an MAE's decoder attend.
 
-    In each block, for each head, each mask token as the query: the softmax of its scores with all T
-    tokens, itself among them, is summed over the visible patches, over the masked patches and over
-    the class token. The three sums are averaged over queries, heads and images, which gives the
-    mass; over the mass of uniform attention, it is relative.
+    In each block, for each head, with each mask token as the query: the softmax of its scores with
+    all T tokens, itself included, is summed over the visible patches, over the masked patches and
+    over the class token. The three sums are averaged over queries, heads and images, which gives
+    the mass; over the mass of uniform attention, it is relative.
 
     The paper reports 1.42 for visible and 0.39 for masked patches, on ImageNet's validation images:
-    its unit is :attr:`DecoderAttention.per_key`, added up over the decoder blocks. As masses these
+    its unit is :attr:`DecoderAttention.per_key`, summed over the decoder blocks. As masses these
     are 0.54 and 0.44, and relative to uniform attention 2.18 and 0.60, in the mean over the blocks.
 
     Args:
@@ -244,7 +227,7 @@ def decoder_attention(
         with _outputs([attention.qkv for attention in attentions]) as outputs:
             model.predict(part, part_noise)
         # A patch that is not visible is a mask token in the decoder, whether predicted or not.
-        masking = mask_patches(part_noise, model.mask_ratio, model.mask_ratio)
+        masking = model.mask(part, part_noise, model.mask_ratio)
         received = [
             _attention_received(qkv, attention.num_heads, 1 + masking.predicted)
             for attention, qkv in zip(attentions, outputs, strict=True)
@@ -264,12 +247,12 @@ def feature_usage(
 ) -> FeatureUsage:
     """Measure which features of the encoder each decoder block of a CrossMAE reads.
 
-    A decoder block attends to the LayerNorm of a weighted sum of the features. That norm takes away
+    A decoder block attends to the LayerNorm of a weighted sum of the features. That norm subtracts
     each token's mean over the channels and divides by the deviation of the sum: of a block's
     weights only the ratios count, and of a feature only its deviation from the token's mean. So the
     contribution of a feature is its weight's magnitude times the root mean square of that deviation
-    over images, tokens (visible ones and the class token) and channels, over the sum of the
-    same for all features of the block.
+    over images, tokens (visible ones and the class token) and channels, divided by the sum of this
+    product over all features of the block.
 
     Features of neighboring blocks are alike, since each is the one before plus something: weights
     of opposite sign take the difference, which contributions, without signs, do not show. Look at
@@ -296,9 +279,8 @@ def feature_usage(
     indices = decoder.feature_indices
     variances = []
     for part, part_noise in _batches(model, images, noise):
-        with _inputs(decoder) as inputs:
-            model.predict(part, part_noise)
-        features = inputs[0]
+        visible = model.mask(part, part_noise).visible
+        features = model.encoder.forward_tokens(model.normalize(part), visible)
         variances.append(
             torch.stack([features[i].var(dim=2, correction=0).mean(dim=1) for i in indices], dim=1)
         )
@@ -316,7 +298,7 @@ def _attention_received(qkv: Tensor, num_heads: int, queries: Tensor) -> Tensor:
     Args:
         qkv: (N, T, 3 * M * D), what :class:`Attention` projects its input to.
         num_heads: M.
-        queries: (N, Q) int64 indices of the tokens that ask.
+        queries: (N, Q) int64 indices of the querying tokens.
 
     Returns:
         (N, T) probabilities; a row sums to 1.
@@ -324,7 +306,7 @@ def _attention_received(qkv: Tensor, num_heads: int, queries: Tensor) -> Tensor:
     q, k, _ = (by_head(part, num_heads) for part in qkv.chunk(3, dim=2))
     q = q.take_along_dim(queries[:, None, :, None], dim=2).flatten(0, 1)
     k = k.flatten(0, 1)
-    # The weights are N M Q T numbers in all: gigabytes for large images.
+    # There are N M Q T weights: gigabytes for large images.
     size = max(1, MAX_WEIGHTS // (q.shape[1] * k.shape[1]))
     received = torch.cat(
         [
@@ -336,7 +318,7 @@ def _attention_received(qkv: Tensor, num_heads: int, queries: Tensor) -> Tensor:
 
 
 def _sum_by_group(weights: Tensor, masking: Masking) -> Tensor:
-    """The attention that tokens get (N, T), added up by group: (N, 3), as in ``KEY_GROUPS``."""
+    """The attention that tokens get (N, T), summed by group: (N, 3), as in ``KEY_GROUPS``."""
     to_class, to_patches = weights[:, 0], weights[:, 1:]
     to_visible = to_patches.take_along_dim(masking.visible, dim=1).sum(dim=1)
     to_masked = to_patches.take_along_dim(masking.predicted, dim=1).sum(dim=1)
@@ -367,20 +349,8 @@ def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-@contextmanager
-def _inputs(module: nn.Module) -> Iterator[list[Any]]:
-    """The positional arguments that a module is called with while the context is open."""
-    arguments: list[Any] = []
-    hook = module.register_forward_pre_hook(lambda _module, inputs: arguments.extend(inputs))
-    try:
-        yield arguments
-    finally:
-        hook.remove()
-
-
 def _by_group(values: Tensor, summary: str) -> dict[str, Any]:
-    """(depth, 3) as the values by decoder block, and their "mean" or "sum", of each of
-    ``KEY_GROUPS``."""
+    """(depth, 3) as the values by decoder block and their "mean" or "sum", by group."""
     return {
         name: {"blocks": column.tolist(), summary: getattr(column, summary)().item()}
         for name, column in zip(KEY_GROUPS, values.T, strict=True)

@@ -1,15 +1,12 @@
-"""Random crops of unlabeled images, as bytes: what the encoder is pretrained on.
+"""Crops of unlabeled images, as bytes: the loaders of pretraining.
+
+Random crops for training are those of the published recipe (torchvision's ``RandomResizedCrop``),
+made faster: a JPEG that is far larger than needed is decoded at a half, a quarter or an eighth of
+its size, only the crop is resized, and the loader returns uint8, which the model normalizes on its
+own device. Validation and visualizations use the largest central part of an image. Boxes refer to
+the upright image.
 
 Legend: N images of a batch, H x W pixels of a crop, all colors in the order RGB.
-
-The crops are those of the published recipe (torchvision's ``RandomResizedCrop``), made faster: a
-JPEG that is far larger than what is needed of it is decoded at a half, a quarter or an eighth of
-its size, only the crop is resized, and what leaves the loader is uint8. The model normalizes it, on
-its own device. Crops are drawn of the upright image.
-
-Unlabeled images that are held out, for the reconstruction loss on them.
-
-Legend: N images of a batch, H x W pixels.
 """
 
 import logging
@@ -21,10 +18,10 @@ import cv2
 import numpy as np
 import torch
 from timm.layers import to_2tuple
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from crossmae_det.data import ResumableLoader
+from crossmae_det.data import ResumableLoader, process_rank
 from crossmae_det.pretraining.image_datasets import (
     ImageFiles,
     ShardedImages,
@@ -36,33 +33,28 @@ from crossmae_det.utils.image_reading import REDUCTIONS, UndecodableImageError
 
 logger = logging.getLogger(__name__)
 
-
-# Width over height of a crop, before it is resized to the wanted shape.
+# Width over height of a random crop, before it is resized.
 ASPECT_RATIOS = (3 / 4, 4 / 3)
-
-# How often a crop is drawn that does not fit the image, before a central one is taken.
+# Draws that may not fit the image, before a central crop is taken.
 CROP_ATTEMPTS = 10
 
-
-# A crop that is made smaller, up to AREA_FROM times, is blurred first so that nothing is aliased:
-# over three pixels, with a deviation of BLUR pixels for each one that goes into a new one. Next to
+# A crop that is made smaller, up to AREA_FROM times, is blurred first to avoid aliasing: over three
+# pixels, with a deviation of BLUR pixels for each one that goes into a new one. Compared to
 # Pillow's bicubic filter, COCO's photographs made 1.05 to 2.5 times smaller then have a PSNR of 51
 # to 41 dB; averaged over areas, which takes twice as long, 38 to 43 dB.
 BLUR = 0.37
-
 AREA_FROM = 2.5
 
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
-def random_crop(
-    height: int, width: int, scale: Sequence[float], rng: random.Random
-) -> tuple[int, int, int, int]:
+
+def random_crop(height: int, width: int, scale: Sequence[float], rng: random.Random) -> Box:
     """Draw the box of a crop as torchvision's ``RandomResizedCrop`` does.
 
     Args:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        height, width: of the image, in pixels.
         scale: least and greatest area of the crop over that of the image.
-        rng: what is drawn from.
+        rng: the source of randomness.
 
     Returns:
         (top, left, height, width) in pixels, inside the image and not empty.
@@ -82,12 +74,11 @@ def random_crop(
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize to a given shape, close to Pillow's bicubic filter at a fifth of its time.
+    """Resize close to Pillow's bicubic filter in a fifth of its time.
 
     Args:
         pixels: (rows, columns, 3) uint8.
-        height: rows wanted.
-        width: columns wanted.
+        height, width: of the result.
 
     Returns:
         (height, width, 3) uint8.
@@ -96,7 +87,7 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if max(rows, columns) > AREA_FROM:
         return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     if max(rows, columns) > 1:
-        # OpenCV's bicubic filter reads four pixels a side however many there are to each new one.
+        # OpenCV's bicubic filter reads four pixels per side however many there are to each new one.
         taps = (3 if columns > 1 else 1, 3 if rows > 1 else 1)
         pixels = cv2.GaussianBlur(
             pixels, taps, sigmaX=BLUR * columns, sigmaY=BLUR * rows, borderType=cv2.BORDER_REPLICATE
@@ -105,16 +96,14 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def read_part(
-    image: StoredImage,
-    choose: Callable[[int, int], tuple[int, int, int, int]],
-    size: tuple[int, int],
+    image: StoredImage, choose: Callable[[int, int], Box], size: tuple[int, int]
 ) -> np.ndarray:
-    """Decode a part of an image and resize it; no more is decoded than the size needs.
+    """Decode a part of an image, at the lowest resolution that suffices, and resize it.
 
     Args:
         image: where the image is.
-        choose: height and width of the image -> (top, left, height, width) of the part, in pixels.
-        size: (H, W) wanted.
+        choose: makes the box of the part from height and width of the image.
+        size: (H, W) of the result.
 
     Returns:
         (H, W, 3) uint8 in the order BGR.
@@ -130,8 +119,7 @@ def read_part(
     scale_y, scale_x = pixels.shape[0] / height, pixels.shape[1] / width
     top, part_h = round(top * scale_y), max(1, round(part_h * scale_y))
     left, part_w = round(left * scale_x), max(1, round(part_w * scale_x))
-    part = pixels[top : top + part_h, left : left + part_w]
-    return resize(part, *size)
+    return resize(pixels[top : top + part_h, left : left + part_w], *size)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -142,7 +130,7 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def load_image(image: StoredImage, image_size: int | tuple[int, int]) -> Tensor:
-    """The largest central part of an image at the wanted shape, for a look at what a model does.
+    """The largest central part of an image, resized.
 
     Args:
         image: where the image is.
@@ -156,7 +144,7 @@ def load_image(image: StoredImage, image_size: int | tuple[int, int]) -> Tensor:
     """
     size = to_2tuple(image_size)
 
-    def central(height: int, width: int) -> tuple[int, int, int, int]:
+    def central(height: int, width: int) -> Box:
         scale = min(height / size[0], width / size[1])
         part_h, part_w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
         return (height - part_h) // 2, (width - part_w) // 2, part_h, part_w
@@ -172,7 +160,7 @@ def load_images(dataset: str, image_size: int | tuple[int, int], count: int) -> 
 def named_images(
     dataset: str, image_size: int | tuple[int, int], count: int
 ) -> list[tuple[str, Tensor]]:
-    """A few images of a set, evenly spread over it: the same ones every time.
+    """A few images of a dataset, evenly spread over it, the same in every call.
 
     Args:
         dataset: names the images, see :mod:`crossmae_det.pretraining.image_datasets`.
@@ -180,8 +168,8 @@ def named_images(
         count: how many; all of them where there are fewer.
 
     Returns:
-        The name of each image, and the image: (3, H, W) uint8 in RGB. Images that cannot be decoded
-        are left out, and named in the log.
+        The name of each image, and the image: (3, H, W) uint8 in RGB. Undecodable images are
+        skipped and logged.
 
     Raises:
         ValueError: ``count`` is not positive, there is no image, or none can be decoded.
@@ -202,14 +190,12 @@ def named_images(
 
 
 class RandomCrops:
-    """Makes a crop of an image: a random part of it at the wanted size, flipped or not.
-
-    A part that is smaller than that is enlarged, and so is an image smaller than the crop.
+    """Makes a crop of an image: a random part, resized and randomly flipped.
 
     Args:
-        image_size: side of the crop in pixels, int or (H, W).
+        image_size: side of the crop in pixels, int or (H, W); smaller parts are enlarged.
         scale: least and greatest area of the part over that of the image, in (0, 1].
-        flip: mirror every second crop, at random.
+        flip: mirror half of the crops, at random.
 
     Raises:
         ValueError: an argument out of range.
@@ -230,14 +216,7 @@ class RandomCrops:
         self.flip = flip
 
     def __call__(self, image: StoredImage, seed_sequence: Sequence[int]) -> Tensor:
-        """Make a crop.
-
-        Args:
-            image: where the image is.
-            seed_sequence: numbers that decide the crop.
-
-        Returns:
-            (3, H, W) uint8.
+        """Make the crop (3, H, W) uint8 that ``seed_sequence`` decides.
 
         Raises:
             UndecodableImageError: the image cannot be read or decoded.
@@ -265,25 +244,28 @@ def build_pretraining_loader(
     num_workers: int = 2,
     seed: int = 0,
     skip_undecodable: bool = True,
+    device: str = "auto",
 ) -> ResumableLoader:
     """Build the training loader, for ``dataloader.train`` of a lazy config.
 
-    What is found is logged: how many images, of which kinds and sizes.
+    Number, suffixes and sizes of the images found are logged.
 
-    Batch i depends on (seed, i) and the names of the images alone: not on workers, on the number of
+    Batch i depends on (seed, i) and the names of the images only: not on workers, on the number of
     processes, of which each gets its slice, or on whether the run was resumed. An epoch shows every
-    image once, those of tar shards ``images.SHARDS_AT_A_TIME`` shards at a time.
+    image once; tar shards are read ``image_datasets.SHARDS_AT_A_TIME`` at a time.
 
     Args:
         dataset: names the images, see :mod:`crossmae_det.pretraining.image_datasets`.
         image_size: side of the crops in pixels, int or (H, W); smaller images are enlarged.
         total_batch_size: images per iteration over all processes.
         crop_scale: least and greatest area of a crop over that of its image, in (0, 1].
-        flip: mirror every second crop, at random.
+        flip: mirror half of the crops, at random.
         num_workers: worker processes of each process; 0 loads in the process itself.
-        seed: any number >= 0, the same in every process.
-        skip_undecodable: replace an image that cannot be decoded by another one, name it once in
-            the log and count it in ``skipped``; False ends with an error that names it.
+        seed: an int >= 0, the same in every process.
+        skip_undecodable: replace an undecodable image by another one, log it once and count it in
+            ``skipped``; False raises an error that names it.
+        device: the device that the batches are for, as in ``train.device``: batches for CUDA are
+            in page-locked memory.
 
     Returns:
         An endless iterable of (N, 3, H, W) uint8 tensors in RGB with ``start_at(iteration)``.
@@ -294,7 +276,7 @@ def build_pretraining_loader(
         FileNotFoundError: a file or a folder does not exist.
     """
     images = find_images(dataset)
-    if _is_main_process():
+    if process_rank()[0] == 0:
         sizes = sampled_sizes(lambda index: images[index].image_size(), len(images))
         logger.info("%s: %s; %s", dataset, images.summary, sizes)
     return ResumableLoader(
@@ -305,18 +287,13 @@ def build_pretraining_loader(
         seed=seed,
         skip_undecodable=skip_undecodable,
         collate=default_collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() and str(device).startswith(("auto", "cuda")),
         worker_init=_use_one_thread,
     )
 
 
-def _is_main_process() -> bool:
-    started = distributed.is_available() and distributed.is_initialized()
-    return not started or distributed.get_rank() == 0
-
-
 def _use_one_thread(worker: int) -> None:
-    """Workers share the cores between them; OpenCV's own threads would only be in their way."""
+    """Workers share the cores: further threads of OpenCV would only compete for them."""
     cv2.setNumThreads(0)
 
 
@@ -328,21 +305,20 @@ def build_validation_loader(
     max_images: int = 512,
     num_workers: int = 2,
 ) -> DataLoader:
-    """Build ``dataloader.validation`` of a lazy config for pretraining.
+    """Build ``dataloader.validation`` of a lazy config for pretraining: held-out images.
 
-    Each process gets a part of the batches that one process would see, the first process the first
-    ones.
+    Each process gets a part of the batches that a single process would get, the first process the
+    first ones.
 
     Args:
         dataset: names the images, see :mod:`crossmae_det.pretraining.image_datasets`.
-        image_size: side in pixels, int or (H, W): the largest central part of each image at that
-            shape.
+        image_size: side in pixels, int or (H, W), see :func:`load_image`.
         batch_size: images of a batch of one process.
-        max_images: use so many images, evenly spread over the set.
+        max_images: use at most this many images, evenly spread over the dataset.
         num_workers: worker processes of each process; 0 loads in the process itself.
 
     Returns:
-        A finite loader of (N, 3, H, W) uint8 tensors in RGB, the same ones in every epoch.
+        A finite loader of (N, 3, H, W) uint8 tensors in RGB, the same in every epoch.
 
     Raises:
         ValueError: there is no image, or an argument is out of range; while loading: an image
@@ -351,8 +327,7 @@ def build_validation_loader(
     """
     if not dataset:
         raise ValueError(
-            "train.validation_loss needs images that are held out: name them in"
-            " dataloader.validation.dataset.name"
+            "train.validation_loss needs held-out images: set dataloader.validation.dataset.name"
         )
     if batch_size < 1 or max_images < 1:
         raise ValueError(
@@ -363,9 +338,7 @@ def build_validation_loader(
     count = min(max_images, len(images))
     chosen = [index * len(images) // count for index in range(count)]
     batches = [chosen[start : start + batch_size] for start in range(0, count, batch_size)]
-    rank, world_size = 0, 1
-    if distributed.is_available() and distributed.is_initialized():
-        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    rank, world_size = process_rank()
     first, end = (len(batches) * part // world_size for part in (rank, rank + 1))
     return DataLoader(
         _CentralParts(images, image_size), batch_sampler=batches[first:end], num_workers=num_workers

@@ -1,7 +1,8 @@
 """CrossMAE: a decoder of cross-attention only (https://arxiv.org/abs/2401.14391).
 
 Legend: N images, L patches on a grid of H x W, T = 1 + L_visible tokens of the encoder, C channels
-of the encoder, D channels of the decoder, K features of the encoder that the decoder reads.
+of the encoder, D channels of the decoder, K features of the encoder that the decoder reads, F
+values of a patch.
 """
 
 import logging
@@ -25,16 +26,13 @@ logger = logging.getLogger(__name__)
 class CrossAttentionDecoder(MaskedDecoder):
     """Predicts patches from queries that attend to the visible tokens, and not to each other.
 
-    Inter-block attention: each block reads a learnt weighted sum of its own over K features of the
-    encoder (the input of its first block, outputs of its blocks), with a LayerNorm of its own.
+    Inter-block attention: each block reads its own learned weighted sum of K features of the
+    encoder (the input of its first block, outputs of its blocks), with its own LayerNorm.
     ``feature_weights`` is (depth, K): row by decoder block, column by feature, in the order of the
     encoder.
 
     Args:
-        encoder: the encoder that is decoded.
-        dim: channels D.
-        depth: number of blocks.
-        num_heads: attention heads; must divide ``dim``.
+        encoder, dim, depth, num_heads: as for :class:`MaskedDecoder`.
         feature_blocks: indices of the encoder's blocks whose outputs are read, negative ones
             counted from the end; None for all.
         use_input_feature: read the input of the encoder's first block as well.
@@ -87,7 +85,7 @@ class CrossAttentionDecoder(MaskedDecoder):
             grid: (H, W).
 
         Returns:
-            (N, L_predicted, P * P * B), in the order of ``masking.predicted``.
+            (N, L_predicted, F), in the order of ``masking.predicted``.
         """
         x = self.mask_token + self.positions(grid)[0, 1:][masking.predicted]
         read = torch.stack([features[index] for index in self.feature_indices])
@@ -112,7 +110,7 @@ class CrossMAE(MaskedImageModel):
         feature_blocks: indices of the encoder blocks that the decoder reads, negative ones counted
             from the end; None for all. Blocks after the last of them are frozen.
         use_input_feature: the decoder also reads the input of the first encoder block.
-        decoder_self_attention: the paper's ablation: queries attend to each other, too.
+        decoder_self_attention: the paper's ablation: queries also attend to each other.
         norm_pix_loss: predict each patch normalized by its own mean and deviation, not raw.
 
     Raises:
@@ -149,14 +147,13 @@ class CrossMAE(MaskedImageModel):
             prediction_ratio=prediction_ratio,
             norm_pix_loss=norm_pix_loss,
         )
-        # Index i of the features is what block i reads, and i = depth what the last one gives.
+        # Feature i is the input of block i; feature depth is the output of the last block.
         read = decoder.feature_indices[-1]
         if unread := encoder.blocks[read:]:
-            # Without a gradient they would stop DistributedDataParallel.
+            # Parameters without a gradient stop DistributedDataParallel.
             unread.requires_grad_(False)
             logger.warning(
-                "the decoder reads no block after %d: the %d blocks that follow are not trained but"
-                " frozen",
+                "The decoder reads no block after %d: the %d blocks that follow are frozen",
                 read - 1,
                 len(unread),
             )
@@ -175,4 +172,4 @@ def _feature_indices(
     blocks = sorted({index % depth for index in chosen})
     if not blocks:
         raise ValueError("feature_blocks is empty: the decoder must read at least one block")
-    return ([0] if use_input_feature else []) + [index + 1 for index in blocks]
+    return [0] * use_input_feature + [index + 1 for index in blocks]

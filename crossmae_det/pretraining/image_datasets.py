@@ -1,11 +1,12 @@
-"""Sets of images for pretraining, each named by one string, with no labels read.
+"""Image datasets for pretraining, each named by one string, without labels.
 
 =====================  ============================================================================
 ``photos/``            a folder: every image in it, at any depth, so class folders too
 ``photo.jpg``          one image file
-``photos.txt``         a list of image files, one a line, relative to the list's own folder
+``photos.txt``         a list of image files, one per line, relative to the list's own folder
 ``set.json:photos/``   the images of a COCO json, relative to the folder
-``set/{00..63}.tar``   tar shards in WebDataset's format: a pattern with braces, or wildcards
+``set/{00..63}.tar``   tar shards in WebDataset's format: a pattern with braces, or wildcards;
+                       several patterns are joined with ``::``
 =====================  ============================================================================
 """
 
@@ -21,10 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from braceexpand import braceexpand
 from torch import Tensor
 from torch.utils.data import Dataset
-from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext
 
 from crossmae_det.utils.image_files import (
     IMAGE_SUFFIXES,
@@ -37,9 +37,8 @@ from crossmae_det.utils.image_reading import EncodedImage, image_size, naming_er
 
 logger = logging.getLogger(__name__)
 
-
-# An epoch goes through shards in a random order, so many at a time, and through the images of those
-# in a random order: what is read lies close together, and near to what was read before.
+# An epoch goes through the shards in a random order, this many at a time, and through the images of
+# those in a random order: what is read lies close together.
 SHARDS_AT_A_TIME = 16
 
 
@@ -62,11 +61,7 @@ class StoredImage(NamedTuple):
         return f"{self.path}/{self.member}" if self.member else self.path
 
     def read(self) -> bytes:
-        """Read the encoded image.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Read the encoded image; raises OSError."""
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -94,10 +89,10 @@ class StoredImage(NamedTuple):
 
 
 class ImageFiles(Dataset):
-    """Images that are files of their own, under one folder.
+    """Images in files of their own, under one folder.
 
     Attributes:
-        summary: how many images of which suffixes, in how many folders.
+        summary: number and suffixes of the images, number of folders.
     """
 
     def __init__(self, folder: str, names: Iterable[str]):
@@ -105,8 +100,8 @@ class ImageFiles(Dataset):
         names = list(names)
         self._names = _pack(names)
         folders = len({os.path.dirname(name) for name in names})
-        places = f"{folders} folder{'s' if folders != 1 else ''}"
-        self.summary = f"{len(names)} images ({suffix_counts(names)}) in {places}"
+        where = f"{folders} folder{'s' if folders != 1 else ''}"
+        self.summary = f"{len(names)} images ({suffix_counts(names)}) in {where}"
 
     def __len__(self) -> int:
         return len(self._names)
@@ -116,15 +111,15 @@ class ImageFiles(Dataset):
 
 
 class ShardedImages(Dataset):
-    """Images inside uncompressed tar files, which are indexed once so that any can be read alone.
+    """Images inside uncompressed tar files, indexed once so that each can be read directly.
 
-    Only headers are read for that; a million images take one or two minutes.
+    The index is made from headers only; a million images take one or two minutes.
 
     Args:
         shards: the tar files.
 
     Attributes:
-        summary: how many images of which suffixes, in how many shards.
+        summary: number and suffixes of the images, number of shards.
 
     Raises:
         ValueError: a shard is not an uncompressed tar file.
@@ -133,17 +128,17 @@ class ShardedImages(Dataset):
 
     def __init__(self, shards: Sequence[str]):
         self.shards = list(shards)
-        logger.info("Looking for the images in %d tar shards", len(self.shards))
+        logger.info("Indexing %d tar shards", len(self.shards))
         names: list[str] = []
-        places: list[tuple[int, int]] = []
+        extents: list[tuple[int, int]] = []
         starts = [0]
         for shard in self.shards:
             for name, offset, size in _tar_index(shard):
                 names.append(name)
-                places.append((offset, size))
+                extents.append((offset, size))
             starts.append(len(names))
         self._names = _pack(names)
-        self._places = torch.tensor(places, dtype=torch.int64).reshape(-1, 2)
+        self._extents = torch.tensor(extents, dtype=torch.int64).reshape(-1, 2)
         self._starts = np.array(starts)
         self.summary = (
             f"{len(names)} images ({suffix_counts(names)}) in {len(self.shards)} tar shards"
@@ -154,42 +149,36 @@ class ShardedImages(Dataset):
 
     def __getitem__(self, index: int) -> StoredImage:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        offset, size = self._places[index].tolist()
+        offset, size = self._extents[index].tolist()
         return StoredImage(self.shards[shard], _unpack(self._names[index]), offset, size)
 
     def permutation(self, rng: np.random.Generator) -> np.ndarray:
-        """The order of an epoch: shards shuffled, then images among SHARDS_AT_A_TIME of them.
-
-        Returns:
-            (len(self),) int64: each index once.
-        """
-        shards = rng.permutation(len(self.shards))
-        groups = [shards[i : i + SHARDS_AT_A_TIME] for i in range(0, len(shards), SHARDS_AT_A_TIME)]
+        """The order of an epoch, (len(self),) int64: see ``SHARDS_AT_A_TIME``."""
+        images = np.split(np.arange(len(self)), self._starts[1:-1])
+        shards = rng.permutation(len(self.shards)).tolist()
         return np.concatenate(
             [
                 rng.permutation(
-                    np.concatenate(
-                        [np.arange(self._starts[s], self._starts[s + 1]) for s in group.tolist()]
-                    )
+                    np.concatenate([images[s] for s in shards[i : i + SHARDS_AT_A_TIME]])
                 )
-                for group in groups
+                for i in range(0, len(shards), SHARDS_AT_A_TIME)
             ]
         )
 
 
 @lru_cache(maxsize=8)
 def find_images(dataset: str) -> ImageFiles | ShardedImages:
-    """Find the images of a set. A set is looked for once in the life of a process.
+    """Find the images of a dataset. A process searches for each dataset once.
 
     Args:
         dataset: a folder, an image, a list file, ``JSON:FOLDER`` or tar shards: see the head of
             this module.
 
     Returns:
-        :class:`StoredImage` by index, in an order that depends on the names alone.
+        :class:`StoredImage` by index, in an order that depends on the names only.
 
     Raises:
-        ValueError: there is no image, or the string or a file is not what it must be; one line.
+        ValueError: there is no image, or the string or a file is malformed; one line.
         FileNotFoundError: a file or a folder does not exist; one line.
     """
     images: ImageFiles | ShardedImages
@@ -211,9 +200,10 @@ def find_images(dataset: str) -> ImageFiles | ShardedImages:
 
 
 def _pack(names: Iterable[str]) -> Tensor:
-    """Strings as (number, length of the longest) uint8, filled up with zeros.
+    """Strings as (number, length of the longest) uint8, padded with zeros.
 
-    Worker processes share a tensor, however they are started; of a list each would have its own.
+    Worker processes share a tensor, however they are started; each would have its own copy of a
+    list.
     """
     array = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
     return torch.from_numpy(array.view(np.uint8).reshape(len(array), array.itemsize))
@@ -224,46 +214,46 @@ def _unpack(row: Tensor) -> str:
 
 
 def _listed_images(path: str) -> ImageFiles:
+    folder, file_name = os.path.split(path)
     if is_image_file(path):
-        folder, name = os.path.split(path)
-        return ImageFiles(folder, [name])
+        return ImageFiles(folder, [file_name])
     if path.lower().endswith(".json"):
         raise ValueError(f"dataset '{path}': add the image folder, as in {path}:FOLDER")
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a list of images, one path a line, in UTF-8") from error
-    return _existing(ImageFiles(os.path.dirname(path), names), path)
+        raise ValueError(f"{path}: not a list of images, one path per line, in UTF-8") from error
+    return _existing(ImageFiles(folder, names), path)
 
 
 def _coco_images(json_file: str, folder: str) -> ImageFiles:
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such image folder; check the path")
     try:
-        with open(json_file, "rb") as file:  # as bytes: json finds out the encoding by itself
+        with open(json_file, "rb") as file:  # as bytes: json detects the encoding
             names = [os.fspath(image["file_name"]) for image in json.load(file)["images"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{json_file}: not a COCO json, which lists images by name") from error
-    paths = locate(names, folder, json_file, complete=False)  # absent ones as undecodable ones
+    paths = locate(names, folder, json_file, complete=False)  # absent ones count as undecodable
     images = ImageFiles(folder, [os.path.relpath(path, folder) for path in paths])
     return _existing(images, json_file)
 
 
 def _existing(images: ImageFiles, source: str) -> ImageFiles:
-    """Look for the first image: paths are mostly all right or all wrong, and looking takes time."""
+    """Check the first image: paths are mostly all right or all wrong, and checking takes time."""
     if len(images) and not os.path.isfile(images[0].path):
         raise FileNotFoundError(
-            f"{images[0]}: no such image, though {source} has it; check where its paths start"
+            f"{images[0]}: no such image, though {source} lists it; check where its paths start"
         )
     return images
 
 
-def _expand(pattern: str) -> list[str]:
-    """The tar files that a pattern with braces and wildcards stands for, in its order."""
+def _expand(patterns: str) -> list[str]:
+    """The tar files that patterns with braces and wildcards stand for, in their order."""
     shards: list[str] = []
-    for path in expand_urls(pattern):
-        found = sorted(glob(path)) if not os.path.isfile(path) else [path]
+    for path in (path for pattern in patterns.split("::") for path in braceexpand(pattern)):
+        found = [path] if os.path.isfile(path) else sorted(glob(path))
         if not found:
             raise FileNotFoundError(f"{path}: no such tar shard; check the path")
         shards += found
@@ -275,9 +265,9 @@ def _tar_index(shard: str) -> Iterator[tuple[str, int, int]]:
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                # WebDataset's extension is all that follows the first dot: a.seg.png is no .png.
-                _, extension = base_plus_ext(member.name)
-                if member.isfile() and extension and f".{extension.lower()}" in IMAGE_SUFFIXES:
+                # WebDataset's extension begins at the first dot: that of a.seg.png is not .png.
+                stem, dot, extension = os.path.basename(member.name).partition(".")
+                if member.isfile() and stem and f"{dot}{extension.lower()}" in IMAGE_SUFFIXES:
                     yield member.name, member.offset_data, member.size
                 # It would keep the headers of all members.
                 archive.members = []  # type: ignore[attr-defined]

@@ -1,10 +1,11 @@
 """MAE, the baseline: a decoder of self-attention over all patches (arXiv 2111.06377).
 
 Legend: N images, L patches on a grid of H x W, T = 1 + L_visible tokens of the encoder, C channels
-of the encoder, D channels of the decoder.
+of the encoder, D channels of the decoder, F values of a patch.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,11 @@ from crossmae_det.pretraining.masked_image_model import (
 class SelfAttentionDecoder(MaskedDecoder):
     """Predicts patches by self-attention over visible tokens and mask tokens together.
 
-    MAE's encoder ends with a norm, which the encoder has not: it is kept here, as ``encoder_norm``,
-    so that ``encoder.*`` of a pretraining state dict is the encoder and nothing else.
+    MAE's encoder ends with a norm, which the ViT does not have: it is kept here, as
+    ``encoder_norm``, so that ``encoder.*`` of a pretraining state dict is the ViT alone.
 
     Args:
-        encoder: the encoder that is decoded.
-        dim: channels D.
-        depth: number of blocks.
-        num_heads: attention heads; must divide ``dim``.
+        encoder, dim, depth, num_heads: as for :class:`MaskedDecoder`.
 
     Raises:
         ValueError: a size that is out of range or does not divide.
@@ -39,15 +37,9 @@ class SelfAttentionDecoder(MaskedDecoder):
         super().__init__(encoder, dim, depth, num_heads)
         self.encoder_norm = LAYER_NORM(encoder.embed_dim)
         self.embed = nn.Linear(encoder.embed_dim, dim)
+        options: dict[str, Any] = dict(mlp_ratio=DECODER_MLP_RATIO, norm_layer=LAYER_NORM)
         self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                num_heads,
-                mlp_ratio=DECODER_MLP_RATIO,
-                drop_path=0.0,
-                norm_layer=LAYER_NORM,
-            )
-            for _ in range(depth)
+            Block(dim, num_heads, drop_path=0.0, **options) for _ in range(depth)
         )
         self.initialize()
 
@@ -57,17 +49,16 @@ class SelfAttentionDecoder(MaskedDecoder):
         """Predict patches.
 
         Args:
-            features: depth + 1 tensors (N, T, C) of the encoder, class token first; the last is
-                read.
+            features: the encoder's tensors (N, T, C), class token first; the last is read.
             masking: which patches are visible, and which are predicted.
             grid: (H, W).
 
         Returns:
-            (N, L_predicted, P * P * B), in the order of ``masking.predicted``.
+            (N, L_predicted, F), in the order of ``masking.predicted``.
         """
         x = self.embed(self.encoder_norm(features[-1]))
         n, _, dim = x.shape
-        # Under autocast x comes in a lower precision; scatter wants one for both.
+        # Under autocast x has a lower precision; scatter requires one for both.
         patches = self.mask_token.to(x.dtype).expand(n, grid[0] * grid[1], dim)
         visible = masking.visible[..., None].expand(-1, -1, dim)
         patches = patches.scatter(1, visible, x[:, 1:])

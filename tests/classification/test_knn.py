@@ -37,7 +37,7 @@ def test_neighbors_vote(neighbors):
 def test_a_wrong_number_of_neighbors():
     data = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
     for neighbors in (0, 4):
-        with pytest.raises(ValueError, match=f"between 1 and the 3 training images.*{neighbors}"):
+        with pytest.raises(ValueError, match=f"1 .* 3 .*{neighbors}"):
             knn_accuracy(data, data, neighbors)
 
 

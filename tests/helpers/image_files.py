@@ -2,11 +2,11 @@
 
 import io
 import math
+import tarfile
 
 import cv2
 import numpy as np
 from PIL import Image
-from webdataset import TarWriter
 
 COUNT = 7
 
@@ -32,8 +32,19 @@ def shade(index):
     return 30 * index
 
 
+def write_tar(path, files):
+    """Write files, bytes by name, into an uncompressed tar file."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
 def write_shard(path, names):
-    with TarWriter(str(path)) as shard:
-        for name in names:
-            pixels = np.full((9, 12, 3), shade(int(name)), np.uint8)
-            shard.write({"__key__": name, "png": encode(pixels), "cls": int(name)})
+    """Write a shard in WebDataset's format: an image and its class for each name, a number."""
+    files = {}
+    for name in names:
+        pixels = np.full((9, 12, 3), shade(int(name)), np.uint8)
+        files |= {f"{name}.png": encode(pixels), f"{name}.cls": name.encode()}
+    write_tar(path, files)

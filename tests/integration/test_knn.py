@@ -1,7 +1,5 @@
-"""k-NN of a backbone as a user starts it."""
+"""``crossmae-det knn`` as a user starts it."""
 
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +8,7 @@ import torch
 from detectron2.config import instantiate
 from PIL import Image
 
+from crossmae_det.__main__ import run_command
 from crossmae_det.model_zoo import get_config
 from crossmae_det.utils import save_checkpoint
 
@@ -18,7 +17,7 @@ TINY = ["model.encoder.embed_dim=24", "model.encoder.depth=2", "train.device=cpu
 
 
 @pytest.fixture
-def knn(repo, tmp_path):
+def knn(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for name, color in (("dark", 60), ("light", 190)):
@@ -28,33 +27,29 @@ def knn(repo, tmp_path):
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.jpg")
 
     def call(*overrides, train="train"):
-        # Fewer images, so that the default number of neighbors is too many.
-        folders = ["--train", tmp_path / train, "--test", tmp_path / "val", "--neighbors", "3"]
-        command = [sys.executable, repo / "tools" / "knn.py", "--config-file", CONFIG, *folders]
-        return subprocess.run(
-            [*map(str, command), "--opts", *TINY, *overrides],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-        )
+        # Fewer images than the default number of neighbors.
+        folders = ["--train", f"{tmp_path}/{train}", "--test", f"{tmp_path}/val"]
+        arguments = ["--config-file", CONFIG, *folders, "--neighbors", "3", *TINY, *overrides]
+        monkeypatch.setattr(sys, "argv", ["knn.py", *arguments])
+        run_command("knn")
 
     return call
 
 
-def test_knn_of_a_checkpoint(knn, tmp_path):
+def test_knn_of_a_checkpoint(knn, tmp_path, capsys):
     torch.manual_seed(1)
     model = instantiate(get_config(CONFIG, [*TINY, "dataloader.train.dataset.name=x"]).model)
     save_checkpoint({"model": model.state_dict()}, tmp_path / "model.pth")
-    process = knn(f"train.init_checkpoint={tmp_path}/model.pth")
-    assert process.returncode == 0, process.stderr
-    last = process.stdout.strip().splitlines()[-1]
-    assert last.startswith("k-NN accuracy 100.00 % on 10 images of 2 classes (k = 3, 10 training")
-    assert last.endswith(f"{tmp_path}/model.pth)")
-    assert "dropped" in process.stdout  # the decoder
+    knn(f"train.init_checkpoint={tmp_path}/model.pth")
+    output = capsys.readouterr().out
+    last = output.strip().splitlines()[-1]
+    assert all(text in last for text in ("100.00 %", "10 images", "2 classes", "model.pth"))
+    assert "dropped" in output  # the decoder
 
 
-def test_knn_refuses_what_has_no_classes(knn):
-    process = knn(train="nowhere")
-    assert process.returncode == 2
-    assert "nowhere" in process.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in process.stderr
+def test_a_folder_without_classes_is_an_error(knn, capsys):
+    with pytest.raises(SystemExit) as stop:
+        knn(train="nowhere")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "nowhere" in error.strip().splitlines()[-1] and "Traceback" not in error

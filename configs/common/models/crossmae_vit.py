@@ -7,7 +7,7 @@ from crossmae_det.pretraining import CrossMAE
 
 model = L(CrossMAE)(
     encoder=L(build_vit)(
-        size="base",  # width, depth, heads and patch; each can be set by itself
+        size="base",  # sets the four that follow; a value here replaces that of the size
         embed_dim=None,
         depth=None,
         num_heads=None,

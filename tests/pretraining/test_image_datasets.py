@@ -1,12 +1,11 @@
-"""Sets of images, and how they are named."""
+"""Image datasets, each named by one string."""
 
 import json
 import tarfile
 
 import numpy as np
 import pytest
-from image_files import encode, shade, write_shard
-from webdataset import TarWriter
+from image_files import encode, shade, write_shard, write_tar
 
 from crossmae_det.pretraining import image_datasets
 from crossmae_det.pretraining.image_datasets import ShardedImages, find_images
@@ -60,14 +59,11 @@ def test_tar_shards_by_pattern(shards, pattern):
 
 
 def test_only_images_are_taken_from_a_shard(tmp_path):
-    with TarWriter(str(tmp_path / "a.tar")) as shard:
-        shard.write({"__key__": "n1.5/x", "JPG": b"1", "txt": b"a", "seg.png": b"b", "json": b"{}"})
-        shard.write({"__key__": "x" * 90 + "/" + "y" * 90, "jpeg": b"22"})
-    found = list(find_images(f"{tmp_path}/a.tar"))
-    assert [(image.member, image.read()) for image in found] == [
-        ("n1.5/x.JPG", b"1"),
-        ("x" * 90 + "/" + "y" * 90 + ".jpeg", b"22"),
-    ]
+    images = {"n1.5/x.JPG": b"1", "x" * 90 + "/" + "y" * 90 + ".jpeg": b"22"}
+    others = {"n1.5/x.seg.png": b"b", "n1.5/x.txt": b"a", "n1.5/.png": b"c", "n1.5/png": b"d"}
+    write_tar(tmp_path / "a.tar", others | images)
+    found = find_images(f"{tmp_path}/a.tar")
+    assert {image.member: image.read() for image in found} == images
 
 
 def test_an_epoch_of_shards_reads_a_few_at_a_time(tmp_path, monkeypatch):
@@ -96,21 +92,21 @@ def test_an_epoch_of_shards_reads_a_few_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("nowhere", None, FileNotFoundError, "nowhere: no such folder or list"),
-        ("empty", "", ValueError, "empty: there is no image"),
-        ("empty.txt", "", ValueError, "empty.txt: there is no image"),
-        ("wrong.txt", "a/b.jpg", FileNotFoundError, "a/b.jpg: no such image, though .*wrong.txt"),
-        ("binary.txt", b"\xff\xfe", ValueError, "binary.txt: not a list of images"),
-        ("a.json", "{}", ValueError, r"add the image folder, as in .*a.json:FOLDER"),
-        ("a.json:.", "{}", ValueError, "a.json: not a COCO json"),
-        ("a.json:.", '{"images": [{"file_name": "0.jpg"}]}', FileNotFoundError, "0.jpg: no such"),
-        ("a.json:none", "{}", FileNotFoundError, "none: no such image folder"),
+        ("nowhere", None, FileNotFoundError, "nowhere"),
+        ("empty", "", ValueError, "empty: "),
+        ("empty.txt", "", ValueError, "empty.txt: "),
+        ("wrong.txt", "a/b.jpg", FileNotFoundError, "a/b.jpg: .*wrong.txt"),
+        ("binary.txt", b"\xff\xfe", ValueError, "binary.txt: "),
+        ("a.json", "{}", ValueError, "a.json:FOLDER"),
+        ("a.json:.", "{}", ValueError, "a.json: "),
+        ("a.json:.", '{"images": [{"file_name": "0.jpg"}]}', FileNotFoundError, "0.jpg: "),
+        ("a.json:none", "{}", FileNotFoundError, "none: "),
         ("b.json:.", None, FileNotFoundError, "b.json"),
-        ("{0..1}.tar", None, FileNotFoundError, "0.tar: no such tar shard"),
-        ("a.tar", "no tar", ValueError, "a.tar: not a whole, uncompressed tar file"),
+        ("{0..1}.tar", None, FileNotFoundError, "0.tar: "),
+        ("a.tar", "no tar", ValueError, "a.tar: .*tar file"),
     ],
 )
-def test_a_set_that_is_none_is_named_in_one_line(tmp_path, name, content, error, message):
+def test_a_bad_dataset_is_named_in_one_line(tmp_path, name, content, error, message):
     path = tmp_path / name.partition(":")[0]
     if name == "empty":
         path.mkdir()
@@ -124,11 +120,11 @@ def test_a_set_that_is_none_is_named_in_one_line(tmp_path, name, content, error,
     assert "\n" not in str(raised.value)
 
 
-def test_a_compressed_or_cut_shard_is_refused(tmp_path, shards):
+def test_a_compressed_or_cut_shard_is_rejected(tmp_path, shards):
     whole = (shards / "set-1.tar").read_bytes()
-    (tmp_path / "cut.tar").write_bytes(whole[:1500])
+    (tmp_path / "cut.tar").write_bytes(whole[:1000])
     with tarfile.open(tmp_path / "gz.tar", "w:gz") as shard:
         shard.add(shards / "set-0.tar", "0.jpg")
     for name in ("cut.tar", "gz.tar"):
-        with pytest.raises(ValueError, match=f"{name}: not a whole, uncompressed tar file"):
+        with pytest.raises(ValueError, match=f"{name}: .*tar file"):
             find_images(str(tmp_path / name))
