@@ -405,7 +405,8 @@ def grow(
                 f" {power(curve['time_exponent'])}, memory {power(curve['memory_exponent'])}."
                 for kind, curve in values.items()
             ),
-            "Proportional to the area is 2; to pairs of patches 4. MiB: peak, without the weights.",
+            "2 is proportional to the number of patches, 4 to the number of pairs of patches."
+            " MiB: peak, without the weights.",
         ],
         values=values,
     )

@@ -204,21 +204,20 @@ def measure(
     check_repeats(repeats)
     measurements = [Measurement(case) for case in cases]
     workers = [_Worker(measurement) for measurement in measurements]
+
+    def one_round(worker: _Worker) -> tuple[float, float]:
+        if worker.measurement.failure or reference is None:
+            return worker.ask("seconds"), 0.0
+        before = reference()
+        return worker.ask("seconds"), (before + reference()) / 2
+
     try:
-        with tqdm(total=(repeats + 1) * len(cases), desc=description) as bar:
-            for turn in range(repeats + 1):
-                for worker, measurement in zip(workers, measurements, strict=True):
-                    if not measurement.failure:
-                        before = reference() if reference else 0.0
-                        seconds = worker.ask("seconds")
-                        if turn and not measurement.failure:
-                            measurement.seconds.append(seconds)
-                            if reference:
-                                measurement.references.append((before + reference()) / 2)
-                    bar.update()
-        for worker, measurement in zip(workers, measurements, strict=True):
+        rounds = interleaved([partial(one_round, each) for each in workers], repeats, description)
+        for worker, measurement, taken in zip(workers, measurements, rounds, strict=True):
+            measurement.peak_bytes = worker.ask("peak_bytes")
             if not measurement.failure:
-                measurement.peak_bytes = worker.ask("peak_bytes") or 0
+                measurement.seconds = [seconds for seconds, _ in taken]
+                measurement.references = [rate for _, rate in taken] if reference else []
     finally:
         for worker in workers:
             worker.stop()
@@ -247,12 +246,13 @@ class _Worker:
         remote.close()
 
     def ask(self, request: str) -> Any:
-        """Call a method of the :class:`Meter` in the process.
+        """What a method of the :class:`Meter` in the process measures.
 
-        Returns:
-            What it measured. None after a failure, which is noted in the measurement; the process
-            then ends, because the others need its memory.
+        0 after a failure, which is noted in the measurement; the process then ends, because the
+        others need its memory.
         """
+        if self.measurement.failure:
+            return 0
         try:
             self._connection.send(request)
             answer = self._connection.recv()
@@ -264,10 +264,8 @@ class _Worker:
         if not isinstance(answer, str):
             return answer
         self.measurement.failure = answer
-        self.measurement.seconds.clear()
-        self.measurement.references.clear()
         self.stop()
-        return None
+        return 0
 
     def stop(self) -> None:
         self._connection.close()

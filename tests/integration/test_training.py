@@ -212,9 +212,7 @@ def test_the_main_job_on_real_photographs(repo, shared_data, tmp_path):
     assert len([name for name in results["segm"] if name.startswith("AP-")]) == 80
 
 
-def test_the_report_of_the_initial_weights_is_saved(
-    tiny_overrides, tiny_sets, tmp_path
-):
+def test_the_report_of_the_initial_weights_is_saved(tiny_overrides, tiny_sets, tmp_path):
     cfg = get_config(f"{CONFIG}.py", [*tiny_overrides, "train.max_iter=1", "train.visualizer=null"])
     backbone = instantiate(cfg.model.backbone.net)
     state = dict(backbone.state_dict())
