@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,12 +226,12 @@ def comparison_sheet(
     """
     if not rows:
         raise ValueError(f"{path}: there is no image to draw: the list of rows is empty")
-    titles = (
+    per_line = 2 if len(rows) < 4 else 4
+    titles = [
         "ground truth",
         f"predictions, score \N{GREATER-THAN OR EQUAL TO} {score_threshold:g}",
-    )
-    pairs_per_row = 1 if len(rows) < 4 else 2
-    cells = []
+    ]
+    cells = [_text(title, 34, 19) for title in titles * (per_line // 2)]
     for image_bgr, dataset_dict, instances in rows:
         scale = CELL_SIDE / max(image_bgr.shape[:2])
         truth = draw_ground_truth(image_bgr, dataset_dict, metadata, scale=scale)
@@ -241,20 +241,14 @@ def comparison_sheet(
         caption = os.path.basename(str(dataset_dict.get("file_name", "")))
         for picture, text in ((truth, caption), (predicted, "")):
             picture = _pad(picture, picture.shape[0], CELL_SIDE)
-            cells.append(np.concatenate([picture, _text(text, 24 + GAP, 13)]))
-    bands = [[_text(title, 34, 19) for title in titles * pairs_per_row]]
-    bands += [
-        cells[start : start + 2 * pairs_per_row]
-        for start in range(0, len(cells), 2 * pairs_per_row)
-    ]
-    width = 2 * pairs_per_row * (CELL_SIDE + GAP)
-    sheet = []
-    for band in bands:
-        height = max(cell.shape[0] for cell in band)
-        line = np.hstack([_pad(cell, height, CELL_SIDE + GAP) for cell in band])
-        fill = width - line.shape[1]
-        sheet.append(cv2.copyMakeBorder(line, 0, 0, 0, fill, cv2.BORDER_CONSTANT, value=WHITE))
-    write_image(path, np.concatenate(sheet))
+            cells.append(np.vstack([picture, _text(text, 24 + GAP, 13)]))
+    lines = []
+    for start in range(0, len(cells), per_line):
+        line = cells[start : start + per_line]
+        height = max(cell.shape[0] for cell in line)
+        line += [_text("", height, 13)] * (per_line - len(line))
+        lines.append(np.hstack([_pad(cell, height, CELL_SIDE + GAP) for cell in line]))
+    write_image(path, np.vstack(lines))
 
 
 def class_color(index: int, metadata: Any) -> Color:
@@ -315,10 +309,7 @@ class _Object:
 
 
 def _draw(
-    image_bgr: np.ndarray,
-    objects: Iterator[_Object] | list[_Object],
-    scale: float | None,
-    note: str,
+    image_bgr: np.ndarray, objects: Iterable[_Object], scale: float | None, note: str
 ) -> np.ndarray:
     """The objects drawn on the image; without any, ``note`` in its corner."""
     if scale is None:
@@ -364,15 +355,14 @@ class _Canvas(Visualizer):
         """Write a label at the position around its box where it covers the fewest other labels."""
         output, (canvas_width, canvas_height) = self.output, self.size
         pixels = float(np.clip(min(self.size) / 38, 11.5, 20))
-        font_size = _points(pixels, output) / output.scale
-        self.draw_text(label, (0, 0), font_size=font_size, horizontal_alignment="left")
+        size = _points(pixels, output) / output.scale
+        self.draw_text(label, (0, 0), font_size=size, horizontal_alignment="left")
         text = output.ax.texts[-1]
         text.set_parse_math(False)
-        luminance = float(np.dot(color, (0.299, 0.587, 0.114)))
-        text.set_color("black" if luminance > 0.45 else "white")
+        text.set_color("black" if np.dot(color, (0.299, 0.587, 0.114)) > 0.45 else "white")
         margin = pixels / 6
-        pad = _points(margin, output)
-        text.set_bbox({"facecolor": color, "alpha": 0.85, "pad": pad, "edgecolor": "none"})
+        background = {"facecolor": color, "alpha": 0.85, "pad": _points(margin, output)}
+        text.set_bbox({**background, "edgecolor": "none"})
         renderer = output.canvas.get_renderer()
         extent = text.get_window_extent(renderer).padded(margin)
         if extent.width > canvas_width:
