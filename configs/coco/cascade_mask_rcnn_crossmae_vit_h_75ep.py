@@ -7,6 +7,6 @@ from .cascade_mask_rcnn_crossmae_vit_b_100ep import (
 )
 
 model.backbone.net.update(size="huge", drop_path_rate=0.5)
-# The published recipe of ViT-H decays every parameter.
+# The published ViT-H recipe applies weight decay to every parameter.
 optimizer.params.update(lr_decay=0.9, weight_decay_norm=None, weight_decay_pos_embed=None)
 train.epochs = 75

@@ -1,4 +1,4 @@
-"""ViTDet Mask R-CNN, ViT-B, 100 epochs: the recipe that the other configs here are diffs of."""
+"""ViTDet Mask R-CNN, ViT-B, 100 epochs. The other configs in this folder are diffs of this one."""
 
 from detectron2.config import LazyCall as L
 

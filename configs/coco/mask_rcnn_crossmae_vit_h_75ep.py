@@ -1,4 +1,4 @@
 from .mask_rcnn_crossmae_vit_h_100ep import dataloader, lr_multiplier, model, optimizer, train
 
-# The published schedule of ViT-H.
+# The published ViT-H schedule.
 train.epochs = 75

@@ -1,4 +1,4 @@
-"""Everything but the model, for yaml configs."""
+"""What yaml configs share with lazy configs: everything but the model."""
 
 from .coco_lsj import dataloader
 from .optim import lr_multiplier, optimizer

@@ -7,13 +7,13 @@ from crossmae_det.detection import layer_decay_param_groups
 from crossmae_det.engine.hooks import step_schedule
 
 optimizer = L(torch.optim.AdamW)(
-    # The model is set when it is built; the depth is read from it.
+    # `model` is passed when the optimizer is built.
     params=L(layer_decay_param_groups)(
         base_lr="${..lr}",
         lr_decay=0.7,
         backbone_lr_factor=1.0,
-        # Of norms in the ViT, of norms in pyramid and heads, of the position embedding; null for
-        # that of all other weights. As published for ViT-B and ViT-L; ViT-H decays all.
+        # Weight decay of the ViT's norms, of the norms of pyramid and heads, and of the position
+        # embedding; None: that of all other weights. As published for ViT-B and ViT-L.
         weight_decay_norm=0.0,
         weight_decay_channel_norm=None,
         weight_decay_pos_embed=0.0,

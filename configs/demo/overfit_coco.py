@@ -1,6 +1,6 @@
-"""A check that learning is real: a small model overfits eight COCO images.
+"""A check that training learns: a small model overfits eight COCO images.
 
-``tests/integration/overfit_coco.py`` gives it the images.
+``tests/integration/overfit_coco.py`` sets the images.
 """
 
 from detectron2.config import LazyCall as L
@@ -11,7 +11,7 @@ from .mask_rcnn import dataloader, lr_multiplier, model, optimizer, train
 
 dataloader.image_size = 320
 dataloader.train.total_batch_size = 4
-# What is to be learnt by heart is shown as it will be asked for.
+# No augmentation: training images look as they do in the evaluation.
 dataloader.train.mapper.augmentations = [L(ResizeToFit)(max_size="${dataloader.image_size}")]
 model.backbone.net.patch_size = 16
 model.backbone.net.pretrain_img_size = "${dataloader.image_size}"

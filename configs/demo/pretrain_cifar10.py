@@ -1,6 +1,6 @@
-"""About twenty minutes on two CPU cores: CrossMAE on CIFAR-10 in an image folder, patch 4 at 32x32.
+"""CrossMAE on CIFAR-10 in an image folder, patch size 4 at 32x32: twenty minutes on two CPU cores.
 
-Name the folder: ``dataloader.train.dataset.name=PATH``.
+Set ``dataloader.train.dataset.name`` to the folder.
 """
 
 from .pretrain import dataloader, lr_multiplier, model, optimizer, train

@@ -1,4 +1,4 @@
-"""MAE beside demo/pretrain_cifar10.py, in no more time: its steps take longer."""
+"""The MAE baseline of demo/pretrain_cifar10.py, with fewer epochs for about the same time."""
 
 from ..common.models.mae_vit import model
 from .pretrain_cifar10 import dataloader, lr_multiplier, optimizer, train

@@ -1,5 +1,5 @@
 from .mask_rcnn_crossmae_vit_b import dataloader, lr_multiplier, model, optimizer, train
 
 model.backbone.net.size = "small"
-# Half as wide as ViT-B, twice its rate: Adam's best rate falls about as 1 / width.
+# Half the width of ViT-B, twice its rate: Adam's best rate is about proportional to 1 / width.
 optimizer.lr = 2e-4

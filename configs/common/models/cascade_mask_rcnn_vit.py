@@ -1,4 +1,4 @@
-"""ViTDet's Cascade Mask R-CNN on the plain ViT, size B: three box stages instead of one."""
+"""ViTDet's Cascade Mask R-CNN, size B: three box heads instead of one."""
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
@@ -12,7 +12,7 @@ _box_head = _heads.pop("box_head")
 _heads.pop("box_predictor")
 _heads.pop("proposal_matcher")
 _heads._target_ = _cascade._target_
-# The second and third stage have the head of the first.
+# Overrides of the first head apply to all three.
 _heads.box_heads = [_box_head, *["${model.roi_heads.box_heads[0]}"] * 2]
 _heads.box_predictors = _cascade.box_predictors
 for _predictor in _heads.box_predictors:
