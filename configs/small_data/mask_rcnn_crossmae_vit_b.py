@@ -15,7 +15,7 @@ dataloader.train.total_batch_size = 4
 # Half to twice the size: reduced to a tenth, an image shows little, and there are few of them.
 dataloader.train.mapper.augmentations[1].update(min_scale=0.5, max_scale=2.0)
 
-# Half of the blocks stay as pretrained, which saves time and memory; a smaller ViT lost no AP by it.
+# Half of the blocks stay as pretrained, which saves time and memory; a smaller ViT lost no AP.
 # Without pretrained weights, all blocks are trained.
 model.backbone.net.freeze_blocks = "${crossmae.if:${train.init_checkpoint},6,0}"
 
