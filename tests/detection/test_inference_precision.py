@@ -1,4 +1,4 @@
-"""What evaluation, demo and drawing make of a model in mixed precision."""
+"""Mixed precision at inference: in evaluation, prediction and visualization."""
 
 import json
 from pathlib import Path
@@ -30,16 +30,16 @@ MASK = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
 
 @pytest.fixture
 def raw(monkeypatch):
-    """What reaches detectron2's post-processing: one ``Instances`` an image, with a size each."""
+    """The inputs of detectron2's post-processing: ``Instances``, height and width of each image."""
     seen = []
     postprocess = rcnn.detector_postprocess
 
-    def note(instances, height, width):
+    def record(instances, height, width):
         fields = {name: value.clone() for name, value in instances.get_fields().items()}
         seen.append((type(instances)(instances.image_size, **fields), height, width))
         return postprocess(instances, height, width)
 
-    monkeypatch.setattr(rcnn, "detector_postprocess", note)
+    monkeypatch.setattr(rcnn, "detector_postprocess", record)
     return seen
 
 
@@ -53,7 +53,7 @@ def types(raw):
 
 
 def tiny(name, overrides):
-    """The config and a model of random weights that gives masks of some shape and many scores."""
+    """The config and a model with random weights whose masks and scores vary."""
     cfg = get_config(name, [*overrides, *BF16])
     cfg.train.visualizer = None
     torch.manual_seed(0)
@@ -103,20 +103,18 @@ def test_evaluation_in_bf16_postprocesses_float32(kind, tiny_overrides, tiny_set
     results = evaluate(cfg, model)
     assert ("segm" in results) == (kind != "faster")
     assert set(types(raw)) == {torch.float32}
-    assert in_backbone == {torch.bfloat16}  # where the time goes
+    assert in_backbone == {torch.bfloat16}  # which takes most of the time
     assert any(instances.has("pred_masks") for instances, *_ in raw) == (kind != "faster")
     assert list(model.state_dict()) == keys
 
 
-def test_mask_ap_in_bf16_is_that_of_float32_postprocessing(
-    tiny_overrides, tiny_sets, tmp_path, raw
-):
+def test_mask_ap_in_bf16_matches_float32_postprocessing(tiny_overrides, tiny_sets, tmp_path, raw):
     cfg, model = tiny(MASK, tiny_overrides)
     evaluate(cfg, model)
     json_file, _, folder = tiny_sets[1].partition(".json:")
     content = json.loads(Path(f"{json_file}.json").read_text())
     classes = [category["id"] for category in content["categories"]]
-    # Ground truth that the model half knows: its own predictions, some of them a row too low.
+    # The ground truth is the model's own predictions, some of them shifted.
     content["annotations"] = []
     outputs = []
     records = DatasetCatalog.get(cfg.dataloader.test.dataset.names)
@@ -153,7 +151,7 @@ def test_mask_ap_in_bf16_is_that_of_float32_postprocessing(
     assert measured == pytest.approx(expected, abs=0.02)
 
 
-def test_demo_and_drawing_in_bf16_postprocess_float32(tiny_overrides, tmp_path, raw):
+def test_predictor_and_visualizer_in_bf16_postprocess_float32(tiny_overrides, tmp_path, raw):
     cfg, model = tiny(MASK, tiny_overrides)
     evaluate(cfg, model)
     first = raw[0][0].scores
@@ -181,7 +179,7 @@ def test_demo_and_drawing_in_bf16_postprocess_float32(tiny_overrides, tmp_path, 
     torch.testing.assert_close(raw[0][0].scores, first)
 
 
-def test_models_without_a_backbone_run_in_mixed_precision_whole():
+def test_models_without_a_backbone_run_entirely_in_mixed_precision():
     model = nn.Linear(2, 2)
     with inference_autocast(model, "bf16"):
         assert model(torch.ones(1, 2)).dtype == torch.bfloat16

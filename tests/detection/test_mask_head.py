@@ -1,4 +1,4 @@
-"""Objects that have a box only, among others that have masks, from the record to the loss."""
+"""Objects with a box only, among others with masks: from the dataset dict to the loss."""
 
 import copy
 
@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from crossmae_det.detection import DetectionMapper, PartiallySupervisedMaskHead
-from crossmae_det.model_zoo.zoo import get_config
+from crossmae_det.model_zoo import get_config
 
 HEIGHT, WIDTH = 24, 32
 TRIANGLE = [[4.0, 4.0, 20.0, 4.0, 4.0, 16.0]]
@@ -51,7 +51,7 @@ def test_objects_without_a_mask_keep_their_boxes(record, run_lengths):
     if run_lengths:
         mask = mask_util.merge(mask_util.frPyObjects(TRIANGLE, HEIGHT, WIDTH))
         masked = {**MASKED, "segmentation": mask}
-    sliver = {"bbox": [2.0, 2.0, 0.3, 5.0]}  # covers the middle of no pixel
+    sliver = {"bbox": [2.0, 2.0, 0.3, 5.0]}  # covers no pixel center
     instances = map_objects(record, [BARE, masked, sliver])
     assert isinstance(instances.gt_masks, BitMasks if run_lengths else PolygonMasks)
     assert instances.gt_has_mask.tolist() == [False, True, False]
@@ -60,14 +60,14 @@ def test_objects_without_a_mask_keep_their_boxes(record, run_lengths):
     torch.testing.assert_close(boxes[2], torch.tensor([2.0, 2.0, 2.3, 7.0]))
 
 
-def test_a_crop_cuts_the_box_or_drops_it(record):
+def test_a_crop_clips_or_drops_the_box(record):
     crop = T.CropTransform(12, 0, 8, 24, WIDTH, HEIGHT)
     instances = map_objects(record, [MASKED, BARE, {"bbox": [0, 0, 5, 5]}], [crop])
     assert instances.gt_has_mask.tolist() == [True, False]
     torch.testing.assert_close(instances.gt_boxes.tensor[1], torch.tensor([0, 3.25, 8, 18.25]))
 
 
-def test_where_all_or_none_have_a_mask_there_is_no_such_field(record):
+def test_gt_has_mask_is_set_only_for_a_mixture(record):
     assert not map_objects(record, [MASKED, MASKED]).has("gt_has_mask")
     bare = map_objects(record, [BARE])
     assert len(bare) == 1 and not bare.has("gt_has_mask") and not bare.has("gt_masks")
@@ -84,7 +84,7 @@ def proposals(instances):
     return instances
 
 
-def test_the_mask_loss_is_that_of_the_objects_with_masks(record):
+def test_mask_loss_is_that_of_the_objects_with_masks(record):
     mixed = proposals(map_objects(record, [BARE, MASKED, BARE]))
     bare = proposals(map_objects(record, [BARE]))
     whole = proposals(map_objects(record, [MASKED]))
@@ -107,7 +107,7 @@ def test_the_mask_loss_is_that_of_the_objects_with_masks(record):
 
 
 @pytest.mark.parametrize("config", ["mask_rcnn", "cascade_mask_rcnn"])
-def test_detectors_train_on_boxes_among_masks(tiny_overrides, record, config):
+def test_detectors_train_on_a_mixture(tiny_overrides, record, config):
     cfg = get_config(f"coco/{config}_crossmae_vit_b_100ep.py", _for_cascade(tiny_overrides, config))
     torch.manual_seed(0)
     model = instantiate(cfg.model)

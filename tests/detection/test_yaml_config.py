@@ -14,7 +14,7 @@ B_100 = "coco/mask_rcnn_crossmae_vit_b_100ep"
 
 
 @pytest.mark.parametrize("letter", ["s", "b"])
-def test_a_yaml_config_is_its_lazy_twin(letter):
+def test_yaml_configs_equal_their_lazy_configs(letter):
     name = f"coco/mask_rcnn_crossmae_vit_{letter}_100ep"
     lazy, yaml = get_config(f"{name}.py"), get_config(f"{name}.yaml")
     models = []
@@ -34,7 +34,7 @@ def test_a_yaml_config_is_its_lazy_twin(letter):
         assert str(yaml[key]) == str(lazy[key])
 
 
-def test_values_given_in_yaml_replace_the_rules():
+def test_values_in_yaml_replace_the_rules():
     cfg = get_config(
         f"{B_100}.yaml",
         [
@@ -60,7 +60,7 @@ def test_values_given_in_yaml_replace_the_rules():
     assert get_config(f"{B_100}.yaml", ["SOLVER.AMP.ENABLED", "False"]).train.amp.enabled is False
 
 
-def test_zero_is_a_value_where_it_can_be_one():
+def test_zero_is_a_value_for_keys_without_a_rule():
     cfg = get_config(
         f"{B_100}.yaml",
         [
@@ -73,7 +73,7 @@ def test_zero_is_a_value_where_it_can_be_one():
     assert cfg.train.cudnn_benchmark is True
 
 
-def test_a_yaml_with_nothing_but_the_model_has_the_recipe(tmp_path):
+def test_a_yaml_with_only_the_model_has_the_recipe(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
         "MODEL:\n  BACKBONE:\n    NAME: build_crossmae_vit_pyramid_backbone\n"

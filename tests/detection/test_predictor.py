@@ -75,7 +75,7 @@ def test_results_do_not_become_inputs(folder):
     assert names(iter_inputs([str(drawn / "c.png")], folder / "drawn")) == ["c.png"]  # named
 
 
-def test_a_file_may_be_named_like_a_pattern(folder):
+def test_file_names_may_look_like_patterns(folder):
     odd = folder / "odd[1].png"
     odd.write_bytes((folder / "b.png").read_bytes())
     assert names(iter_inputs([str(odd)])) == ["odd[1].png"]
