@@ -16,6 +16,7 @@ from crossmae_det.detection.coco_annotations import area_fault, id_order
 from crossmae_det.detection.coco_json import CocoFile, CocoInfo, collector_paused
 from crossmae_det.utils.image_files import locate
 from crossmae_det.utils.image_reading import UndecodableImageError, image_size
+from crossmae_det.utils.messages import list_names
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +70,15 @@ def category_indices(
         if count > 1:
             raise ValueError(f"{owner}: two categories are named {name!r}: rename one of them")
     indices = {name: index for index, name in enumerate(classes.values())}
-    missing = {id_: name for id_, name in classes.items() if name not in own.values()}
-    unknown = {id_: name for id_, name in own.items() if name not in indices}
-    if missing or unknown:
-        differences = []
-        for verb, categories in (("lacks", missing), ("adds", unknown)):
-            shown = [f"{name!r} (id {id_})" for id_, name in list(categories.items())[:3]]
-            shown += [f"{len(categories) - 3} more"] * (len(categories) > 3)
-            differences += [f"it {verb} {', '.join(shown)}"] * bool(categories)
+    lacks = [name for name in indices if name not in own.values()]
+    adds = [name for name in own.values() if name not in indices]
+    if lacks or adds:
+        differences = [("lacks", lacks), ("adds", adds)]
+        text = " and ".join(f"{verb} {list_names(names)}" for verb, names in differences if names)
         raise ValueError(
             f"{source}: its categories differ from those of {reference}: "
-            f"{' and '.join(differences)}: use data with the same category names (ids may differ), "
-            "or train a model for these"
+            f"it {text}: use data with the same category names (ids may differ), or train a model "
+            "for these"
         )
     return {id_: indices[name] for id_, name in own.items()}
 

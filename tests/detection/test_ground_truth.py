@@ -108,9 +108,9 @@ def test_categories_are_those_of_the_model_by_name(register_json, reference, tmp
 @pytest.mark.parametrize(
     "classes, parts",
     [
-        ({1: "class3", 2: "class7"}, ["'class9' (id 9)"]),
-        ({**CLASSES, 4: "class5"}, ["'class5' (id 4)"]),
-        ({1: "class3", 2: "class7", 3: "nine"}, ["'class9' (id 9)", "'nine' (id 3)"]),
+        ({1: "class3", 2: "class7"}, ["adds 1 (class9)"]),
+        ({**CLASSES, 4: "class5"}, ["lacks 1 (class5)"]),
+        ({1: "class3", 2: "class7", 3: "nine"}, ["adds 1 (class9)", "lacks 1 (nine)"]),
     ],
 )
 def test_missing_and_unknown_classes_are_named(register_json, classes, parts):
@@ -185,7 +185,7 @@ def test_loader_and_evaluator_share_the_classes_of_the_model(tmp_path):
         assert results["bbox"]["AP"] == pytest.approx(100)
     with pytest.raises(ValueError) as error:
         get_dataset_dicts(spec, categories={1: "two", 2: "ten"})
-    assert "'nine' (id 9)" in str(error.value) and "'ten' (id 2)" in str(error.value)
+    assert "adds 1 (nine)" in str(error.value) and "lacks 1 (ten)" in str(error.value)
 
 
 # Incomplete, late or invalid datasets
