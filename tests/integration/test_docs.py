@@ -252,6 +252,9 @@ def test_blocks(page, data, tmp_path, monkeypatch, capfd):
         if kind in ("needs", "run by"):
             for words in commands(block.text) if block.language == "sh" else ():
                 check_keys(words)
+                if words[:2] == ["crossmae-det", "benchmark"]:  # the options, not the numbers
+                    assert exit_code([*words, "--repeats", "0"], monkeypatch) == 2
+                    assert "repeats" in capfd.readouterr().err.splitlines()[-1]
         elif block.language == "sh":
             for words in commands(block.text):
                 code = exit_code(words, monkeypatch)
