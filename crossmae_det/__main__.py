@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import crossmae_det
 
@@ -26,7 +27,7 @@ COMMANDS = {
     "knn": ("inference", "k-NN accuracy of a frozen encoder on labeled images"),
     "convert": ("inference", "convert a checkpoint to another format, or show what it holds"),
     "benchmark": ("benchmark", "measure FLOPs, time and memory of backbones, steps and loaders"),
-    "compare": ("train", "train a detector from several backbones over several seeds"),
+    "compare": ("benchmark", "train a detector from several backbones over several seeds"),
     "zoo": ("benchmark", "list the shipped configs and the published checkpoints"),
     "install-detectron2": ("install_detectron2", "install detectron2 without a compiler"),
     "doctor": ("doctor", "report versions, devices, backends, datasets and free space"),
@@ -34,7 +35,7 @@ COMMANDS = {
 # They run without detectron2.
 STANDALONE = ("install-detectron2", "doctor")
 # What is always an override, wherever it stands: also directly after `--input a.jpg b.jpg`.
-OVERRIDE = re.compile(r"[+]?(model|dataloader|optimizer|lr_multiplier|train)\.[\w.]+=")
+OVERRIDE = re.compile(r"[+]?(model|dataloader|optimizer|lr_multiplier|train)\.[][\w.]+=")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -84,7 +85,7 @@ def run_command(name: str) -> None:
         crossmae_det.register()
     function = getattr(importlib.import_module(module), name.replace("-", "_"))
     parser = CommandParser(
-        prog=sys.argv[0].rpartition("/")[-1],
+        prog=Path(sys.argv[0]).name,
         description=inspect.getdoc(function),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,9 @@
-"""Commands that report costs: ``benchmark`` measures them, ``zoo`` lists them for each config."""
+"""Commands that measure: benchmark for costs, compare for AP; zoo lists what is recorded."""
 
 import json
+import re
 import shlex
+import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -13,18 +15,29 @@ import torch
 from tabulate import tabulate
 
 from crossmae_det import benchmark as bench
+from crossmae_det.__main__ import CommandParser
 from crossmae_det.benchmark import cases
-from crossmae_det.benchmark.comparison import PARTS, check_earlier, check_sizes
+from crossmae_det.benchmark.comparison import (
+    PARTS,
+    check_earlier,
+    check_sizes,
+    comparison_table,
+    read_metrics,
+    summarize,
+)
 from crossmae_det.benchmark.loading import crop_loading, detection_loading
 from crossmae_det.benchmark.measuring import check_repeats
 from crossmae_det.benchmark.report import DETECTION_SIZE, plot_sections
 from crossmae_det.benchmark.zoo_page import PAGE, is_up_to_date, updated, write_page
 from crossmae_det.engine import resolve_device
+from crossmae_det.engine.config import is_run_of
+from crossmae_det.model_zoo import get_config
 from crossmae_det.model_zoo import list as list_configs
 from crossmae_det.model_zoo.records import FOLDER, checkpoints, read_records, write_records
 from crossmae_det.model_zoo.resolvers import image_set
 from crossmae_det.modeling import SIZES
 from crossmae_det.pretraining import find_images
+from crossmae_det.utils.files import write_json
 
 CONFIGS = [
     f"pretraining/{name.format(size)}.py"
@@ -251,6 +264,62 @@ def loading(args: Namespace, device: str) -> Measurement:
     return measure
 
 
+def compare(parser: CommandParser) -> None:
+    """Train a detector from several backbones, with several seeds, and compare the AP.
+
+    Started again with the same --output, a comparison that was stopped continues. A run of another
+    config, or from a checkpoint that has changed since, is trained anew.
+
+    Example:
+      crossmae-det compare --config-file demo/mask_rcnn.py --output output/compare \\
+          --backbones pretrained=output/demo_pretrain/model_final.pth random=
+    """
+    parser.add_config("config of the detector")
+    parser.add_argument(
+        "--backbones",
+        nargs="+",
+        required=True,
+        metavar="NAME=CHECKPOINT",
+        help="initial weights, random where nothing follows the =; the last is the reference that"
+        " the others are compared with",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs per backbone (default: 3)")
+    parser.add_argument("--output", required=True, help="folder for the runs and comparison.json")
+    args = parser.parse_args()
+    backbones = [backbone.partition("=")[::2] for backbone in args.backbones]
+    if args.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    names = [name for name, _ in backbones]
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name) or names.count(name) > 1:
+            raise ValueError(
+                f"--backbones: '{name}' names a folder of runs: use a unique name of letters,"
+                " digits, '.', '_' and '-'"
+            )
+    if "evaluator" not in get_config(args.config_file, args.opts).dataloader:
+        raise ValueError(f"{args.config_file} is not a detection config: it has no evaluator")
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for seed in range(args.seeds):
+        for name, checkpoint in backbones:
+            folder = Path(args.output, f"{name}_seed{seed}")
+            options = [f"train.seed={seed}", f"train.output_dir={folder}"]
+            options += [f"train.init_checkpoint={checkpoint}", "train.eval_period=0"]
+            options = [*args.opts, *options]
+            results = folder / "inference" / "results.json"
+            same = is_run_of(folder, get_config(args.config_file, options))
+            if not (same and results.exists()):
+                print(f"{name}, seed {seed}: {'continuing' if same else 'training'} in {folder}")
+                command = [sys.executable, "-m", "crossmae_det", "train"]
+                command += ["--resume" if same else "--overwrite"]
+                command += ["--config-file", args.config_file, *options]
+                if code := subprocess.run(command).returncode:
+                    sys.exit(code)
+            runs[name].append(read_metrics(results))
+    write_json(Path(args.output, "comparison.json"), {"runs": runs, "summary": summarize(runs)})
+    print(f"AP with {args.config_file}, mean ± standard deviation over {args.seeds} seeds:")
+    print(comparison_table(runs))
+
+
 def zoo(parser: ArgumentParser) -> None:
     """List the shipped configs and the published checkpoints.
 
@@ -272,7 +341,7 @@ def zoo(parser: ArgumentParser) -> None:
     args = parser.parse_args()
     if args.check:
         if not is_up_to_date(args.page, args.data):
-            command = "python tools/make_model_zoo.py"
+            command = "crossmae-det zoo --write-page"
             print(f"{args.page} differs from {args.data}: run {command}", file=sys.stderr)
             sys.exit(1)
     elif args.measure or args.write_page:
