@@ -126,13 +126,13 @@ def test_a_damaged_file_is_rejected_or_loads_what_it_says(tmp_path, format, dama
         elif damage == "bytes" and format == "safetensors":
             # Without checksums, numbers may be others, but no others than the damaged ones.
             assert sum((now[name] != state[name]).sum().item() for name in wrong) <= 2 * 64
-        elif damage == "bytes":
+        elif damage == "bytes" and wrong:
             in_file = to_native(extract_state_dict(read_checkpoint(path), path))
             for name in wrong:
                 torch.testing.assert_close(
                     now[name], in_file[name].to(now[name].dtype), rtol=0, atol=0, equal_nan=True
                 )
-        else:
+        elif damage == "tensors":
             # Resampled where it has another shape; else right, whatever its type.
             published = to_published(now, "crossmae")
             for name in published.keys() & saved.keys():
