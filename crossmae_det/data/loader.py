@@ -123,7 +123,7 @@ class ResumableLoader:
             collate_fn=self._collate,
             pin_memory=self._pin_memory,
             worker_init_fn=self._worker_init,
-            # Without a generator of its own a DataLoader draws from the global one.
+            # Without a generator, a DataLoader draws from the global one.
             generator=torch.Generator(),
         )
         return self._receive(iter(loader))
@@ -163,21 +163,15 @@ class ResumableLoader:
             for batch in batches:
                 if isinstance(batch, _Failure):
                     raise batch.error from _WorkerTracebackError(batch.traceback)
-                self._count(batch.skipped)
+                for name in batch.skipped:
+                    self.skipped[name] += 1
+                    if self.skipped[name] == 1:
+                        count = len(self.skipped)
+                        logger.warning("Skipped undecodable %s (%d images so far)", name, count)
                 yield batch.content
         finally:
             # An error keeps this frame, and with it the workers, which then end 5 s later.
             del batches
-
-    def _count(self, skipped: Sequence[str]) -> None:
-        for file_name in skipped:
-            self.skipped[file_name] += 1
-            if self.skipped[file_name] == 1:
-                logger.warning(
-                    "Skipped %s, which cannot be decoded (%d images so far)",
-                    file_name,
-                    len(self.skipped),
-                )
 
 
 class _Loaded(NamedTuple):

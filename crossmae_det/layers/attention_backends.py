@@ -303,7 +303,7 @@ def chunked_attention(
     The bias of a chunk is made, used and overwritten by that of the next one while it is in the
     cache: the whole bias never exists. torch's fused attention does the rest of the forward pass,
     but has no gradient for a bias: the backward pass computes the weights again, in chunks as well.
-    All of it is one operator to autograd and to the compiler.
+    Autograd and the compiler see one operator.
 
     Args:
         q, k, v: (N, M, L, D), all tensors of one floating-point type and on the CPU.

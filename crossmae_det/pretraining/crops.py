@@ -13,21 +13,17 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from crossmae_det.data import ResumableLoader, process_rank
-from crossmae_det.pretraining.image_datasets import (
-    ImageFiles,
-    ShardedImages,
-    StoredImage,
-    find_images,
-)
+from crossmae_det.pretraining.image_datasets import StoredImage, find_images
 from crossmae_det.utils.image_files import sampled_sizes
 from crossmae_det.utils.image_reading import REDUCTIONS, UndecodableImageError
 
@@ -341,16 +337,14 @@ def build_validation_loader(
     rank, world_size = process_rank()
     first, end = (len(batches) * part // world_size for part in (rank, rank + 1))
     return DataLoader(
-        _CentralParts(images, image_size), batch_sampler=batches[first:end], num_workers=num_workers
+        images,
+        batch_sampler=batches[first:end],
+        num_workers=num_workers,
+        collate_fn=partial(_stack_central_parts, image_size=image_size),
     )
 
 
-class _CentralParts(Dataset):
-    """Index -> (3, H, W) uint8."""
-
-    def __init__(self, images: ImageFiles | ShardedImages, image_size: int | tuple[int, int]):
-        self.images = images
-        self.image_size = image_size
-
-    def __getitem__(self, index: int) -> Tensor:
-        return load_image(self.images[index], self.image_size)
+def _stack_central_parts(
+    images: Sequence[StoredImage], image_size: int | tuple[int, int]
+) -> Tensor:
+    return torch.stack([load_image(image, image_size) for image in images])
