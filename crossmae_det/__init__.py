@@ -2,24 +2,33 @@
 
 Where detectron2 is installed, importing the package registers its backbones and built-in dataset
 in detectron2 and the resolvers of its configs in OmegaConf. Without detectron2, ``utils``,
-``layers``, ``modeling``, ``data``, ``pretraining`` and ``classification`` still import.
+``layers``, ``modeling``, ``data``, ``checkpoint``, ``pretraining`` and ``classification`` still
+import. Subpackages are attributes: ``crossmae_det.checkpoint.load(...)`` imports them on first use.
 """
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Register everything; importing the package has done so, except in the command line."""
+    """Register everything; importing the package does so, except in the command line."""
     from crossmae_det.utils.messages import ignore_library_warnings
 
     ignore_library_warnings()
     if find_spec("detectron2") is not None:
         from crossmae_det import detection, model_zoo  # noqa: F401
         from crossmae_det.model_zoo import resolvers  # noqa: F401
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return import_module(f"{__name__}.{name}")
 
 
 def _is_command_line() -> bool:

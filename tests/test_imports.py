@@ -74,11 +74,13 @@ def test_lower_packages_import_without_detectron2():
     assert result.stdout == "imported\n", result.stderr
 
 
-def test_importing_the_package_registers_the_backbones():
+def test_importing_the_package_registers_the_backbones_and_little_else():
     program = (
-        "import crossmae_det\n"
+        "import sys, crossmae_det\n"
+        "print([m for m in ('crossmae_det.engine', 'matplotlib') if m in sys.modules])\n"
         "from detectron2.modeling import BACKBONE_REGISTRY\n"
         "print('build_crossmae_vit_pyramid_backbone' in BACKBONE_REGISTRY)\n"
+        "print(callable(crossmae_det.engine.run), hasattr(crossmae_det, 'no_such_package'))\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stdout == "True\n", result.stderr
+    assert result.stdout == "[]\nTrue\nTrue False\n", result.stderr

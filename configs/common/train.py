@@ -1,4 +1,5 @@
-# What the engine reads, beside the model, the data, the optimizer and its schedule.
+"""The `train` key of every config: what the engine reads beside model, data and optimizer."""
+
 train = dict(
     output_dir=None,  # output/NAME_OF_CONFIG
     init_checkpoint="",  # a backbone or a pretraining run to start from, a detector to evaluate
@@ -8,14 +9,13 @@ train = dict(
         "${dataset.iterations:${train.epochs},"
         "${dataloader.train.dataset},${dataloader.train.total_batch_size}}"
     ),
-    device="auto",  # CUDA where there is one, else the CPU
+    device="auto",  # CUDA if there is a GPU, else the CPU
     seed=0,
     cudnn_benchmark=False,
-    # In training, and in the backbone at inference, where heads run in float32. "auto": bf16 where
-    # the device has it; on older GPUs fp16, on older CPUs float32. "bf16" and "fp16" are taken at
-    # their word.
+    # Mixed precision of training, and of the backbone at inference, where heads run in float32.
+    # "auto": bf16 if the device has it; else fp16 on GPUs and float32 on CPUs. Or "bf16", "fp16".
     amp=dict(enabled=True, dtype="auto"),
-    # The parts that a batch is processed in, to save memory; the result is that of one part.
+    # Parts that a batch is processed in, to save memory; the result is the same.
     gradient_accumulation_steps=1,
     clip_grad=dict(enabled=False, max_norm=1.0),
     ema=dict(enabled=False, decay=0.9999),  # evaluated beside the raw weights
@@ -25,16 +25,16 @@ train = dict(
         find_unused_parameters=False,
         fp16_compression=False,
     ),
-    # FSDP2: weights, gradients, optimizer in parts over the processes; for jobs without evaluation
+    # FSDP2: weights, gradients and optimizer sharded over processes; for jobs without evaluation
     fsdp=dict(enabled=False),
     checkpointer=dict(period="${crossmae.fraction:${train.max_iter},20,100}", max_to_keep=2),
-    # The first of the metrics that is measured. mode: "auto" (of a loss lower is better, of others
-    # higher), "min" or "max".
+    # The first of the metrics that is measured counts. mode: "auto" (lower is better for losses,
+    # higher for others), "min" or "max".
     best_checkpoint=dict(metrics=["segm/AP", "bbox/AP"], mode="auto"),
     eval_period="${crossmae.fraction:${train.max_iter},20,500}",  # of the validation loss as well
-    # The training losses on dataloader.validation, as "val/total_loss" and "val/NAME".
+    # The losses on dataloader.validation, as "val/total_loss" and "val/NAME".
     validation_loss=dict(enabled=False),
-    # Ends the run after so many evaluations in a row that are not better than the best one.
+    # Ends the run after `patience` evaluations in a row without a better one.
     early_stopping=dict(
         enabled=False,
         patience=5,

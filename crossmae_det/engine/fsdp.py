@@ -31,8 +31,8 @@ def check_config(cfg: DictConfig) -> None:
     if "evaluator" in cfg.dataloader:
         # Processes with fewer images would leave the others waiting for their parts.
         raise ValueError(
-            "train.fsdp is for jobs without evaluation, such as pretraining, and this config has a"
-            " dataloader.evaluator"
+            "train.fsdp is for jobs without evaluation, and this config has a dataloader.evaluator:"
+            " set train.fsdp.enabled=False"
         )
     if cfg.train.ema.enabled:
         raise ValueError("train.fsdp and train.ema exclude each other: disable one of them")

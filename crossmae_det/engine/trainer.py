@@ -335,7 +335,7 @@ class Trainer(SimpleTrainer):
         """Name the parameters without gradient: a warning, or an error where the next step fails.
 
         Raises:
-            ValueError: there are some, and DistributedDataParallel is not told to look for them.
+            ValueError: there are some, and DistributedDataParallel does not look for them.
         """
         unread = [
             name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None
