@@ -1,20 +1,20 @@
-# `make` lists the targets. Set-up happens once, in $(VENV); `make setup PYTHON=python3.12` picks the
-# Python, and VENV=/path uses an environment of yours. See CONTRIBUTING.md.
+# `make` lists the targets. The setup runs once, in $(VENV); `make setup PYTHON=python3.12` selects
+# the Python, and VENV=/path an environment of your own. See CONTRIBUTING.md.
 
 PYTHON ?= python3
 VENV := .venv
 PYTEST_ARGS :=
 
 BACKBONE := output/demo_pretrain/model_final.pth
-# Continues where it was stopped.
+# Resumes an interrupted run.
 PRETRAIN = $(RUN) tools/lazyconfig_train_net.py --resume --config-file configs/demo/pretrain.py
 
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# Stands from the creation of the environment until its set-up has ended, well or in a reported
-# error. Where one is found, that set-up was killed and may have left half a package behind.
+# Exists from the creation of the environment until its setup has ended, also in a reported error. If
+# it is found, the setup was killed and may have left half a package behind.
 UNFINISHED := $(VENV)/.unfinished
-CHECK_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("setup: Python 3.10 or newer is needed, and " + sys.executable + " is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.12")'
+CHECK_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("setup: Python 3.10 or newer is required, and " + sys.executable + " is " + sys.version.split()[0] + ": select another: make setup PYTHON=python3.12")'
 
 .PHONY: help setup demo compare benchmark docs test lint format clean
 
@@ -26,13 +26,13 @@ setup: $(READY)  ## set up the virtual environment, once
 
 $(READY): setup.py $(wildcard requirements/*.txt) tools/setup_environment.py crossmae_det/tools/install_detectron2.py
 	@if [ -e $(UNFINISHED) ]; then \
-	    echo "setup: an earlier set-up of $(VENV) was killed: starting over"; \
+	    echo "setup: an earlier setup of $(VENV) was killed: starting over"; \
 	    rm -rf $(VENV); \
 	fi
 	@if [ -x $(RUN) ]; then \
 	    $(RUN) $(CHECK_PYTHON); \
 	elif [ -e $(VENV) ]; then \
-	    echo "setup: $(VENV) is there but has no working bin/python: remove it, or name another with VENV=" >&2; \
+	    echo "setup: $(VENV) exists but has no working bin/python: remove it, or select another with VENV=" >&2; \
 	    exit 2; \
 	else \
 	    $(PYTHON) $(CHECK_PYTHON) && \
@@ -46,11 +46,11 @@ demo: $(READY) $(BACKBONE)  ## pretrain on the built-in dataset, once, then trai
 	$(RUN) tools/lazyconfig_train_net.py --overwrite --config-file configs/demo/mask_rcnn.py \
 	    train.init_checkpoint=$(BACKBONE)
 
-compare: $(BACKBONE)  ## AP from the demo's pretrained backbone beside AP from a random one, three seeds
+compare: $(BACKBONE)  ## AP from the pretrained backbone of the demo and from a random one, three seeds
 	$(RUN) tools/compare_backbones.py --config-file configs/demo/mask_rcnn.py --seeds 3 \
 	    --backbones pretrained=$(BACKBONE) random= --output output/compare
 
-benchmark: $(READY)  ## the backbone against detectron2's, in five minutes, into output/benchmark
+benchmark: $(READY)  ## compare the backbone with detectron2's in five minutes, into output/benchmark
 	$(RUN) tools/benchmark.py --backbones detectron2-vit-base vit-base --image-sizes 512 1024 --repeats 3 \
 	    --json output/benchmark/backbones.json --csv output/benchmark/backbones.csv \
 	    --markdown output/benchmark/backbones.md --plots output/benchmark

@@ -1,6 +1,6 @@
-"""How crossmae_det is packed. Imports neither torch nor detectron2.
+"""Packaging of crossmae_det. Imports neither torch nor detectron2.
 
-pip install .                    # into an environment that has detectron2 (`make setup` gets it)
+pip install .                                               # then crossmae-det install-detectron2
 CROSSMAE_DET_OPENCV=opencv-python-headless pip install .    # on a machine without libGL.so.1
 """
 
@@ -15,8 +15,8 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "crossmae_det/__init__.py").read_text(encoding="utf-8"), re.M
 )[1]
 
-# As in detectron2, the configs are installed inside model_zoo; crossmae_det.model_zoo finds them
-# there, and in a source checkout beside the package.
+# As in detectron2, the configs are installed inside model_zoo. crossmae_det.model_zoo finds them
+# there, or next to the package in a source checkout.
 CONFIGS = "crossmae_det.model_zoo.configs"
 CONFIG_PACKAGES = [
     CONFIGS,
@@ -26,8 +26,8 @@ CONFIG_PACKAGES = [
     ),
 ]
 
-# One module in two builds, of which an environment should have one. The headless build does without
-# libGL.so.1 and lacks windows on the screen, which this project never opens.
+# One module in two builds, of which an environment should have one. The headless build needs no
+# libGL.so.1 and has no windows, which this project never opens.
 OPENCV = os.environ.get("CROSSMAE_DET_OPENCV", "opencv-python")
 
 setup(
@@ -46,8 +46,7 @@ setup(
         "crossmae_det": ["py.typed"],
         "crossmae_det.model_zoo": ["data/*.json", "data/*.j2"],
     },
-    # detectron2 is needed as well but is not on PyPI, so it cannot be named here:
-    # `crossmae-det install-detectron2`, or its own instructions.
+    # detectron2 is required as well but is not on PyPI: see `crossmae-det install-detectron2`.
     install_requires=[
         "torch>=2.7",
         "torchvision>=0.22",  # detectron2's NMS and ROIAlign

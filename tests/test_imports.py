@@ -1,4 +1,4 @@
-"""Imports run one way, and the packages below detectron2's do without it."""
+"""Imports run one way, and the lower packages import without detectron2."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "crossmae_det"
-# A package imports from those above it here. Packages on one line do not import each other.
+# A package imports from the lines above its own only.
 ORDER = (
     ("utils", "layers"),
     ("modeling", "data"),
@@ -43,7 +43,7 @@ def imported_packages(path):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_run_one_way(package):
-    assert package in RANKS, f"name the place of {package} in ORDER"
+    assert package in RANKS, f"add {package} to ORDER"
     files = list((PACKAGE / package).rglob("*.py"))
     assert files
     for path in files:

@@ -1,4 +1,4 @@
-"""What is installed: setup.py, requirements/, and a wheel built from this tree."""
+"""Packaging: setup.py, requirements/, and a wheel built from this tree."""
 
 import ast
 import configparser
@@ -20,9 +20,9 @@ import crossmae_det
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-# Declared for others' sake, not imported: see the comments in setup.py.
+# Required by other packages, not imported: see the comments in setup.py.
 NOT_IMPORTED = {"setuptools", "shapely", "tensorboard", "torchvision"}
-# Where the name to import is not the name to install.
+# Modules whose distribution has another name.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python",
@@ -46,7 +46,7 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 def pins(*names: str) -> list[Requirement]:
-    """Every requirement in the named files of requirements/."""
+    """Every requirement in some files of requirements/."""
     lines = [
         line
         for name in names
@@ -56,7 +56,7 @@ def pins(*names: str) -> list[Requirement]:
 
 
 def active(requirements: list[Requirement], python: str) -> list[tuple[str, str]]:
-    """(Name, version) of the pins that hold on one Python."""
+    """(name, version) of the pins for one Python version."""
     environment = {"python_version": python, "python_full_version": f"{python}.0"}
     chosen = []
     for requirement in requirements:
@@ -69,7 +69,7 @@ def active(requirements: list[Requirement], python: str) -> list[tuple[str, str]
 
 @pytest.fixture
 def declared(monkeypatch) -> dict[str, Requirement]:
-    """What setup.py hands to setuptools as install_requires, by name."""
+    """install_requires of setup.py, by name."""
     captured: dict = {}
     monkeypatch.delenv("CROSSMAE_DET_OPENCV", raising=False)
     monkeypatch.chdir(REPOSITORY)
@@ -137,7 +137,7 @@ def test_wheel_metadata(wheel):
     # Built with CROSSMAE_DET_OPENCV=opencv-python-headless.
     assert "opencv-python-headless" in requirements
     assert "opencv-python" not in requirements
-    # It is not on PyPI: with it in the list, `pip install .` would fail.
+    # It is not on PyPI: `pip install .` would fail.
     assert "detectron2" not in requirements
 
 
@@ -179,5 +179,5 @@ def test_setup_declares_exactly_what_the_package_imports(declared):
     modules -= {"crossmae_det", "detectron2"}
     modules -= {path.stem for path in (REPOSITORY / "tools").glob("*.py")}
     used = {canonicalize_name(DISTRIBUTIONS.get(module, module)) for module in modules}
-    assert used - declared.keys() == set(), "imported, and missing in setup.py"
-    assert declared.keys() - used - NOT_IMPORTED == set(), "in setup.py, and never imported"
+    assert used - declared.keys() == set(), "imported, but not in setup.py"
+    assert declared.keys() - used - NOT_IMPORTED == set(), "in setup.py, but never imported"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Install what crossmae_det needs into the virtual environment that runs this script.
+"""Install everything that crossmae_det needs into the virtual environment of this Python.
 
-``make setup`` creates the environment and calls this. It installs the versions pinned in
-``requirements/``, detectron2, and this project itself (editable). What a user has put there before
-stays: a torch and torchvision in the range that setup.py states, a detectron2, an OpenCV.
-Standard library only: it runs before anything else is installed.
+``make setup`` creates the environment and calls this script, which installs the versions pinned in
+``requirements/``, detectron2, and this project (editable). It keeps what is already installed: a
+torch and torchvision in the range of setup.py, a detectron2, an OpenCV. It imports the standard
+library only, as nothing else is installed yet.
 """
 
 import argparse
@@ -20,19 +20,19 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 REQUIREMENTS = REPOSITORY / "requirements"
 TORCH = ("torch", "torchvision")
-# One module, cv2, in four distributions that overwrite each other's files: only one may be there.
+# Four distributions of one module, cv2, which overwrite each other's files: install only one.
 OPENCV_BUILDS = (
     "opencv-python",
     "opencv-python-headless",
     "opencv-contrib-python",
     "opencv-contrib-python-headless",
 )
-# Imported at the end, in one process; torchvision fails here when it belongs to another torch.
+# Imported at the end, in one process; a torchvision built for another torch fails here.
 MODULES = "torch, torchvision, timm, cv2, pycocotools.mask, faster_coco_eval, detectron2.model_zoo"
 
 
 class SetupError(Exception):
-    """What stopped the set-up, in one line for the user."""
+    """What stopped the setup, in one line."""
 
 
 def say(message: str) -> None:
@@ -40,7 +40,7 @@ def say(message: str) -> None:
 
 
 def normalized(name: str) -> str:
-    """The one spelling of a distribution's name."""
+    """The canonical spelling of a distribution's name."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -51,7 +51,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers a version starts with: "2.14.1+cu130" -> (2, 14, 1)."""
+    """The leading numbers of a version: "2.14.1+cu130" -> (2, 14, 1)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
@@ -75,36 +75,36 @@ def minimum_torch() -> dict[str, str]:
 def torch_to_keep(
     installed: Mapping[str, str], pinned: Mapping[str, str], minimum: Mapping[str, str]
 ) -> set[str]:
-    """Which of torch and torchvision are the user's own and stay as they are: both, or none.
+    """The installed torch and torchvision that are kept: both if one differs from its pin, or none.
 
     Args:
-        installed: name -> version of what the environment has.
-        pinned: as from ``pinned_torch``.
-        minimum: as from ``minimum_torch``.
+        installed: name -> version of the environment's distributions.
+        pinned: see ``pinned_torch``.
+        minimum: see ``minimum_torch``.
 
     Raises:
-        SetupError: one of the user's own is too old, or the other half of the pair is missing.
-            Which torchvision belongs to a torch depends on where that torch came from.
+        SetupError: an installed one is too old, or the other one is missing: which torchvision
+            fits a torch depends on the index that the torch was installed from.
     """
     own = {name for name in TORCH if installed.get(name, pinned[name]) != pinned[name]}
     for name in sorted(own):
         if release(installed[name]) < release(minimum[name]):
             raise SetupError(
-                f"the {name} {installed[name]} in this environment is older than {minimum[name]}:"
-                " upgrade it, or set up in an environment without it"
+                f"{name} {installed[name]} in this environment is older than {minimum[name]}:"
+                " upgrade it, or use an environment without it"
             )
     missing = [name for name in TORCH if name not in installed]
     if own and missing:
         (name,) = own
         raise SetupError(
             f"this environment has {name} {installed[name]} but no {missing[0]}: install the"
-            f" {missing[0]} that belongs to it, from where that {name} came from"
+            f" matching {missing[0]} from the same index"
         )
     return set(TORCH) if own else set()
 
 
 def without(lines: Iterable[str], names: Collection[str]) -> list[str]:
-    """The lines of a requirements file, less those of the distributions in ``names``."""
+    """The lines of a requirements file without those of the distributions in ``names``."""
     return [
         line
         for line in lines
@@ -115,20 +115,19 @@ def without(lines: Iterable[str], names: Collection[str]) -> list[str]:
 def fit_opencv(
     build: str, version: str, import_error: Callable[[], str | None], pip: Callable[..., None]
 ) -> str:
-    """See to it that OpenCV imports on this machine.
+    """Make sure that OpenCV imports on this machine.
 
-    opencv-python links to the libraries of a desktop, libGL.so.1 first of all. Where they are
-    missing, the headless build of the same version takes its place: it lacks only the windows on a
-    screen, which this project never opens.
+    opencv-python links to desktop libraries such as libGL.so.1. If they are missing, it is replaced
+    with the headless build of the same version, which lacks only windows; this project opens none.
 
     Args:
         build: the installed distribution, one of ``OPENCV_BUILDS``.
         version: its version.
-        import_error: tries ``import cv2`` in a process of its own; the error's text, or None.
-        pip: runs pip with the arguments it is given.
+        import_error: tries ``import cv2`` in another process and returns the error's text, or None.
+        pip: runs pip with its arguments.
 
     Returns:
-        The distribution that is installed afterwards, and imports.
+        The distribution that is installed now, and imports.
 
     Raises:
         SetupError: the headless build does not import either.
@@ -148,8 +147,8 @@ def fit_opencv(
 
 
 def import_error(modules: str) -> str | None:
-    """The last line of the error that ``import modules`` ends with in a new process, or None."""
-    # Not in the repository's root: what counts is the installed package.
+    """The last line of the error of ``import modules`` in a new process, or None."""
+    # Not in the repository's root: the installed package is tested.
     done = subprocess.run(
         [sys.executable, "-c", f"import {modules}"], cwd=sys.prefix, capture_output=True, text=True
     )
@@ -159,27 +158,27 @@ def import_error(modules: str) -> str | None:
 
 
 def run_pip(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
-    """Run this environment's pip in the repository's root, quietly.
+    """Run this environment's pip in the repository's root.
 
     Raises:
-        SetupError: pip failed; its own message is on the terminal already.
+        SetupError: pip failed, and has printed its own message.
     """
     command = [sys.executable, "-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check"]
     if subprocess.run(
         [*command, *arguments[1:]], cwd=REPOSITORY, env={**os.environ, **(environment or {})}
     ).returncode:
-        raise SetupError(f"`pip {' '.join(arguments)}` failed; its message is above")
+        raise SetupError(f"`pip {' '.join(arguments)}` failed: its message is above")
 
 
 def install_requirements(kept: Collection[str]) -> None:
-    """Install the pinned requirements, less the distributions in ``kept``."""
+    """Install the pinned requirements without the distributions in ``kept``."""
     lines = [
         line
         for name in ("runtime.txt", "dev.txt")
         for line in (REQUIREMENTS / name).read_text(encoding="utf-8").splitlines()
         if line and not line.startswith("#")
     ]
-    # Relative, as pip splits these two variables at spaces. Newer versions of pip read the second.
+    # A relative path, as pip splits these variables at spaces. Newer versions read the second one.
     build = "requirements/build.txt"
     environment = {
         "PIP_CONSTRAINT": f"{os.environ.get('PIP_CONSTRAINT', '')} {build}".strip(),
@@ -189,7 +188,7 @@ def install_requirements(kept: Collection[str]) -> None:
         wanted = Path(folder) / "requirements.txt"
         wanted.write_text("\n".join(without(lines, kept)) + "\n", encoding="utf-8")
         constraints = str(REQUIREMENTS / "constraints.txt")
-        # --use-pep517: older pips would install source distributions without making a wheel.
+        # --use-pep517: older versions of pip would install source distributions without a wheel.
         run_pip(
             *("install", "--use-pep517", "-r", str(wanted), "-c", constraints),
             environment=environment,
@@ -197,13 +196,13 @@ def install_requirements(kept: Collection[str]) -> None:
 
 
 def set_up() -> None:
-    """Everything, one line said per step.
+    """Run all steps, with one line of output each.
 
     Raises:
         SetupError: a step failed.
     """
     if sys.prefix == sys.base_prefix and not os.environ.get("CONDA_PREFIX"):
-        raise SetupError(f"{sys.executable} is not in a virtual environment: use `make setup`")
+        raise SetupError(f"{sys.executable} is not in a virtual environment: run `make setup`")
     installed = installed_versions()
     if "pip" not in installed:
         raise SetupError(f"this environment has no pip: run `{sys.executable} -m ensurepip`")
@@ -212,28 +211,28 @@ def set_up() -> None:
     if own_opencv := [build for build in OPENCV_BUILDS[1:] if build in installed]:
         kept |= {"opencv-python"}
     for name in sorted(kept & installed.keys()) + own_opencv:
-        say(f"keeping {name} {installed[name]}, which was here already")
-    say("installing the versions pinned in requirements/ (a few GB the first time: torch, CUDA)")
+        say(f"keeping the installed {name} {installed[name]}")
+    say("installing the versions pinned in requirements/ (first time: a few GB for torch and CUDA)")
     install_requirements(kept)
 
-    # Before detectron2, whose import takes OpenCV with it.
+    # Before detectron2, which imports OpenCV.
     installed = installed_versions()
     (build, *_) = own_opencv or ["opencv-python"]
     build = fit_opencv(build, installed[build], lambda: import_error("cv2"), run_pip)
 
-    say("seeing to detectron2")
+    say("installing detectron2, if it is missing")
     install = [sys.executable, str(REPOSITORY / "tools" / "install_detectron2.py")]
     if subprocess.run(install).returncode:
-        raise SetupError("detectron2 could not be installed; the reason is above")
+        raise SetupError("detectron2 could not be installed: the reason is above")
 
-    say("installing crossmae_det itself, editable")
+    say("installing crossmae_det, editable")
     run_pip(
         *("install", "--no-deps", "--no-build-isolation", "--editable", "."),
         environment={"CROSSMAE_DET_OPENCV": build},
     )
-    say("checking that everything imports")
+    say("checking all imports")
     if reason := import_error(f"{MODULES}, crossmae_det"):
-        raise SetupError(f"everything is installed, but an import fails: {reason}")
+        raise SetupError(f"everything is installed, but an import failed: {reason}")
 
 
 def main() -> int:
@@ -242,11 +241,11 @@ def main() -> int:
         set_up()
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
-        # The environment is whole, if not complete: `make setup` may go on from here.
+        # The environment is incomplete but not broken: `make setup` continues from here.
         (Path(sys.prefix) / ".unfinished").unlink(missing_ok=True)
         return 2
     except KeyboardInterrupt:
-        print("setup: interrupted; `make setup` starts again", file=sys.stderr)
+        print("setup: interrupted: `make setup` starts over", file=sys.stderr)
         return 130
     (Path(sys.prefix) / ".unfinished").unlink(missing_ok=True)
     return 0

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "tools" / "install_detectron2.py"
 
 CARRIER = {
-    "LabGym/__init__.py": "LICENCE = 'another'\n",
+    "LabGym/__init__.py": "LICENSE = 'another'\n",
     "LabGym/detectron2/": "",
     "LabGym/detectron2/__init__.py": "from LabGym.detectron2.utils import env\nA = '0.6'\n",
     "LabGym/detectron2/utils/__init__.py": "",
@@ -118,7 +118,7 @@ def test_pip_installs_the_wheel(wheel, tmp_path):
     assert (target / "detectron2-0.6.dist-info/INSTALLER").is_file()
 
 
-def test_wrong_sha256_is_refused(tmp_path):
+def test_wrong_sha256_is_an_error(tmp_path):
     carrier = write_carrier(tmp_path / "carrier.whl")
     done = run("--carrier", str(carrier), "--wheel-dir", str(tmp_path / "wheels"))
     assert done.returncode == 2
