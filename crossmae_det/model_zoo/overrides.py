@@ -112,9 +112,9 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise ValueError(f"unknown config key '{name}'{hint}")
         value = _parse(name, raw)
         if value is None and not adds and not key.nullable:
-            hint = "; dataloader.test.dataset.names=null trains without evaluation"
-            hint = hint if name in ("dataloader.test", "dataloader.evaluator") else ""
-            raise ValueError(f"{name}={raw}: must not be null{hint}")
+            evaluates = name in ("dataloader.test", "dataloader.evaluator")
+            hint = "; to train without evaluation: dataloader.test.dataset.names=null"
+            raise ValueError(f"{name}={raw}: must not be null{hint if evaluates else ''}")
         OmegaConf.update(cfg, name, _convert(key, value, raw), merge=True, force_add=adds)
         given.add(name)
         if adds:
@@ -152,12 +152,12 @@ class _Key:
     def exists(self) -> bool:
         if isinstance(self.parent, ListConfig):
             return self.last.isdigit() and int(self.last) < len(self.parent)
-        # `in` of a DictConfig itself would resolve the value.
+        # `in` would resolve the value.
         return isinstance(self.parent, DictConfig) and self.last in list(self.parent)
 
     @cached_property
     def raw(self) -> Any:
-        """The value without interpolation; None without one."""
+        """The value with its references unresolved; None without one."""
         if not self.exists:
             return None
         index = int(self.last) if isinstance(self.parent, ListConfig) else self.last
@@ -165,15 +165,15 @@ class _Key:
 
     @cached_property
     def value(self) -> Any:
-        """The value; None if there is none or it depends on the data."""
+        """The resolved value; None without one, or if it depends on the data."""
         if self.raw is None or (isinstance(self.raw, str) and "${dataset." in self.raw):
             return None
         return _select(self.parent, self.last)
 
     @cached_property
     def nullable(self) -> bool:
-        """Whether null may replace the value: it is null, or the signature allows it."""
-        if self.name in NULLABLE or self.raw is None:
+        """Whether the value may be null: it is already, or the parameter allows it."""
+        if self.name in NULLABLE or (self.exists and self.raw is None):
             return True
         if isinstance(self.value, DictConfig) and "_target_" not in self.value:
             return False  # a group of keys, such as train.ema
@@ -186,7 +186,7 @@ class _Key:
 
     @cached_property
     def types(self) -> set[type]:
-        """The types that a value may have; empty for any, and for groups of keys."""
+        """The types that the value may have; empty for any type, and for groups of keys."""
         if (parameter := self.parameters.get(self.last)) is not None:
             union = isinstance(parameter.annotation, UnionType)
             types = set(get_args(parameter.annotation)) if union else {parameter.annotation}
@@ -260,7 +260,7 @@ def _split(cfg: DictConfig, override: str, following: str) -> tuple[str, str, bo
 
 
 def _parse(name: str, raw: str) -> Any:
-    """The value of a text by hydra's grammar, in which ``a,b`` is text here.
+    """Parse a value by hydra's grammar, except that ``a,b`` is text.
 
     Raises:
         ValueError: a list or dict that cannot be parsed.
@@ -282,7 +282,7 @@ def _parse(name: str, raw: str) -> Any:
 
 
 def _convert(key: _Key, value: Any, raw: str) -> Any:
-    """The value as the type that the key has.
+    """The value as one of the types of the key.
 
     Raises:
         ValueError: it has another type, or ``_target_`` names nothing.

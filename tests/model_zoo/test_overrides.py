@@ -181,6 +181,7 @@ def test_suggestions_ignore_spelling(override, meant):
         "dataloader.train.dataset.names",
         "model.roi_heads.box_pooler",
         "model.roi_heads.proposal_matcher",
+        "model.roi_heads.box_predictor.smooth_l1_beta",  # a parameter that the config leaves out
     ],
 )
 def test_required_keys_must_not_be_null(key):
