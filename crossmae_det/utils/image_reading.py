@@ -14,7 +14,6 @@ Legend: H x W pixels of the upright image, C channels.
 """
 
 import io
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -43,12 +42,6 @@ REDUCTIONS = {
 # truncated file with gray, so those are left to Pillow, which rejects them.
 JPEG_ENDS = (b"\xff\xd8", b"\xff\xd9")
 PNG_ENDS = (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
-
-# Markers of a JPEG's frame header, which has its size, and of the segments with EXIF or XMP; what
-# a segment with an orientation contains: EXIF's tag in either byte order, or XMP's.
-FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-METADATA_MARKER = 0xE1
-ORIENTATION_SIGNS = (b"\x01\x12", b"\x12\x01", b"tiff:Orientation")
 
 # Chunks of a PNG that may hold an orientation: EXIF, and EXIF or XMP as text.
 PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
@@ -147,7 +140,7 @@ def image_size(source: Source, *, name: str = "") -> tuple[int, int]:
     with naming_errors(name or os.fspath(source)), open(source, "rb") as file:
         if not file.read(1):
             raise _ReasonError("the file is empty")
-        header = _read_any_header(file)
+        header = _read_header(file)
     return header.height, header.width
 
 
@@ -196,7 +189,7 @@ class EncodedImage:
         with naming_errors(name):
             if not data:
                 raise _ReasonError("the file is empty")
-            self._header = _read_jpeg_header(data) or _read_any_header(io.BytesIO(data))
+            self._header = _read_header(io.BytesIO(data))
         self.height, self.width = self._header.height, self._header.width
 
     def decode(self, format: str = "RGB", reduction: int = 1) -> np.ndarray:
@@ -250,41 +243,7 @@ class _Header(NamedTuple):
     fast: bool
 
 
-def _read_jpeg_header(data: bytes) -> _Header | None:
-    """Read the header of a JPEG without an orientation; None for any other image.
-
-    Pillow parses the whole header, which takes a twentieth of the time of decoding.
-    """
-    place = 2
-    if not data.startswith(JPEG_ENDS[0]):
-        return None
-    while data[place : place + 1] == b"\xff" and place + 10 <= len(data):
-        marker = data[place + 1]
-        if not 0xC0 <= marker < 0xFF:
-            return None
-        if marker in FRAME_MARKERS:
-            height = int.from_bytes(data[place + 5 : place + 7], "big")
-            width = int.from_bytes(data[place + 7 : place + 9], "big")
-            fast = _is_plain_jpeg(data[place + 4], data[place + 9]) and data.endswith(JPEG_ENDS[1])
-            limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
-            if not 0 < height * width <= limit:
-                return None  # Pillow has the reason
-            return _Header(height, width, 1, fast)
-        following = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker == METADATA_MARKER:
-            segment = data[place:following]
-            if any(sign in segment for sign in ORIENTATION_SIGNS):
-                return None
-        place = following
-    return None
-
-
-def _is_plain_jpeg(bits: int, components: int) -> bool:
-    """Gray and YCbCr of 8 bits; libraries differ in the conversion of CMYK and YCCK."""
-    return bits == 8 and components in (1, 3)
-
-
-def _read_any_header(file: IO[bytes]) -> _Header:
+def _read_header(file: IO[bytes]) -> _Header:
     """Read the header of an image; damaged data raise almost any exception."""
     file.seek(0)
     with _without_warnings(), Image.open(file) as image:
@@ -296,7 +255,8 @@ def _read_any_header(file: IO[bytes]) -> _Header:
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
             width, height = tags[Tag.ImageWidth], tags[Tag.ImageLength]
         elif image.format in ("JPEG", "MPO"):
-            fast = _is_plain_jpeg(getattr(image, "bits", 0), getattr(image, "layers", 0))
+            # Gray and YCbCr of 8 bits; libraries differ in the conversion of CMYK and YCCK.
+            fast = getattr(image, "bits", 0) == 8 and getattr(image, "layers", 0) in (1, 3)
             fast = fast and _ends_with(file, JPEG_ENDS[1])
         elif image.format == "PNG":
             file.seek(24)
