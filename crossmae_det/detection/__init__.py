@@ -34,6 +34,5 @@ __all__ = [
     "write_results",
 ]
 
-# The built-in dataset has its names from the start, as detectron2's have; it is written on first
-# use.
+# Registered on import, as detectron2's datasets; the images are written on first use.
 shapes.register()
