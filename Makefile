@@ -59,7 +59,7 @@ $(BACKBONE): | $(READY)
 	$(PRETRAIN)
 
 docs: $(READY)  ## build the documentation site, into site/
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 test: lint docs  ## all checks: the linter, the type checker, the documentation and the tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --durations=15 $(PYTEST_ARGS)

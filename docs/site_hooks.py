@@ -42,3 +42,8 @@ def on_files(files: Files, config: Any) -> Files:
     for name, page in api_pages():
         files.append(File.generated(config, f"api/{name}.md", content=page))
     return files
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Links to MODEL_ZOO.md, which lies outside of docs/, lead to its page."""
+    return markdown.replace("../MODEL_ZOO.md", "model_zoo.md")
