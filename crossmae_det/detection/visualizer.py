@@ -239,9 +239,9 @@ def comparison_sheet(
             image_bgr, instances, metadata, score_threshold=score_threshold, scale=scale
         )
         caption = os.path.basename(str(dataset_dict.get("file_name", "")))
-        for picture, text in ((truth, caption), (predicted, "")):
-            picture = _pad(picture, picture.shape[0], CELL_SIDE)
-            cells.append(np.vstack([picture, _text(text, 24 + GAP, 13)]))
+        for cell, text in ((truth, caption), (predicted, "")):
+            cell = _pad(cell, cell.shape[0], CELL_SIDE)
+            cells.append(np.vstack([cell, _text(text, 24 + GAP, 13)]))
     lines = []
     for start in range(0, len(cells), per_line):
         line = cells[start : start + per_line]

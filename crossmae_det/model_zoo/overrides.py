@@ -221,8 +221,8 @@ def _signature(node: Any) -> tuple[dict[str, inspect.Parameter], bool]:
     function: Any = locate(target) if isinstance(target, str) else target
     classes = function.__mro__ if inspect.isclass(function) else ()
     found: dict[str, inspect.Parameter] = {}
-    for candidate in [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [function]:
-        parameters = inspect.signature(candidate).parameters.values()
+    for callee in [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [function]:
+        parameters = inspect.signature(callee).parameters.values()
         kinds = [parameter.kind for parameter in parameters]
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         found = {p.name: p for p in named if p.name != "self"} | found

@@ -24,7 +24,7 @@ SIZES = {
 }
 
 
-def twins(window_size, **overrides):
+def equal_vits(window_size, **overrides):
     """detectron2's ViT and ours with the same random weights, relative positions included."""
     torch.manual_seed(0)
     reference = D2ViT(
@@ -55,7 +55,7 @@ WHERE = [("cpu", name) for name in BACKENDS if name != "flex"] + [
 @pytest.mark.parametrize(("device", "backend"), WHERE)
 @pytest.mark.parametrize("size", [(96, 96), (64, 104), (40, 24)])
 def test_feature_map_matches_detectron2_in_values_and_gradients(window_size, size, device, backend):
-    reference, model = (x.to(device) for x in twins(window_size, attention_backend=backend))
+    reference, model = (x.to(device) for x in equal_vits(window_size, attention_backend=backend))
     images = torch.randn(2, 3, *size).to(device)
     expected, got = reference(images)["last_feat"], model(images)["last_feat"]
     assert relative(got - expected, expected) < 1e-4
@@ -68,13 +68,13 @@ def test_feature_map_matches_detectron2_in_values_and_gradients(window_size, siz
 
 
 def test_state_dicts_are_interchangeable_with_detectron2():
-    reference, model = twins(4)
+    reference, model = equal_vits(4)
     reference.load_state_dict(model.state_dict())
     assert model.state_dict().keys() == reference.state_dict().keys()
 
 
 def pyramids(**overrides):
-    reference, model = twins(4)
+    reference, model = equal_vits(4)
     arguments = {
         "in_feature": "last_feat",
         "out_channels": 16,
@@ -148,7 +148,7 @@ def levels(pyramid, images):
     ],
 )
 def test_impossible_pyramids_are_rejected(overrides, message):
-    _, backbone = twins(4)
+    _, backbone = equal_vits(4)
     arguments = {"in_feature": "last_feat", "out_channels": 16, "scale_factors": (2.0, 1.0, 0.5)}
     with pytest.raises(ValueError, match=message):
         SimpleFeaturePyramid(backbone, **(arguments | overrides))

@@ -23,14 +23,14 @@ from crossmae_det.detection.predictor import (
 from crossmae_det.utils.image_reading import UndecodableImageError
 
 
-def picture(height=20, width=30, level=100):
+def color_image(height=20, width=30, level=100):
     return np.full((height, width, 3), (level, 50, 200), dtype=np.uint8)
 
 
 def write_video(path, frames=5, size=(64, 48), fps=12.5):
     with video_writer(path, fps=fps, size=size) as write:
         for number in range(frames):
-            write(picture(size[1], size[0], 40 * number))
+            write(color_image(size[1], size[0], 40 * number))
     return path
 
 
@@ -39,7 +39,7 @@ def folder(tmp_path):
     root = tmp_path / "in"
     (root / "deeper").mkdir(parents=True)
     for name in ("b.png", "a.JPG", "deeper/c.png", ".hidden.png"):
-        data = cv2.imencode(".png", picture())[1]
+        data = cv2.imencode(".png", color_image())[1]
         (root / name).write_bytes(data.tobytes())
     (root / "notes.txt").write_text("not an image")
     write_video(root / "clip.mp4")
@@ -95,8 +95,8 @@ def test_inputs_that_match_nothing(folder, tmp_path):
 
 def test_images_and_videos_are_decoded_when_they_are_used(tmp_path):
     path = tmp_path / "image.png"
-    assert cv2.imwrite(str(path), picture())
-    np.testing.assert_array_equal(*iter_inputs([str(path)])[0], picture())
+    assert cv2.imwrite(str(path), color_image())
+    np.testing.assert_array_equal(*iter_inputs([str(path)])[0], color_image())
     for name in ("bad.png", "bad.mp4"):
         (tmp_path / name).write_bytes(b"hello")
         (source,) = iter_inputs([str(tmp_path / name)])
@@ -128,14 +128,14 @@ def test_a_video_that_ends_early_is_reported(tmp_path, caplog, monkeypatch):
 def test_a_video_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "out" / "a.mp4"
     with video_writer(path, fps=10, size=(64, 48)) as write:
-        write(picture(48, 64))
+        write(color_image(48, 64))
         assert not path.exists()
     before = path.read_bytes()
     with (
         pytest.raises(ValueError, match="a.mp4: .*30x20.*64x48"),
         video_writer(path, fps=10, size=(64, 48)) as write,
     ):
-        write(picture())
+        write(color_image())
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 

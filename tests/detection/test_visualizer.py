@@ -58,20 +58,20 @@ def bgr(index, metadata):
     return np.array(class_color(index, metadata)[::-1]) * 255
 
 
-def text_pixels(picture):
+def text_pixels(drawn):
     """Labels of class 1 are black on yellow."""
-    return (picture.max(axis=2) < 60).sum()
+    return (drawn.max(axis=2) < 60).sum()
 
 
-def inside(picture, x, y):
-    return picture[y - 3 : y + 3, x - 3 : x + 3].reshape(-1, 3).mean(axis=0)
+def inside(drawn, x, y):
+    return drawn[y - 3 : y + 3, x - 3 : x + 3].reshape(-1, 3).mean(axis=0)
 
 
 def test_a_note_stands_for_no_objects(metadata):
     # Smooth, because older versions of matplotlib resample an image by a fraction of a pixel.
     image = np.tile(np.linspace(0, 250, SIZE[1])[None, :, None], (SIZE[0], 1, 3)).astype(np.uint8)
     box = [[9, 9, 90, 90]]
-    pictures = [
+    drawings = [
         draw_predictions(image, instances([], [], []), metadata),
         draw_predictions(image, instances(box, [0], [0.31]), metadata),
         draw_predictions(image, instances(box, [0], [0.32]), metadata),
@@ -79,11 +79,11 @@ def test_a_note_stands_for_no_objects(metadata):
         draw_predictions(image, instances([], []), metadata),
         draw_ground_truth(image, record([]), metadata),
     ]
-    for picture in pictures:
-        np.testing.assert_allclose(picture[40:], image[40:].astype(int), atol=2)
-        assert (picture[:40, :300] == 0).all(axis=2).sum() > 200  # the background of the note
-    for index, picture in enumerate(pictures):  # threshold and best score are part of it
-        assert all((picture != other).any() for other in pictures[:index])
+    for drawn in drawings:
+        np.testing.assert_allclose(drawn[40:], image[40:].astype(int), atol=2)
+        assert (drawn[:40, :300] == 0).all(axis=2).sum() > 200  # the background of the note
+    for index, drawn in enumerate(drawings):  # threshold and best score are part of it
+        assert all((drawn != other).any() for other in drawings[:index])
     # The note fits a small image that is not enlarged.
     for size in ((8, 9), (400, 20), (20, 400)):
         found = instances([], [], [], size)
@@ -93,8 +93,8 @@ def test_a_note_stands_for_no_objects(metadata):
 def test_objects_of_one_class_have_shades_of_its_color(metadata):
     boxes = [[20, 40, 180, 200], [200, 40, 380, 200], [400, 40, 580, 200], [20, 260, 180, 420]]
     found = instances(boxes, [1] * 4, [0.9, 0.8, 0.7, 0.6], masks=True)
-    picture = draw_predictions(gray(), found, metadata)
-    tints = [inside(picture, x, y) for x, y in ((100, 120), (290, 120), (490, 120), (100, 340))]
+    drawn = draw_predictions(gray(), found, metadata)
+    tints = [inside(drawn, x, y) for x, y in ((100, 120), (290, 120), (490, 120), (100, 340))]
     colors = (np.array(tints) - 0.55 * GRAY) / 0.45 / 255  # what was laid over the image, BGR
     np.testing.assert_allclose(255 * colors[0], bgr(1, metadata), atol=4)
     for index, color in enumerate(colors):
@@ -113,13 +113,13 @@ def test_objects_of_one_class_have_shades_of_its_color(metadata):
 
 def test_masks_are_tinted_with_the_color_of_the_class(metadata):
     found = instances([[50, 50, 250, 250], [300, 50, 550, 250]], [0, 1], [0.9, 0.8], masks=True)
-    picture = draw_predictions(gray(), found, metadata)
-    assert picture.shape == (*SIZE, 3)
-    assert picture.dtype == np.uint8
+    drawn = draw_predictions(gray(), found, metadata)
+    assert drawn.shape == (*SIZE, 3)
+    assert drawn.dtype == np.uint8
     for x, index in ((150, 0), (425, 1)):
         expected = 0.55 * GRAY + 0.45 * bgr(index, metadata)
-        np.testing.assert_allclose(inside(picture, x, 180), expected, atol=3)
-    np.testing.assert_array_equal(inside(picture, 275, 400), [GRAY] * 3)
+        np.testing.assert_allclose(inside(drawn, x, 180), expected, atol=3)
+    np.testing.assert_array_equal(inside(drawn, 275, 400), [GRAY] * 3)
 
 
 def test_predictions_and_ground_truth_share_colors(metadata):
@@ -142,21 +142,21 @@ def test_polygons_and_every_kind_of_rle_fill_the_same_pixels(metadata):
     runs = np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=1 - mask[0, 0], append=2)))
     counts = [0] * int(mask[0, 0]) + runs.tolist()
     uncompressed = {"size": list(SIZE), "counts": counts}
-    pictures = [
+    drawings = [
         draw_ground_truth(
             gray(), record([annotation([99, 99, 301, 261], segmentation=s)]), metadata
         )
         for s in ([polygon], compressed, as_text, uncompressed)
     ]
-    for picture in pictures[1:]:
-        np.testing.assert_array_equal(picture, pictures[0])
-    assert np.abs(inside(pictures[0], 200, 200) - GRAY).max() > 20
+    for drawn in drawings[1:]:
+        np.testing.assert_array_equal(drawn, drawings[0])
+    assert np.abs(inside(drawings[0], 200, 200) - GRAY).max() > 20
 
 
 def test_boxes_only_draws_the_outline(metadata):
-    picture = draw_ground_truth(gray(), record([annotation([100, 100, 300, 260])]), metadata)
-    np.testing.assert_array_equal(inside(picture, 200, 200), [GRAY] * 3)
-    np.testing.assert_allclose(picture[259:261, 200], [bgr(0, metadata)] * 2, atol=20)
+    drawn = draw_ground_truth(gray(), record([annotation([100, 100, 300, 260])]), metadata)
+    np.testing.assert_array_equal(inside(drawn, 200, 200), [GRAY] * 3)
+    np.testing.assert_allclose(drawn[259:261, 200], [bgr(0, metadata)] * 2, atol=20)
     mixed = record(
         [
             annotation([100, 100, 300, 260]),
@@ -168,10 +168,10 @@ def test_boxes_only_draws_the_outline(metadata):
 
 def test_crowds_have_a_dashed_box(metadata):
     def covered(crowd):
-        picture = draw_ground_truth(
+        drawn = draw_ground_truth(
             gray(), record([annotation([100, 100, 400, 400], iscrowd=crowd)]), metadata
         )
-        return (np.abs(picture[400, 110:390].astype(int) - GRAY).max(axis=1) > 20).mean()
+        return (np.abs(drawn[400, 110:390].astype(int) - GRAY).max(axis=1) > 20).mean()
 
     assert covered(0) == 1
     assert 0.4 < covered(1) < 0.9
@@ -180,16 +180,16 @@ def test_crowds_have_a_dashed_box(metadata):
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 3), (16, 3300)])
 def test_unusual_image_sizes(metadata, size):
     found = instances([[0, 0, size[1], size[0]]], [0], [0.9], size, masks=True)
-    picture = draw_predictions(gray(size), found, metadata, scale=1)
-    assert picture.shape == (*size, 3) and (picture != GRAY).any()
+    drawn = draw_predictions(gray(size), found, metadata, scale=1)
+    assert drawn.shape == (*size, 3) and (drawn != GRAY).any()
 
 
 def test_holes_stay_open(metadata):
     found = instances([[100, 100, 300, 300]], [0], [0.9], masks=True)
     found.pred_masks[0, 150:250, 150:250] = False
-    picture = draw_predictions(gray(), found, metadata)
-    np.testing.assert_array_equal(inside(picture, 200, 200), [GRAY] * 3)
-    assert np.abs(inside(picture, 120, 200) - GRAY).max() > 20
+    drawn = draw_predictions(gray(), found, metadata)
+    np.testing.assert_array_equal(inside(drawn, 200, 200), [GRAY] * 3)
+    assert np.abs(inside(drawn, 120, 200) - GRAY).max() > 20
 
 
 def test_threshold_is_inclusive_and_scores_are_optional(metadata):
@@ -212,7 +212,7 @@ def test_labels_stay_within_the_image(metadata, box):
 
 
 def test_a_label_wider_than_the_image_shrinks():
-    """The last letter is visible: two labels that differ in nothing else give two pictures."""
+    """The last letter is visible: two labels that differ in nothing else give two drawings."""
     size = (100, 120)
     found = instances([[20, 30, 90, 80]], [0], size=size)
     first, second = (
@@ -265,10 +265,10 @@ def test_colors():
 
 
 def test_classes_without_names_are_numbered():
-    picture = draw_predictions(
+    drawn = draw_predictions(
         gray(), instances([[100, 100, 300, 300]], [5], [0.9]), Metadata(name="nameless")
     )
-    assert (picture != GRAY).any()
+    assert (drawn != GRAY).any()
 
 
 def test_sizes_must_match(metadata):
@@ -283,7 +283,7 @@ def test_sheet_has_the_ground_truth_beside_the_predictions(metadata, tmp_path, c
     size = (64, 96)
     truth = record([annotation([10, 10, 50, 50], 1)], size)  # without a mask
     found = instances([[10, 10, 50, 50]], [1], [0.9], size, masks=True)
-    path = tmp_path / "pictures" / "sheet.png"
+    path = tmp_path / "sheets" / "sheet.png"
     comparison_sheet([(gray(size), truth, found)] * count, metadata, path)
     sheet = cv2.imread(str(path))
     tint = 0.55 * GRAY + 0.45 * bgr(1, metadata)
