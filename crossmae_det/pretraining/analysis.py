@@ -95,7 +95,7 @@ class DecoderAttention:
             *(f"{name},\nx uniform" for name in KEY_GROUPS),
             "visible\n/ masked",
         ]
-        visible, masked = 4, 5
+        visible, masked = 4, 5  # columns of relative attention
         for row in rows:
             row.append(row[visible] / max(row[masked], torch.finfo().tiny))
         relative = tabulate(rows, headers, floatfmt=".3f")
