@@ -155,12 +155,9 @@ def _check_classes(cfg: DictConfig) -> None:
 
 
 def save(cfg: DictConfig, resolved: DictConfig, path: str | os.PathLike[str]) -> None:
-    """Write a config as a run keeps it: ``cfg`` itself, and what its datasets are now.
+    """Write a config with its references and, from ``resolved``, what its datasets are now.
 
-    Args:
-        cfg: with references.
-        resolved: from :func:`resolve`.
-        path: a yaml file, written atomically.
+    ``path`` is a yaml file; it is written atomically.
 
     Raises:
         OSError: the file cannot be written.
@@ -174,10 +171,6 @@ def save(cfg: DictConfig, resolved: DictConfig, path: str | os.PathLike[str]) ->
 
 def is_run_of(folder: str | os.PathLike[str], cfg: DictConfig) -> bool:
     """Whether the run in a folder has exactly this config, on the same data and checkpoint.
-
-    Args:
-        folder: of a run.
-        cfg: with references.
 
     Raises:
         ValueError, OSError: as :func:`resolve`.
@@ -195,13 +188,7 @@ def is_run_of(folder: str | os.PathLike[str], cfg: DictConfig) -> bool:
 
 
 def log_data(cfg: DictConfig, resolved: DictConfig, *, training: bool) -> None:
-    """Log what has changed in the datasets since a run saved its config, and a missing test set.
-
-    Args:
-        cfg: with references.
-        resolved: from :func:`resolve`.
-        training: whether the job trains.
-    """
+    """Log what has changed in the datasets since a run saved ``cfg``, and a missing test set."""
     if training and _is_without_test_set(cfg):
         logger.info("No validation set (%s is empty): training without evaluation", TEST_NAMES)
     recorded = OmegaConf.select(cfg, RECORDED) or {}
@@ -252,11 +239,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
 
 
 def build(part: DictConfig, key: str) -> Any:
-    """The object that a part of a config describes.
-
-    Args:
-        part: a LazyCall, resolved.
-        key: of the part, for messages.
+    """The object that a part of a resolved config describes; ``key`` is its key, for messages.
 
     Raises:
         ValueError: its arguments do not fit together.

@@ -71,12 +71,7 @@ def shard(model: nn.Module) -> nn.Module:
 def distribute_state(
     optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Shard the optimizer state of a file like the parameters of an optimizer.
-
-    Args:
-        optimizer: over parameters that are sharded, or whole.
-        state_dict: of an optimizer over the same parameters, with whole tensors.
-    """
+    """Shard a state dict of whole tensors like the parameters of an optimizer."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def distribute(value: Any, parameter: Tensor) -> Any:

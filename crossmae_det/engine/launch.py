@@ -71,12 +71,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def argument_parser(description: str, epilog: str) -> ArgumentParser:
     """detectron2's arguments for training and evaluation, ``--overwrite`` and loading options.
 
-    Args:
-        description: first lines of the help text.
-        epilog: its last lines.
-
-    Returns:
-        A parser to call by ``parse_intermixed_args``: options may precede and follow overrides.
+    ``description`` begins the help text, ``epilog`` ends it. Call ``parse_intermixed_args``:
+    options may precede and follow overrides.
     """
     parser = default_argument_parser(epilog)
     parser.description = description
@@ -169,9 +165,6 @@ def keep_freed_memory(device: torch.device) -> bool:
     and a page of zeros for every 4 KiB: a quarter of the time of a step of ViT-B on 32 images. The
     process then never becomes smaller than it was at its largest. On GPUs torch caches memory.
 
-    Args:
-        device: where the process computes.
-
     Returns:
         False if nothing has changed: on a GPU, or if the C library is not glibc.
     """
@@ -185,13 +178,10 @@ def keep_freed_memory(device: torch.device) -> bool:
 
 
 def start_log(output_dir: str | None = None) -> None:
-    """Log to ``log.txt`` in a folder, and in the first process to the terminal as well.
+    """Log to ``log.txt`` in a folder (not if it is None), and in the first process to the terminal.
 
     The file has all records, the terminal those from INFO on. Other processes write
     ``log.txt.rankN`` and nothing to the terminal: warnings go into that file, too.
-
-    Args:
-        output_dir: the folder of the run; None logs to the terminal only.
     """
     rank = comm.get_rank()
     for name in ("fvcore", "detectron2", "crossmae_det"):
@@ -278,11 +268,8 @@ def check_folder(cfg: DictConfig, args: Namespace) -> None:
 def claim_folder(cfg: DictConfig, args: Namespace) -> list[str]:
     """Make the folder of a run, and with ``--overwrite`` remove the run in it.
 
-    Every process calls it; the first one decides for all of them, before any of them writes.
-
-    Args:
-        cfg: see :func:`check_folder`.
-        args: see :func:`check_folder`.
+    Every process calls it; the first one decides for all of them, before any of them writes. For
+    the arguments see :func:`check_folder`.
 
     Returns:
         The names of what was removed.

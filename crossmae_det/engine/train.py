@@ -173,14 +173,14 @@ def train(
     allowed: Mapping[str, Any],
     original: DictConfig,
 ) -> dict[str, Any]:
-    """Train a model and evaluate it along the way; see :func:`run`.
+    """Train the model of a resolved config and evaluate it along the way; see :func:`run`.
 
     Args:
         cfg: the config, resolved.
         model: its model, on its device.
         resume: continue the run in the folder, if there is one.
         allowed: options of :func:`crossmae_det.checkpoint.load` for ``train.init_checkpoint``.
-        original: the config with its references, to be kept in the folder.
+        original: the config with its references, which is saved in the folder.
     """
     options = cfg.train
     main = comm.is_main_process()

@@ -150,23 +150,16 @@ def test_yaml_training_evaluation_and_inference(repo, tiny_sets, tmp_path):
         *["DATASETS.TRAIN", f"('{train_set}',)", "DATASETS.TEST", f"('{val_set}',)"],
         *["INPUT.IMAGE_SIZE", "64", "MODEL.VIT.EMBED_DIM", "32", "MODEL.VIT.DEPTH", "2"],
         *["MODEL.VIT.NUM_HEADS", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2"],
-        *[
-            "DATALOADER.NUM_WORKERS",
-            "0",
-            "OUTPUT_DIR",
-            output,
-            "SOLVER.GRADIENT_ACCUMULATION_STEPS",
-            "2",
-        ],
+        *["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", f"{output}"],
+        *["SOLVER.GRADIENT_ACCUMULATION_STEPS", "2"],
         *["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.ROI_BOX_HEAD.CONV_DIM", "16"],
         *["MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"],
     ]
-    arguments = ["--config-file", repo / "configs" / f"{CONFIG}.yaml"]
-    log = finish(start(repo, "train_net.py", *arguments, *options))
+    log = finish(start(repo, "train_net.py", "--config-file", f"{CONFIG}.yaml", *options))
     assert "| segm |" in log
 
-    options += ["MODEL.WEIGHTS", output / "model_final.pth"]
-    log = finish(start(repo, "train_net.py", *arguments, "--eval-only", *options))
+    options += ["MODEL.WEIGHTS", f"{output}/model_final.pth"]
+    run(get_config(f"{CONFIG}.yaml", options), Namespace(eval_only=True, resume=False))
     results = json.loads((output / "inference" / "results.json").read_text())
     assert {"bbox", "segm"} == results["results"].keys()
     assert results["context"]["checkpoint"] == f"{output}/model_final.pth"
@@ -228,12 +221,8 @@ def test_the_report_of_the_initial_weights_is_saved(tiny_overrides, tiny_sets, t
 
 
 def test_averaged_weights_are_evaluated_and_used(repo, tiny_overrides, tiny_sets, tmp_path):
-    options = [
-        *tiny_overrides,
-        "train.max_iter=2",
-        "train.ema.enabled=True",
-        "train.visualizer=null",
-    ]
+    options = [*tiny_overrides, "train.max_iter=2", "train.visualizer=null"]
+    options += ["train.ema.enabled=True"]
     trained = run(get_config(f"{CONFIG}.py", options), Namespace(eval_only=False, resume=False))
     checkpoint = f"train.init_checkpoint={tmp_path}/output/model_final.pth"
     cfg = get_config(str(tmp_path / "output" / "config.yaml"), [checkpoint])
