@@ -27,6 +27,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python")
 # Compiled libraries: an import shows whether they fit together.
 IMPORTS = ("torch", "torchvision", "timm", "cv2", "pycocotools.mask", "faster_coco_eval")
+# When an attention backend is chosen automatically.
 REASONS = {
     "chunked": "more query-key pairs than fit into the cache",
     "eager": "few query-key pairs, with gradients",
@@ -167,7 +168,7 @@ def choices(problems: list[str]) -> Lines:
     from crossmae_det.layers import attention_backends as backends
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    usable = [b for b in backends.BACKENDS if backends.DEVICES.get(b, device.type) == device.type]
+    usable = [b for b in REASONS if backends.DEVICES.get(b, device.type) == device.type]
     yield "device", device.type
     yield "attention backends", f"{', '.join(usable)} run on {device.type}"
     crossmae_det.register()

@@ -6,6 +6,8 @@ import pytest
 from tool_calls import command
 
 import crossmae_det
+from crossmae_det.layers import attention_backends
+from crossmae_det.tools import doctor as doctor_module
 
 
 @pytest.fixture
@@ -31,6 +33,10 @@ def test_the_report_of_a_complete_environment(doctor, monkeypatch, tmp_path):
     assert report["Chosen automatically"]["global block, training"].startswith("chunked")
     assert report["Datasets"]["found"] == "imagenet_train"
     assert str(tmp_path / "sets") in report["Free disk space"]["datasets"]
+
+
+def test_every_attention_backend_is_explained():
+    assert {"auto", *doctor_module.REASONS} == {*attention_backends.BACKENDS}
 
 
 def test_without_detectron2(doctor):
