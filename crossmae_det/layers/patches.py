@@ -40,18 +40,11 @@ def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def take_patches(images: Tensor, indices: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Some of the patches of :func:`patchify`, without cutting the others.
-
-    Args:
-        images: (N, B, H * P, W * P).
-        indices: (N, K) int64 patch indices.
-        patch_size: (P_h, P_w).
-
-    Returns:
-        (N, K, F).
+    """The patches of :func:`patchify` at (N, K) int64 indices, without cutting the others:
+    (N, B, H * P, W * P) -> (N, K, F).
 
     Raises:
-        ValueError: the patch does not divide the image.
+        ValueError: the patch (P_h, P_w) does not divide the image.
     """
     patches = _by_patch(images, patch_size)
     image = torch.arange(len(images), device=indices.device)[:, None]
@@ -91,11 +84,7 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2).contiguous()
 
     def embed_visible(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Embed some of the patches; the others are not read.
-
-        Args:
-            images: (N, B, H * P, W * P).
-            visible: (N, L_visible) int64 patch indices.
+        """Embed the patches at (N, L_visible) int64 indices; the others are not read.
 
         Returns:
             (N, L_visible, C): the rows of ``forward`` at those indices.

@@ -293,7 +293,7 @@ def feature_usage(
 
 
 def _attention_received(qkv: Tensor, num_heads: int, queries: Tensor) -> Tensor:
-    """How much attention each token gets, from the mean of some queries and all heads.
+    """How much attention each token gets, in the mean over heads and some queries.
 
     Args:
         qkv: (N, T, 3 * M * D), what :class:`Attention` projects its input to.

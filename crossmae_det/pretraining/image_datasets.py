@@ -67,21 +67,13 @@ class StoredImage(NamedTuple):
             return file.read(self.size)
 
     def open(self) -> EncodedImage:
-        """Read the encoded image and its header.
-
-        Raises:
-            UndecodableImageError: the file cannot be read, or is not an image.
-        """
+        """Read the encoded image and its header; raises UndecodableImageError."""
         with naming_errors(str(self)):
             data = self.read()
         return EncodedImage(data, str(self))
 
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the upright image, from its header.
-
-        Raises:
-            UndecodableImageError: the file cannot be read, or is not an image.
-        """
+        """Height and width of the upright image, from its header; raises UndecodableImageError."""
         if not self.member:
             return image_size(self.path)
         image = self.open()

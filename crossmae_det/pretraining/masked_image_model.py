@@ -116,11 +116,7 @@ def count_patches(length: int, mask_ratio: float, prediction_ratio: float) -> tu
 
     Args:
         length: number of patches L of an image.
-        mask_ratio: fraction of all patches that the encoder does not see.
-        prediction_ratio: fraction of all patches that the decoder predicts.
-
-    Returns:
-        (visible, predicted, ignored).
+        mask_ratio, prediction_ratio: as for :func:`mask_patches`.
 
     Raises:
         ValueError: a ratio is out of range, or no patch is left visible or predicted.
@@ -167,14 +163,8 @@ def mask_patches(noise: Tensor, mask_ratio: float, prediction_ratio: float) -> M
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch, all its pixels and channels together.
-
-    Args:
-        patches: (N, L, F).
-
-    Returns:
-        Two tensors (N, L, 1). The deviation is that of the unbiased variance plus 1e-6.
-    """
+    """Mean and standard deviation of patches (N, L, F), over all their pixels and channels: two
+    tensors (N, L, 1). The deviation is that of the unbiased variance plus 1e-6."""
     variance, mean = torch.var_mean(patches, dim=-1, correction=1, keepdim=True)
     return mean, (variance + VARIANCE_EPSILON).sqrt()
 
@@ -274,15 +264,9 @@ class MaskedImageModel(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Normalize images that are bytes, on the model's device; return floats as they are.
-
-        Args:
-            images: (N, 3, height, width) uint8 in RGB on any device, or (N, B, height, width)
-                floats, normalized already.
-
-        Returns:
-            Floats of the same shape; of bytes, with ImageNet's mean 0 and standard deviation 1.
-        """
+        """Normalize bytes, (N, 3, height, width) uint8 in RGB on any device, to floats on the
+        model's device with ImageNet's mean 0 and standard deviation 1. Floats, (N, B, height,
+        width), are taken as normalized and returned unchanged."""
         if images.dtype != torch.uint8:
             return images
         # Moved as bytes: a quarter of the size of floats.
@@ -347,29 +331,16 @@ class MaskedImageModel(nn.Module):
         return mask_patches(noise, self.mask_ratio, prediction_ratio)
 
     def fixed_noise(self, images: Tensor, seed: int = 0) -> Tensor:
-        """Noise that is the same in every call and on any device, for comparable maskings.
-
-        Args:
-            images: (N, B, H * P, W * P).
-            seed: decides the noise.
-
-        Returns:
-            (N, L), uniform in [0, 1), on the model's device.
-        """
+        """Noise for :meth:`predict` that depends on ``seed`` and the shape of the images only, so
+        that maskings can be compared: (N, L), uniform in [0, 1), on the model's device."""
         height, width = patch_grid(images, self.encoder.patch_size)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.rand(len(images), height * width, generator=generator)
         return noise.to(self.pixel_mean.device)
 
     def features(self, images: Tensor) -> Tensor:
-        """One feature of each image: the mean of its patch tokens after the last block, unmasked.
-
-        Args:
-            images: (N, B, H * P, W * P), see :meth:`normalize`.
-
-        Returns:
-            (N, C).
-        """
+        """One feature (N, C) per image (N, B, H * P, W * P), see :meth:`normalize`: the mean of its
+        patch tokens after the last block, unmasked."""
         return self.encoder.forward_tokens(self.normalize(images))[-1][:, 1:].mean(dim=1)
 
     @torch.no_grad()
