@@ -143,7 +143,8 @@ class LayerLearningRates(HookBase):
     """Logs the learning rate of every parameter group: a table at the start, a curve for each.
 
     Groups are named by their ``name``. Those whose name ends in "_no_decay" or "_decay_VALUE" share
-    the rate of their layer and have no curve.
+    the rate of their layer and have no curve. Neither have those without a name, as timm makes
+    them: their rate is "lr".
     """
 
     def before_train(self) -> None:
@@ -160,9 +161,9 @@ class LayerLearningRates(HookBase):
         logger.info("Parameter groups\n%s", tabulate(rows, headers=headers))
 
     def before_step(self) -> None:
-        for index, group in enumerate(self.trainer.optimizer.param_groups):
-            name = str(group.get("name", index))
-            if not OWN_DECAY.search(name):
+        for group in self.trainer.optimizer.param_groups:
+            name = group.get("name")
+            if name and not OWN_DECAY.search(name):
                 self.trainer.storage.put_scalar(f"lr/{name}", group["lr"], smoothing_hint=False)
 
 

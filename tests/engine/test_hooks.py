@@ -88,12 +88,13 @@ def test_a_run_that_failed_in_its_last_iteration_is_not_evaluated(iteration, eva
 
 
 def test_the_rate_of_every_layer_is_logged(caplog):
-    parameters = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    parameters = [nn.Parameter(torch.zeros(3)) for _ in range(4)]
     optimizer = torch.optim.AdamW(
         [
             {"params": parameters[:1], "lr": 0.1, "name": "layer_00"},
             {"params": parameters[1:2], "lr": 0.1, "weight_decay": 0, "name": "layer_00_no_decay"},
-            {"params": parameters[2:], "lr": 0.2, "name": "heads"},
+            {"params": parameters[2:3], "lr": 0.2, "name": "heads"},
+            {"params": parameters[3:], "lr": 0.3},
         ]
     )
     logged = {}
@@ -107,6 +108,7 @@ def test_the_rate_of_every_layer_is_logged(caplog):
         ["layer_00", "3", "0.1", "0.01"],
         ["layer_00_no_decay", "3", "0.1", "0"],
         ["heads", "3", "0.2", "0.01"],
+        ["3", "3", "0.3", "0.01"],
     ]
     hook.before_step()
     assert logged == {"lr/layer_00": 0.1, "lr/heads": 0.2}
