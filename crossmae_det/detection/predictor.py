@@ -260,20 +260,19 @@ def iter_inputs(paths: Sequence[str], output: str | os.PathLike[str] | None = No
     found: dict[Path, Source] = {}
     for entry in paths:
         path = Path(entry).expanduser()
-        folder, what = path, "there is no image or video in this folder"
+        folder = path
         if path.is_file():
             folder, names = path.parent, [path.name]
         elif path.is_dir():
             names = list(walk_images(str(path), MEDIA_SUFFIXES))
         elif glob.has_magic(entry):
             folder, names = _matches(path)
-            what = "no image or video matches this pattern"
         else:
             raise FileNotFoundError(f"{entry}: no such file or folder")
         if not path.is_file():
             names = [name for name in names if excluded not in (folder / name).resolve().parents]
         if not names:
-            raise FileNotFoundError(f"{entry}: {what}")
+            raise FileNotFoundError(f"{entry}: no image or video found")
         for name in names:
             found.setdefault((folder / name).resolve(), Source(folder / name, Path(name)))
     return list(found.values())

@@ -3,16 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossmae_det.model_zoo.zoo import (
-        get,
-        get_checkpoint_url,
-        get_config,
-        get_config_file,
-        usage_examples,
-    )
+    from crossmae_det.model_zoo.zoo import get, get_checkpoint_url, get_config, get_config_file
     from crossmae_det.model_zoo.zoo import list_configs as list
 
-__all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file", "list", "usage_examples"]
+__all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file", "list"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ CHECKOUT_CONFIGS = Path(__file__).parents[2] / "configs"
 # Parts that configs share; they cannot be run.
 SHARED = "common"
 
-# One of each task, for help texts and messages.
+# One of each task, for messages.
 EXAMPLES = (
     "coco/mask_rcnn_crossmae_vit_b_100ep.py",
     "pretraining/crossmae_vit_b_800ep.py",
@@ -139,24 +139,6 @@ def get(
     if url is not None:
         load(model, url, whole=True)
     return model.to(target)
-
-
-def usage_examples(tool: str) -> str:
-    """Examples and the shipped configs, for the end of ``--help``.
-
-    Args:
-        tool: the command, such as "crossmae-det train".
-    """
-    lazy = EXAMPLES[0]
-    commands = (
-        f"{tool} --config-file demo/mask_rcnn.py",
-        f"{tool} --config-file {lazy} --num-gpus 8 train.init_checkpoint=backbone.pth",
-        f"{tool} --config-file {lazy} dataloader.train.dataset.names=train.json:images",
-        f"{tool} --config-file {lazy.replace('.py', '.yaml')} SOLVER.IMS_PER_BATCH 8",
-        f"{tool} --config-file output/mask_rcnn_crossmae_vit_b_100ep/config.yaml --eval-only",
-    )
-    lines = ["Examples:", *(f"  {command}" for command in commands), "", "Shipped configs:"]
-    return "\n".join([*lines, *(f"  {name}" for name in list_configs())])
 
 
 def _folder() -> Path:

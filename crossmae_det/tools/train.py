@@ -6,7 +6,19 @@ from argparse import ArgumentParser, Namespace
 from omegaconf import DictConfig
 
 from crossmae_det.engine import argument_parser, run, run_distributed
-from crossmae_det.model_zoo import get_config, usage_examples
+from crossmae_det.model_zoo import get_config
+from crossmae_det.model_zoo import list as list_configs
+
+TRAINING_EXAMPLES = """Examples:
+  crossmae-det train --config-file demo/mask_rcnn.py
+  crossmae-det train --config-file coco/mask_rcnn_crossmae_vit_b_100ep.py --num-gpus 8 \\
+      train.init_checkpoint=backbone.pth
+  crossmae-det train --config-file coco/mask_rcnn_crossmae_vit_b_100ep.py \\
+      dataloader.train.dataset.names=train.json:images
+  crossmae-det train --config-file coco/mask_rcnn_crossmae_vit_b_100ep.yaml SOLVER.IMS_PER_BATCH 8
+
+Shipped configs:
+"""
 
 EVALUATION_EXAMPLES = """Examples:
   crossmae-det evaluate --config-file output/mask_rcnn_crossmae_vit_b_100ep/config.yaml
@@ -20,7 +32,9 @@ def train(parser: ArgumentParser) -> None:
 
     The run is written to train.output_dir, by default output/NAME_OF_CONFIG. --resume continues it.
     """
-    _start(_training_parser(parser, usage_examples(parser.prog)).parse_intermixed_args())
+    examples = TRAINING_EXAMPLES.replace("crossmae-det train", parser.prog)
+    examples += "\n".join(f"  {name}" for name in list_configs())
+    _start(_training_parser(parser, examples).parse_intermixed_args())
 
 
 def evaluate(parser: ArgumentParser) -> None:
