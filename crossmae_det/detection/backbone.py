@@ -1,7 +1,7 @@
-"""The modules that this package adds to detectron2's detectors: ViT, pyramid and mask head.
+"""The plain ViT and its simple feature pyramid as detectron2 backbones.
 
-They have the parameter names of detectron2's ``ViT``, ``SimpleFeaturePyramid`` and mask head, so
-ViTDet weights load without renaming. Legend: N images, C channels, P patch size.
+They have the parameter names of detectron2's ``ViT`` and ``SimpleFeaturePyramid``, so ViTDet
+weights load without renaming. Legend: N images, C channels, P patch size.
 """
 
 import itertools
@@ -9,14 +9,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling import SimpleFeaturePyramid as D2SimpleFeaturePyramid
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
-from detectron2.structures import Instances
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
@@ -171,41 +168,6 @@ class SimpleFeaturePyramid(D2SimpleFeaturePyramid):
     def padding_constraints(self) -> dict[str, int]:
         """What detectron2's ``ImageList`` pads to: a size if one is set, else the divisibility."""
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
-
-
-@ROI_MASK_HEAD_REGISTRY.register()
-class PartiallySupervisedMaskHead(MaskRCNNConvUpsampleHead):
-    """detectron2's mask head, trained on the objects that have a mask.
-
-    Objects without a mask only count for the losses of the boxes: those with ``gt_has_mask`` False,
-    and all in an image without ``gt_masks``. If every object has a mask, nothing differs from
-    ``MaskRCNNConvUpsampleHead``; the parameters always have its names.
-    """
-
-    def forward(self, x: Tensor, instances: list[Instances]):
-        """Predict masks.
-
-        Args:
-            x: (B, C, height, width) features of B boxes over all images.
-            instances: the boxes of each image; in training with the fields of their objects.
-
-        Returns:
-            ``{"loss_mask": scalar}`` in training, else ``instances`` with ``pred_masks``.
-        """
-        if self.training:
-            keep = [_has_mask(boxes, x.device) for boxes in instances]
-            kept = torch.cat(keep)
-            if not kept.all():
-                x = x[kept]
-                instances = [boxes[mask] for boxes, mask in zip(instances, keep, strict=True)]
-        return super().forward(x, instances)
-
-
-def _has_mask(boxes: Instances, device: torch.device) -> Tensor:
-    """(number of boxes) bool: whether the object of each has a mask."""
-    if boxes.has("gt_has_mask"):
-        return boxes.gt_has_mask
-    return torch.full((len(boxes),), boxes.has("gt_masks"), device=device)
 
 
 @BACKBONE_REGISTRY.register()
