@@ -180,14 +180,14 @@ def data(tmp_path_factory):
     shutil.copy(root / "val.json", root / "more.json")
     shutil.copytree(root / "images/val", root / "images/more")
     shutil.rmtree(built)
-    pictures = sorted((root / "images/train").iterdir())
+    files = sorted((root / "images/train").iterdir())
     for folder in ("photos", "holiday", "clips", "held_out"):
         (root / folder).mkdir()
-    for index, path in enumerate(pictures[:4], 1):
+    for index, path in enumerate(files[:4], 1):
         shutil.copy(path, root / "photos" / f"{index}.jpg")
         shutil.copy(path, root / "held_out")
-    shutil.copy(pictures[0], root / "street.jpg")
-    shutil.copy(pictures[1], root / "holiday")
+    shutil.copy(files[0], root / "street.jpg")
+    shutil.copy(files[1], root / "holiday")
     video = cv2.VideoWriter(str(root / "clips/a.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (64, 64))
     for _ in range(2):
         video.write(np.zeros((64, 64, 3), np.uint8))
