@@ -246,8 +246,8 @@ def test_images_in_folders_are_listed_once_per_folder(tmp_path, monkeypatch):
         image["file_name"] = file_name
     spec = write(tmp_path, content)
     listed = []
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or listdir(path))
     assert get_dataset_dicts(spec)[0]["file_name"] == str(tmp_path / "images" / "a/2.png")
     assert sorted(listed) == [str(tmp_path / "images" / folder) for folder in "ab"]
 
