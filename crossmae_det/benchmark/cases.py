@@ -1,4 +1,4 @@
-"""What is benchmarked, by name: backbones (ours, detectron2's, timm's), checkpoints and configs.
+"""Benchmark cases by name: backbones (ours, detectron2's, timm's), checkpoints and configs.
 
 A backbone is built alone, with its pyramid, or in a detector. All detectors have the heads of
 ViTDet's Mask R-CNN, so that only the backbone differs. Weights are random unless a checkpoint is
@@ -26,14 +26,13 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from crossmae_det.benchmark.comparison import OneBlock
 from crossmae_det.benchmark.costs import ModelSpec, backbone_of
 from crossmae_det.checkpoint import inspect, load
 from crossmae_det.detection import SimpleFeaturePyramid, vit_backbone
 from crossmae_det.engine import keep_freed_memory
 from crossmae_det.engine.train import build_optimizer
 from crossmae_det.layers.attention_backends import BACKENDS
-from crossmae_det.model_zoo.zoo import get_config, list_configs
+from crossmae_det.model_zoo.zoo import get_config
 from crossmae_det.modeling import SIZES, ViT
 from crossmae_det.modeling.vit import LAYER_NORM
 
@@ -87,7 +86,7 @@ class TimmBackbone(Backbone):
             except TypeError:  # most models accept any size
                 self.body = create()
         except (RuntimeError, AttributeError) as error:
-            raise ValueError(f"timm has no features of '{name}': {error}") from error
+            raise ValueError(f"timm cannot extract features of '{name}': {error}") from error
         feature_info: Any = self.body.feature_info
         self._shapes = {
             f"feature{index}": ShapeSpec(channels=info["num_chs"], stride=info["reduction"])
@@ -178,16 +177,16 @@ def build(name: str, part: str, image_size: int, overrides: Sequence[str] = ()) 
     """Build a backbone by name.
 
     Args:
-        name: a key of :data:`BACKBONES`, of our ViTs also with ``@`` and a key of :data:`OPTIONS`;
-            ``timm/NAME``; a checkpoint, whose backbone is built in its sizes and loaded; or a
-            config of a detector, also as ``CONFIG=CHECKPOINT``.
+        name: a key of :data:`BACKBONES`, for our ViTs also followed by ``@`` and a key of
+            :data:`OPTIONS`; ``timm/NAME``; a checkpoint, whose backbone is built in its sizes and
+            loaded; or a config of a detector, also as ``CONFIG=CHECKPOINT``.
         part: "alone", "pyramid" (the simple one for plain ViTs, FPN for others) or "detector".
         image_size: side of the images in pixels.
-        overrides: of a config.
+        overrides: overrides of the config.
 
     Returns:
-        "alone" and "pyramid": (N, 3, H, W) to a dict of maps. "detector": detectron2's
-        ``GeneralizedRCNN``.
+        "alone" and "pyramid": a module from (N, 3, H, W) to a dict of maps. "detector":
+        detectron2's ``GeneralizedRCNN``.
 
     Raises:
         ValueError: an unknown name, or one that has no such part.
@@ -212,8 +211,7 @@ def _build_config(name: str, part: str, image_size: int, overrides: Sequence[str
     config, _, checkpoint = name.partition("=")
     cfg = get_config(config, overrides)
     if "backbone" not in cfg.model:
-        detectors = [name for name in list_configs() if name.startswith("coco/")]
-        raise ValueError(f"{config} is not a detector: use {detectors[0]}, for example")
+        raise ValueError(f"{config} is not a lazy detector config: use {DETECTOR}, for example")
     name_classes(cfg)
     cfg.dataloader.image_size = image_size
     model: Any = instantiate(cfg.model)
@@ -245,7 +243,7 @@ def _pyramid(name: str, image_size: int, out_channels: int) -> nn.Module:
 
 
 def _builder(name: str) -> Callable[[int], Backbone]:
-    """What builds a backbone for an image size; the name is checked, and nothing built yet."""
+    """The function that builds a backbone for an image size. Only the name is checked here."""
     if name.startswith("timm/"):
         name = name.removeprefix("timm/")
         if not timm.is_model(name.partition(".")[0]):
@@ -257,14 +255,14 @@ def _builder(name: str) -> Callable[[int], Backbone]:
         return partial(_backbone_of_checkpoint, name)
     if "://" in name:
         raise ValueError(
-            f"'{name}' is not a file: name a file that ends in {', '.join(CHECKPOINT_SUFFIXES)}"
+            f"'{name}' is not a file: use a file that ends in {', '.join(CHECKPOINT_SUFFIXES)}"
         )
     backbone, at, option = name.partition("@")
     if at:
         size = backbone.removeprefix("vit-")
         if size not in SIZES or option not in OPTIONS:
             raise ValueError(
-                f"unknown backbone '{name}': options are vit-SIZE@OPTION, of {', '.join(OPTIONS)}"
+                f"unknown backbone '{name}': use vit-SIZE@OPTION with one of {', '.join(OPTIONS)}"
             )
         return partial(_vit, size, **OPTIONS[option])
     if name not in BACKBONES:
@@ -301,6 +299,28 @@ def _backbone_of_checkpoint(path: str, image_size: int) -> Backbone:
     return backbone
 
 
+class OneBlock(nn.Module):
+    """A block of a ViT as a model of images; only the size of the images matters.
+
+    Args:
+        block: of the feature-map path.
+        dim: channels C.
+        patch_size: in pixels.
+    """
+
+    def __init__(self, block: nn.Module, dim: int, patch_size: int):
+        super().__init__()
+        self.block = block
+        self.dim = dim
+        self.patch_size = patch_size
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(N, 3, S, S) -> {"tokens": (N, L, C)}."""
+        grid = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+        tokens = images.new_ones(len(images), grid[0] * grid[1], self.dim)
+        return {"tokens": self.block(tokens, grid)}
+
+
 def build_block(size: str, kind: str, image_size: int) -> nn.Module:
     """One block of our ViT as a model of images, to measure how its cost grows.
 
@@ -316,7 +336,7 @@ def build_block(size: str, kind: str, image_size: int) -> nn.Module:
 
 
 def config_spec(cfg: DictConfig, name: str) -> ModelSpec:
-    """The model of a config, as an item of the benchmark."""
+    """The :class:`ModelSpec` of a config."""
     return ModelSpec(
         name=name,
         build=partial(instantiate, cfg.model),
@@ -328,15 +348,15 @@ def config_spec(cfg: DictConfig, name: str) -> ModelSpec:
 def pretraining_spec(
     device: str, config_file: str, overrides: Sequence[str] = (), variation: Sequence[str] = ()
 ) -> ModelSpec:
-    """The model of a pretraining config, as an item of the benchmark.
+    """The :class:`ModelSpec` of a pretraining config.
 
-    From then on this process keeps the memory that tensors free, as in training.
+    Afterwards this process keeps freed memory, as in training.
 
     Args:
-        device: where it computes.
+        device: device of the model.
         config_file: as in :func:`get_config`.
         overrides: as in :func:`get_config`.
-        variation: more overrides, of the model, which become part of the name.
+        variation: further overrides, of the model, which become part of the name.
 
     Raises:
         FileNotFoundError, ValueError: as in :func:`get_config`.
@@ -354,9 +374,9 @@ def variations(
 
     Args:
         config_file: of a pretraining model. An MAE is not varied: it predicts all patches, and is
-            what the others are compared with.
-        ratios: prediction ratios; empty for that of the config.
-        depths: numbers of decoder blocks; empty for that of the config.
+            the baseline.
+        ratios: prediction ratios; empty for the one in the config.
+        depths: numbers of decoder blocks; empty for the one in the config.
     """
     by_key = (("prediction_ratio", ratios), ("decoder_depth", depths))
     axes = [[f"model.{key}={value}" for value in values] for key, values in by_key if values]

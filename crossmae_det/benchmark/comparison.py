@@ -1,6 +1,6 @@
-"""Comparisons: of what backbones and their blocks cost, and of detectors trained from them.
+"""Compare the costs of backbones and their blocks, and the AP of detectors trained from them.
 
-Legend: N images, S image size in pixels, L patches, C channels.
+Legend: N images, S image size in pixels.
 """
 
 import json
@@ -25,7 +25,7 @@ from crossmae_det.benchmark.measuring import MEMORY_NOTES, Case, measure
 from crossmae_det.benchmark.report import Column, Section, machine
 from crossmae_det.engine.trainer import training_step
 
-# What is measured of a backbone.
+# Part that is measured -> title of the table.
 PARTS = {
     "alone": "Backbones",
     "pyramid": "Backbones with their pyramid",
@@ -35,7 +35,7 @@ PARTS = {
 # What identifies a case beside its name.
 SETTINGS = ("part", "image_size", "batch_size", "train", "precision", "device", "compiled")
 
-# What is counted of a backbone; the last one is a dictionary.
+# What is counted for a backbone; the last one is a dict.
 COUNTS = ("parameters", "flops", "flops_by_part")
 
 CASE_COLUMNS = (
@@ -44,7 +44,7 @@ CASE_COLUMNS = (
     Column("batch", "batch_size"),
 )
 
-# What is measured, by whether it is training.
+# Descriptions of the measured step, by whether it is a training step.
 STEPS = {False: "forward", True: "forward, backward and AdamW"}
 
 # Image size that takes next to no memory.
@@ -193,13 +193,13 @@ def compare(groups: Sequence[Sequence[BackboneCase]], repeats: int) -> list[dict
     """Measure groups of cases, alternately within a group.
 
     Args:
-        groups: of one image and batch size each; the first case of a group is what the others are
-            compared with.
+        groups: of one image and batch size each; the first case of a group is the baseline of
+            the others.
         repeats: rounds that count.
 
     Returns:
-        A record per case, in full precision: its settings, what :func:`count` counts, and
-        :meth:`Measurement.record`.
+        A record per case, in full precision: its settings, the result of :func:`count`, and
+        ``Measurement.record``.
 
     Raises:
         ValueError: ``repeats`` is not positive, or a model does not accept images of that size.
@@ -253,7 +253,7 @@ def comparison_sections(
             *([FEW_OBJECTS] if detectors and not first["train"] else []),
         ],
     )
-    # Those of another batch size are the same.
+    # The counts do not depend on the batch size.
     counts = {(record["backbone"], record["image_size"]): record for record in records}
     parts = dict.fromkeys(part for record in records for part in record["flops_by_part"])
     flops = Section(
@@ -293,8 +293,8 @@ def check_earlier(cases: Iterable[BackboneCase], earlier: Mapping[str, Any]) -> 
     """
     if not any(find_earlier(case.settings(), earlier) for case in cases):
         raise ValueError(
-            "the earlier results have no backbone in common with this run, at the same size, batch,"
-            " precision, part and device"
+            "the earlier results have no backbone in common with this run: measure one of them at"
+            " the same size, batch, precision, part and device"
         )
 
 
@@ -321,28 +321,6 @@ def earlier_section(records: Sequence[Mapping[str, Any]], earlier: Mapping[str, 
     )
 
 
-class OneBlock(nn.Module):
-    """A block of a ViT as a model of images, of which only the size matters.
-
-    Args:
-        block: of the feature-map path.
-        dim: channels C.
-        patch_size: in pixels.
-    """
-
-    def __init__(self, block: nn.Module, dim: int, patch_size: int):
-        super().__init__()
-        self.block = block
-        self.dim = dim
-        self.patch_size = patch_size
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(N, 3, S, S) -> {"tokens": (N, L, C)}."""
-        grid = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-        tokens = images.new_ones(len(images), grid[0] * grid[1], self.dim)
-        return {"tokens": self.block(tokens, grid)}
-
-
 def grow(
     case: BackboneCase,
     builds: Mapping[str, Callable[[], nn.Module]],
@@ -352,15 +330,15 @@ def grow(
     """Measure how the cost of blocks grows with the image size, alternately at each size.
 
     Args:
-        case: how a block is measured. Its build and image size are replaced, and its weights are
-            not counted: they do not grow.
-        builds: kind of block -> what builds it, a picklable callable.
+        case: settings of the measurement. Its build and image size are replaced, and its weights
+            are not counted: they do not grow.
+        builds: kind of block -> picklable callable that builds it.
         sizes: image sizes in pixels, at least two.
         repeats: rounds that count.
 
     Returns:
-        A table; its values are, by kind of block, the points and the powers of the image size that
-        time and memory grow with.
+        A table; its values hold, for each kind of block, the points and the exponents with which
+        time and memory grow with the image size.
 
     Raises:
         ValueError: ``repeats`` is not positive, or there are fewer than two sizes.

@@ -1,11 +1,11 @@
 """Parameters and FLOPs of models, counted from the shapes of their tensors.
 
-A FLOP is a floating-point operation: a multiply-add is two. Counted are matrix products and
-convolutions, those of attention and of the inter-block sum among them; elementwise work (norms,
-activations, softmax, the optimizer) is not, nor how a detector selects boxes and samples features
-inside them.
+A FLOP is a floating-point operation: a multiply-add is two. Matrix products and convolutions are
+counted, including those of attention and of the inter-block sum. Elementwise work (norms,
+activations, softmax, the optimizer) is not counted, nor is the selection of boxes and the sampling
+of their features in a detector.
 
-Models are on torch's meta device, which takes no memory. There attention is two matrix products;
+Models are on torch's meta device, which takes no memory. Attention is two matrix products there;
 torch's counter (2.14) does not count the fused kernel of a CPU.
 """
 
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crossmae_det.benchmark.report import Column, Section
 from crossmae_det.engine.trainer import total_loss
 
-# The method that others are compared with.
+# The method that the others are compared with.
 BASELINE = "MAE"
 
 
@@ -32,9 +32,9 @@ class ModelSpec:
 
     Attributes:
         name: for tables.
-        build: makes the model, which maps images to a dictionary of losses, on torch's default
+        build: returns the model, which maps images to a dict of losses, on torch's default
             device.
-        optimizer: makes the optimizer of a model.
+        optimizer: returns the optimizer of a model.
         image_size: in pixels, int or (H, W).
     """
 
@@ -49,7 +49,7 @@ class ModelSpec:
             return self.build()
 
     def images(self, count: int, device: torch.device | str) -> Tensor:
-        """A batch of noise, as a loader gives it: (N, 3, H, W) uint8.
+        """A batch of noise in the format of a loader: (N, 3, H, W) uint8.
 
         Raises:
             ValueError: ``count`` is not positive.
@@ -61,7 +61,7 @@ class ModelSpec:
 
 
 def flops_of(function: Callable, argument: Any) -> tuple[dict[str, int], Any]:
-    """FLOPs by the name of the module ("Global": all of them), and what the function returns."""
+    """FLOPs by module name ("Global" is the total), and the return value of the function."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         result = function(argument)
     return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}, result
@@ -131,8 +131,8 @@ def pretraining_cost(spec: ModelSpec) -> PretrainingCost:
         raise ValueError(f"{spec.name}: not a pretraining model; it has no decoder")
     flops, _ = flops_of(model, spec.images(1, "meta"))
     parameters = parameter_count(model)
-    # By difference: the encoder is entered through a method of its own, where the counter does not
-    # see a module begin.
+    # By difference: the model calls a method of the encoder other than ``forward``, which the
+    # counter does not attribute to a module.
     decoder_flops = flops[f"{type(model).__name__}.decoder"]
     return PretrainingCost(
         image_size=spec.image_size,
@@ -183,9 +183,9 @@ class DetectionCost:
 
     Attributes:
         image_size: side of the image in pixels.
-        proposals: boxes that the box heads see: as many as the RPN keeps in evaluation.
-        detections: boxes that the mask head sees: as many as are kept of an image in evaluation; 0
-            without a mask head.
+        proposals: input boxes of the box heads: the most that the RPN keeps in evaluation.
+        detections: input boxes of the mask head: the most that are kept per image in evaluation;
+            0 without a mask head.
         parameters: by part: "backbone", "pyramid", "rpn", "box_heads", "mask_head".
         flops: by part, with the parts of :func:`backbone_parts` for the backbone.
     """
@@ -261,7 +261,7 @@ def _listed(module: Any) -> list[Any]:
 
 
 def backbone_of(pyramid: Any) -> tuple[str, Any]:
-    """The backbone of a pyramid, after its prefix ("net."); of a backbone, "" and itself."""
+    """Prefix ("net.") and backbone of a pyramid; for a backbone alone, "" and itself."""
     for name in ("net", "bottom_up"):
         if hasattr(pyramid, name):
             return f"{name}.", getattr(pyramid, name)
@@ -276,8 +276,8 @@ def backbone_parts(model: Any, counts: Mapping[str, int]) -> dict[str, int]:
         counts: FLOPs by the name of the module, from :func:`flops_of`.
 
     Returns:
-        "windowed_blocks", "global_blocks" and "patch_embedding" of a ViT with windows, "backbone"
-        of any other; also "pyramid" where there is one.
+        "windowed_blocks", "global_blocks" and "patch_embedding" for a ViT with windows,
+        "backbone" for any other; also "pyramid" if there is one.
     """
     prefix, backbone = backbone_of(model)
     root = type(model).__name__

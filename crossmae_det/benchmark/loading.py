@@ -27,10 +27,9 @@ from crossmae_det.model_zoo.zoo import get_config
 from crossmae_det.pretraining.crops import RandomCrops
 from crossmae_det.pretraining.image_datasets import ImageFiles, ShardedImages, StoredImage
 
-# Images per repeat, spread evenly over the dataset: some seconds.
+# Images per repeat, spread evenly over the dataset; they take some seconds.
 CROP_IMAGES = 256
 JITTER_IMAGES = 64
-
 
 Images = ImageFiles | ShardedImages
 
@@ -64,13 +63,13 @@ class TorchvisionCrops:
 
 
 def crop_loading(dataset: str, images: Images, image_size: int, repeats: int) -> Section:
-    """The rate of this project's crops beside those of torchvision, as a table.
+    """A table of the rates of this project's crops and of torchvision's.
 
     Args:
         dataset: its name, for the table.
         images: at least one; at most 256 are used.
         image_size: side of the crops in pixels.
-        repeats: how often each pipeline goes through the images.
+        repeats: number of passes of each pipeline over the images.
 
     Raises:
         ValueError, OSError: ``repeats`` is not positive, or an image cannot be decoded.
@@ -112,12 +111,12 @@ def crop_loading(dataset: str, images: Images, image_size: int, repeats: int) ->
 
 
 def time_crops(images: Images, crops: Sequence[Crop], repeats: int) -> list[list[float]]:
-    """Time ways to make a crop of an encoded image, alternately, on one thread.
+    """Time functions that decode and crop an image, alternately, on one thread.
 
     Args:
         images: at least one; at most 256 are used.
-        crops: the ways. Each draws different crops in each repeat.
-        repeats: how often each goes through the images.
+        crops: the functions. Each makes different crops in each repeat.
+        repeats: number of passes of each function over the images.
 
     Returns:
         For each of ``crops``, the images per second of each repeat.
@@ -137,13 +136,13 @@ def time_crops(images: Images, crops: Sequence[Crop], repeats: int) -> list[list
 
 
 def detection_loading(dataset: str, image_size: int, repeats: int) -> Iterator[Section]:
-    """The rate of large-scale jitter over a detection dataset, as a table.
+    """A table of the rate of large-scale jitter over a detection dataset.
 
     Args:
         dataset: a name that is registered in detectron2, or ``annotations.json:image_folder``. A
             folder of images has no annotations and yields no table.
         image_size: side of the crops in pixels.
-        repeats: how often the images are gone through.
+        repeats: number of passes over the images.
 
     Raises:
         ValueError, OSError: the dataset cannot be loaded, or an image cannot be decoded.

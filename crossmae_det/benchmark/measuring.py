@@ -32,10 +32,10 @@ MEMORY_NOTES = {
 
 OUT_OF_MEMORY = "out of memory"
 
-# What torch says on a CPU that has no memory left.
+# Part of torch's message when a CPU has no memory left.
 CPU_ALLOCATOR = "can't allocate memory"
 
-# A process that uses CUDA must not be forked from one that has only looked for a GPU.
+# A process that uses CUDA must not be forked, not even from one that has only looked for a GPU.
 START_METHODS = {"cpu": "forkserver", "cuda": "spawn"}
 
 
@@ -77,7 +77,7 @@ def check_repeats(repeats: int) -> None:
 def interleaved(
     measures: Sequence[Callable[[], T]], repeats: int, description: str
 ) -> list[list[T]]:
-    """Measure alternately, A B A B, so that the drift of a machine affects all alike.
+    """Measure alternately, A B A B, so that the drift of a machine affects all of them equally.
 
     A warm-up round comes first and is dropped.
 
@@ -105,11 +105,11 @@ def interleaved(
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Something to be measured in a process of its own; it is picklable.
+    """Something to measure in a process of its own; picklable.
 
     Attributes:
         name: for tables.
-        build: makes the model. Its module is imported once for all processes.
+        build: returns the model. Its module is imported once for all processes.
         batch_size: images of a batch.
         precision: a key of :data:`PRECISIONS`, for autocast.
         device: "cpu" or "cuda".
@@ -124,7 +124,7 @@ class Case:
     count_model: bool = True
 
     def prepare(self) -> Callable[[], None]:
-        """Build everything; the function returned is what is measured."""
+        """Build everything, and return the function to measure."""
         raise NotImplementedError
 
     def autocast(self) -> torch.autocast:
@@ -137,7 +137,7 @@ C = TypeVar("C", bound=Case)
 
 @dataclass
 class Measurement(Generic[C]):
-    """What was measured of a case.
+    """The measurements of a case.
 
     Attributes:
         case: the case.
@@ -158,7 +158,7 @@ class Measurement(Generic[C]):
         """The measurement in full precision, as a flat record.
 
         Args:
-            first: what time (round by round) and memory are compared with.
+            first: baseline for time (round by round) and memory.
         """
         if self.failure:
             return {"failure": self.failure}
@@ -195,8 +195,8 @@ def measure(
         cases: what to measure.
         repeats: rounds that count.
         description: for the progress bar.
-        reference: measured in this process before and after each round of each case: what the
-            machine can do at that time.
+        reference: called in this process before and after each round of each case, to measure
+            the speed of the machine at that time.
 
     Raises:
         ValueError: ``repeats`` is not positive.
@@ -225,10 +225,10 @@ def measure(
 
 
 class _Worker:
-    """A process that runs one case whenever it is asked to.
+    """A process that runs one case on request.
 
     Args:
-        measurement: of the case; a failure is noted in it.
+        measurement: of the case; a failure is recorded in it.
     """
 
     def __init__(self, measurement: Measurement):
@@ -246,10 +246,10 @@ class _Worker:
         remote.close()
 
     def ask(self, request: str) -> Any:
-        """What a method of the :class:`Meter` in the process measures.
+        """Call a method of the :class:`Meter` in the process and return its result.
 
-        0 after a failure, which is noted in the measurement; the process then ends, because the
-        others need its memory.
+        After a failure, which is recorded in the measurement, the result is 0 and the process ends:
+        the others need its memory.
         """
         if self.measurement.failure:
             return 0
@@ -258,7 +258,7 @@ class _Worker:
             answer = self._connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            # Linux kills a process that asks for more memory than there is.
+            # Linux kills a process when memory runs out.
             killed = self.process.exitcode == -signal.SIGKILL
             answer = OUT_OF_MEMORY if killed else f"ended with {self.process.exitcode}"
         if not isinstance(answer, str):
@@ -302,8 +302,8 @@ class Meter:
 
     def __init__(self, case: Case):
         self.cuda = case.device == "cuda"
-        # torch's timer waits for the GPU. Without one it must not even look for it: this process
-        # may be forked.
+        # torch's timer waits for the GPU. On a CPU it must not even look for one: this process may
+        # be forked.
         self._clock = timer if self.cuda else time.perf_counter
         before = self._memory()
         self._run = case.prepare()
@@ -315,8 +315,8 @@ class Meter:
     def seconds(self) -> float:
         """Run the case once.
 
-        On CUDA it runs once before, and its cached memory is released after: the processes that
-        wait share that memory, and asking the driver for it takes time.
+        On CUDA it first runs once untimed, to fill torch's memory cache, and releases that cache
+        afterwards, for the processes that wait.
         """
         if self.cuda:
             self._run()

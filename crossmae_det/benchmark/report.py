@@ -21,12 +21,12 @@ from crossmae_det.model_zoo.records import read_records
 from crossmae_det.utils import atomic_path
 from crossmae_det.utils.files import write_json
 
-# To be raised when an older reader would misunderstand the JSON.
+# Increase it when an older reader would misread the JSON.
 JSON_VERSION = 2
 
 PLOT_FORMATS = ("png", "svg")
 
-# Published box AP is that of detectors at this image size.
+# Image size of the detectors whose box AP is published.
 DETECTION_SIZE = 1024
 
 
@@ -102,10 +102,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """Tables, and what they were measured on. Files are written atomically.
+    """Tables, and the environment they were measured in. Files are written atomically.
 
     Attributes:
-        command: the command line that makes it.
+        command: the command line that produces it.
         environment: from :func:`environment`.
         sections: the tables.
     """
@@ -195,11 +195,11 @@ def _cpu_name() -> str:
 
 @dataclass(frozen=True)
 class PublishedAP:
-    """COCO box AP that was published of a detector.
+    """Published COCO box AP of a detector.
 
     Attributes:
-        backbone: its name in the benchmark.
-        weights: what it was pretrained with.
+        backbone: name of its backbone in the benchmark.
+        weights: method of its pretraining.
         box_ap: in percent; MODEL_ZOO.md has the sources.
     """
 
@@ -222,11 +222,11 @@ def plot_sections(sections: Iterable[Section], folder: str | os.PathLike[str]) -
     """Plot latency, memory and published AP of backbones, and the growth of blocks.
 
     Args:
-        sections: of a report; those of other things, and cases that failed, are not plotted.
+        sections: of a report; other sections, and cases that failed, are not plotted.
         folder: for the plots.
 
     Returns:
-        The files, PNG and SVG.
+        The files written, PNG and SVG.
 
     Raises:
         OSError: a file cannot be written.

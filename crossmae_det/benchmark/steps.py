@@ -21,8 +21,8 @@ from crossmae_det.benchmark.measuring import (
 from crossmae_det.benchmark.report import Column, Section
 from crossmae_det.engine.trainer import training_step
 
-# GEMMs of each shape in a measurement. All of them count, as all of a step's do: on a shared
-# machine the fastest one is luck.
+# GEMMs of each shape in a measurement. All of them count, as all GEMMs of a step do: on a shared
+# machine, the time of the fastest one is luck.
 ATTEMPTS = 3
 
 SHAPES_PER_MODEL = 2
@@ -69,7 +69,7 @@ class GemmRate:
 
     Args:
         shapes: of the GEMMs.
-        device: where they run.
+        device: of the matrices.
         dtype: of the matrices.
     """
 
@@ -98,7 +98,7 @@ class TrainingStepCase(Case):
     """Forward and backward pass of a batch of uint8 images, and the optimizer step.
 
     Attributes:
-        build: makes the :class:`ModelSpec`.
+        build: returns the :class:`ModelSpec`.
         flops: FLOPs of forward and backward pass.
     """
 
@@ -136,11 +136,12 @@ def time_steps(
     """Time training steps alternately, each model in a process of its own.
 
     Args:
-        builds: at least one; each makes a model's spec, here and in its process, and is picklable.
+        builds: at least one; each returns the spec of a model, is called here and in the process
+            of the model, and is picklable.
         batch_size: images of a step.
         precision: a key of ``PRECISIONS``: of the GEMMs and, by autocast, of the models.
         repeats: steps of each model that count.
-        device: where they run.
+        device: device of the models and the GEMMs.
 
     Returns:
         The table of :func:`step_section`.
@@ -171,8 +172,7 @@ def step_section(
     """Training steps as a table.
 
     Args:
-        measurements: their references are FLOP/s of GEMMs; the first is what the others are
-            compared with.
+        measurements: their references are FLOP/s of GEMMs; the first one is the baseline.
         shapes: of the GEMMs.
     """
     first = measurements[0]

@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "MODEL_ZOO.md"
 
 TEMPLATE = "page.md.j2"
 
-# MAEs without a config of their own, for CrossMAE to be compared with: (config, overrides).
+# Baselines for CrossMAE without a config of their own: (config, overrides).
 BASELINES = (
     ("pretraining/mae_vit_b_800ep.py", ("dataloader.image_size=448",)),
     (
@@ -125,8 +125,9 @@ def measure_all() -> dict[str, list[dict[str, Any]]]:
     """Count every shipped config, and the MAEs of :data:`BASELINES`.
 
     Returns:
-        "pretraining" and "detection", each a list by ascending cost, with the demos at the end:
-        "configs" of the same cost, "overrides", and what :func:`measure` returns.
+        "pretraining" and "detection", each a list by ascending cost, with the demos at the end.
+        An entry has the "configs" of the same cost, "overrides", and the fields of
+        :func:`measure`.
     """
     names = sorted(list_configs(), key=_natural)
     chosen: list[tuple[str, Sequence[str]]] = [(name, ()) for name in names]
@@ -150,7 +151,7 @@ def updated(records: Mapping[str, Any]) -> dict[str, Any]:
         records: from :func:`crossmae_det.model_zoo.records.read_records`.
 
     Returns:
-        New records, which differ in the costs and in what counted them.
+        New records, which differ in the costs and in the version of torch that counted them.
     """
     costs = {"origin": records["costs"]["origin"], **measure_all()}
     machine = records["origins"][costs["origin"][0]]["machine"]

@@ -1,9 +1,9 @@
-"""The checkpoints of a run: written atomically, read safely, enough to resume to the same bits.
+"""The checkpoints of a run: written atomically, read safely, complete enough to resume bit for bit.
 
 On ``--resume`` the config decides every setting: learning rates, weight decay, betas, schedule,
-batch size, data, seed. The checkpoint has what was trained: the weights, the optimizer's state (by
-the names of the parameters) and the number of images seen. Settings that differ from the run so far
-are logged; those that cannot be combined with the checkpoint are rejected.
+batch size, data, seed. The checkpoint provides what was trained: the weights, the optimizer's state
+(by parameter name) and the number of images seen. Settings that differ from those in the checkpoint
+are logged; settings that cannot be combined with it are rejected.
 """
 
 import inspect
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 POINTER = "last_checkpoint"  # the file with the name of the checkpoint that --resume continues from
 
-# The weights are those of the checkpoint, whatever the run started from.
+# The weights come from the run's checkpoint, whatever the run started from.
 WITHOUT_EFFECT = "train.init_checkpoint"
 
 OPTIMIZER = "optimizer._target_"
@@ -101,24 +101,24 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def check_changes(path: str, found: Iterable[Change]) -> None:
-    """Reject changes that the run of a checkpoint cannot continue with.
+    """Reject changed settings that the run of a checkpoint cannot be resumed with.
 
     Raises:
-        ValueError: another optimizer, or other classes.
+        ValueError: the optimizer or the classes differ.
     """
     for key, old, new in found:
         if key == OPTIMIZER:
             raise ValueError(
-                f"cannot resume {path}: its optimizer is {old} and the config's is {new}: set"
-                f" {key} back, or start a new run from it with train.init_checkpoint={path}"
+                f"cannot resume {path} (optimizer {old}) with {new}: restore {key}, or start a new"
+                f" run from it with train.init_checkpoint={path}"
             )
         if key == CATEGORIES:
             names = [list(v.values()) if isinstance(v, Mapping) else v for v in (old, new)]
             if names[0] != names[1]:
                 there, here = (list_names(n) if isinstance(n, list) else n for n in names)
                 raise ValueError(
-                    f"cannot resume {path}: its classes are {there} and those of the config's"
-                    f" dataset are {here}: take a dataset of the same classes, or start a new run"
+                    f"cannot resume {path}, trained on the classes {there}, with a dataset of the"
+                    f" classes {here}: use a dataset with the same classes, or start a new run"
                     f" from it with train.init_checkpoint={path}"
                 )
 
@@ -126,7 +126,7 @@ def check_changes(path: str, found: Iterable[Change]) -> None:
 def check_model(
     path: str, file: Mapping[str, Tensor], model: Mapping[str, Tensor], found: Iterable[Change]
 ) -> None:
-    """Reject a checkpoint of another model, given the state dicts of the file and of the model.
+    """Reject a checkpoint of another model, by the state dicts of the file and of the model.
 
     Raises:
         ValueError: names or shapes differ.
@@ -139,8 +139,9 @@ def check_model(
         causes = [str(change) for change in found if change.key.startswith("model.")]
         because = f" (changed: {', '.join(causes[:3])})" if causes else ""
         raise ValueError(
-            f"cannot resume {path}: it is of another model, '{name}' {there} in it and {here} in"
-            f" the config's model{because}: set the model back, or choose another train.output_dir"
+            f"cannot resume {path}, a checkpoint of another model: '{name}' {there} in it and"
+            f" {here} in the config's model{because}: restore the model's settings, or choose"
+            " another train.output_dir"
         )
 
 
@@ -156,22 +157,22 @@ def match_optimizer_state(
     optimizer: torch.optim.Optimizer,
     names: list[list[str]],
 ) -> dict[str, Any]:
-    """The optimizer state of a file, for the parameters and settings of another optimizer.
+    """Fit the optimizer state of a file to the parameters and settings of another optimizer.
 
     Args:
-        state_dict: of the optimizer in the file.
-        old_names: its :func:`parameter_names`; None for a file without them: parameters are then
+        state_dict: state dict of the optimizer in the file.
+        old_names: its :func:`parameter_names`; None if the file has none: parameters are then
             matched by their order.
         optimizer: the optimizer to load the state into.
-        names: of its parameters.
+        names: its :func:`parameter_names`.
 
     Returns:
-        What ``optimizer.load_state_dict`` takes: the state of every parameter that the file has one
-        for; the groups and their settings are those of ``optimizer``.
+        The argument of ``optimizer.load_state_dict``: the state of every parameter that has one in
+        the file; the groups and their settings are those of ``optimizer``.
 
     Raises:
-        ValueError: the file has no names and the parameters are not the same; or the settings of
-            ``optimizer`` need a state that the file does not have (amsgrad, say).
+        ValueError: the file has no names and the parameters differ; or the settings of
+            ``optimizer`` (such as amsgrad) need state that the file does not have.
     """
     wanted = [name for group in names for name in group]
     order = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -187,7 +188,7 @@ def match_optimizer_state(
     }
     _check_entries(optimizer, state, wanted)
     for what, missing in (
-        ("not trained so far start without optimizer state", set(wanted) - known.keys()),
+        ("were not trained before and start without optimizer state", set(wanted) - known.keys()),
         ("are no longer trained: their optimizer state is dropped", known.keys() - set(wanted)),
     ):
         if missing:
@@ -201,10 +202,10 @@ def _check_order(
     names: list[str],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Reject a state without names that is of other parameters, by their number and shapes."""
+    """Reject a state without names whose parameters differ in number or shape."""
     advice = (
-        "the checkpoint, of an earlier version, has no names for them: resume with the parameters"
-        " and groups of that run, or start a new run from its weights by train.init_checkpoint"
+        "the checkpoint, of an earlier version, has no parameter names: resume with the parameters"
+        " and groups of that run, or start a new run from its weights with train.init_checkpoint"
     )
     if len(order) != len(names):
         raise ValueError(
@@ -225,9 +226,9 @@ def _check_order(
 def _check_entries(
     optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]], names: list[str]
 ) -> None:
-    """Reject settings that need what the state does not have; torch fails at the first step.
+    """Reject settings that need entries which the state lacks; torch would fail at the first step.
 
-    What an optimizer keeps for a parameter is found by a step on one number.
+    A trial step on a single number shows which entries the optimizer keeps for a parameter.
     """
     place = 0
     arguments = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
@@ -246,7 +247,7 @@ def _check_entries(
             if state.get(index) and (missing := sorted(needed - state[index].keys())):
                 raise ValueError(
                     f"the checkpoint has no '{missing[0]}' for '{names[index]}', which the config's"
-                    f" settings of {type(optimizer).__name__} need: set them back"
+                    f" settings of {type(optimizer).__name__} need: restore those settings"
                 )
 
 
@@ -372,8 +373,8 @@ class Checkpointer(FvcoreCheckpointer):
 class PeriodicCheckpointer(PeriodicHook):
     """detectron2's hook, for runs that are resumed.
 
-    A run that is resumed with another batch size counts its iterations anew, so that a file name
-    may repeat: the file is then the newest one, and not deleted as the old one of that name.
+    A run that is resumed with another batch size recounts its iterations, so a file name may
+    repeat. The file then counts as the newest one, and is not deleted in place of the old one.
     """
 
     def resume(self) -> None:

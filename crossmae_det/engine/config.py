@@ -1,8 +1,8 @@
-"""From a config to the values of a job, and back to a file that is a config again.
+"""Resolve and check the config of a job, and save it as a config that can be loaded again.
 
-A saved config has what the user set, as it was set. What follows from the data is not written into
-its keys but beside them, in ``dataloader.recorded``: it is derived again where the data exist, and
-taken from the record where they do not.
+A saved config keeps the values that the user set, as they were set. Values derived from the data
+are kept apart, in ``dataloader.recorded``: they are derived again if the data exist, and read from
+there otherwise.
 """
 
 import logging
@@ -27,12 +27,12 @@ FILE = "config.yaml"  # in the folder of a run
 
 KEYS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
-# What follows from the data, and what of it a saved config remembers.
+# What is derived from the data, and the record of it in a saved config.
 DATASET_INFO = "dataloader.dataset_info"
 
 RECORDED = "dataloader.recorded"
 
-# The classes of the model by dataset id, in their order, and the keys that must be their number.
+# The classes of the model by dataset id, in their order, and the keys that hold their number.
 CATEGORIES = "dataloader.categories"
 
 NUM_CLASSES_KEYS = "dataloader.num_classes_keys"
@@ -58,9 +58,9 @@ RANGES: Sequence[tuple[str, float, bool]] = (
     ("optimizer.weight_decay", 0, False),
 )
 
-WITHOUT_TRAINING = frozenset({"dataloader.image_size", "train.seed"})
+WITHOUT_TRAINING = frozenset({"dataloader.image_size", "train.seed"})  # checked in any case
 
-LARGEST = 2**31 - 1  # of whole numbers
+LARGEST = 2**31 - 1  # largest whole number allowed
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -71,8 +71,8 @@ def check_keys(cfg: DictConfig) -> None:
     """
     if absent := [key for key in KEYS if key not in cfg]:
         raise ValueError(
-            f"the config has no {', '.join(absent)}: a config that can be run has the keys "
-            f"{', '.join(KEYS)}"
+            f"the config has no {', '.join(absent)}: a config to run needs the keys"
+            f" {', '.join(KEYS)}"
         )
 
 
@@ -103,7 +103,7 @@ def check_ranges(cfg: DictConfig, *, training: bool = True) -> None:
 
 
 def resolve(cfg: DictConfig) -> DictConfig:
-    """The config with values in place of its references, checked; ``cfg`` is unchanged.
+    """Replace the references of a config by values and check it; ``cfg`` is unchanged.
 
     Without a test set (``dataloader.test.dataset.names`` is null) the result has no evaluation.
 
@@ -133,10 +133,10 @@ def _is_without_test_set(cfg: DictConfig) -> bool:
 
 
 def _check_classes(cfg: DictConfig) -> None:
-    """Reject a model whose number of classes is set and is not that of the data.
+    """Reject a model whose number of classes is set and differs from that of the data.
 
     Raises:
-        ValueError: it is not, or the categories are not a mapping.
+        ValueError: the numbers differ, or the categories are not a mapping.
     """
     categories = OmegaConf.select(cfg, CATEGORIES)
     if categories is None:
@@ -150,14 +150,14 @@ def _check_classes(cfg: DictConfig) -> None:
         if number is not None and number != len(categories):
             raise ValueError(
                 f"{key}={number}, but the data have {list_names(categories.values())} classes:"
-                " remove the key, the number of classes follows from the data"
+                " remove the key to use the number of classes in the data"
             )
 
 
 def save(cfg: DictConfig, resolved: DictConfig, path: str | os.PathLike[str]) -> None:
-    """Write a config with its references and, from ``resolved``, what its datasets are now.
+    """Write a config, with its references and the dataset info in ``resolved``, to a yaml file.
 
-    ``path`` is a yaml file; it is written atomically.
+    The file is written atomically.
 
     Raises:
         OSError: the file cannot be written.
@@ -216,8 +216,8 @@ def use_trained_categories(cfg: DictConfig, content: Mapping[str, Any]) -> None:
 
     Args:
         cfg: not resolved.
-        content: of the checkpoint: those of this package's runs have their categories. For others,
-            the record of a saved config is used.
+        content: of the checkpoint. Those of this package's runs record their categories; for
+            others, the categories recorded in a saved config are used.
     """
     if OmegaConf.select(cfg, "dataloader.train.dataset.names") is None:
         return
@@ -258,7 +258,7 @@ def build(part: DictConfig, key: str) -> Any:
         ArithmeticError,
         RuntimeError,
     ) as error:
-        # The shipped configs are built by tests, so it is a key that was changed.
+        # The shipped configs are built by tests, so the cause is a key that the user changed.
         logger.debug("Traceback of the error", exc_info=True)
         reason = str(error).partition("\n")[0]
         raise ValueError(

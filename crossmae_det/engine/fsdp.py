@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_config(cfg: DictConfig) -> None:
-    """Reject a config with what a sharded model cannot do.
+    """Reject a config that a sharded model cannot run.
 
     Raises:
         ValueError: it evaluates, or averages weights.
@@ -31,7 +31,7 @@ def check_config(cfg: DictConfig) -> None:
     if "evaluator" in cfg.dataloader:
         # Processes with fewer images would leave the others waiting for their parts.
         raise ValueError(
-            "train.fsdp is for jobs without evaluation, and this config has a dataloader.evaluator:"
+            "train.fsdp is for jobs without evaluation, but the config has dataloader.evaluator:"
             " set train.fsdp.enabled=False"
         )
     if cfg.train.ema.enabled:
@@ -42,8 +42,8 @@ def shard(model: nn.Module) -> nn.Module:
     """Shard a model over the processes of the job, each of its transformer blocks as one unit.
 
     Args:
-        model: on its device; the weights of the first process count. Changed in place. Methods
-            other than ``forward`` that compute are named in its ``forward_methods``.
+        model: on its device; changed in place. All processes start from the weights of the first.
+            ``model.forward_methods`` names the methods other than ``forward`` that run layers.
 
     Returns:
         The model; unchanged if the job has one process.

@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"  # in the folder of a run
 
-# A run too short for its warm-up still spends most of its iterations at the full rate.
+# Of a run, as a fraction: a short run still spends most of its iterations at the full rate.
 LONGEST_WARMUP = 0.1
 
-# Ends of the names of parameter groups that share the rate of their layer.
+# Suffixes of the names of parameter groups that share the learning rate of their layer.
 OWN_DECAY = re.compile(r"_(no_decay|decay_[\d.e+-]+)$")
 
 
@@ -81,7 +81,7 @@ class MetricsWriter(EventWriter):
     The file appears with the first metric: a run that fails before its first iteration leaves none.
 
     Args:
-        json_file: is appended to.
+        json_file: file to append to.
         window_size: of the median that smooths scalars, in iterations.
     """
 
@@ -131,7 +131,7 @@ class ModelEMA(HookBase):
         return self.averaged.module
 
     def restart(self) -> None:
-        """Take the model's present weights, and average from the next iteration on."""
+        """Start the average anew, from the model's current weights."""
         self.model.load_state_dict(self.source.state_dict())
         self.averaged.n_averaged.zero_()
 
@@ -187,12 +187,12 @@ class LearningRateSchedule(LRScheduler):
 class Evaluation(EvalHook):
     """detectron2's evaluation hook, with metrics in every process.
 
-    It evaluates neither after a run that failed in its last iteration, nor the same weights twice:
-    early stopping ends a run where it was just evaluated.
+    It does not evaluate after a run that failed in its last iteration, nor the same weights twice:
+    early stopping ends a run directly after an evaluation.
     """
 
     def __init__(self, eval_period: int, eval_function: Callable[[], dict[str, Any]]):
-        # In every process, since decisions that follow from a metric may need all of them.
+        # In every process, since all of them act on a metric (early stopping, best checkpoint).
         super().__init__(eval_period, lambda: comm.all_gather(eval_function())[0])
         self.evaluated_iter = -1
 
@@ -222,15 +222,15 @@ class MetricCurves(HookBase):
 
 
 class Visualizer(Protocol):
-    """What ``train.visualizer`` of a config is: a task's drawings of what its model does."""
+    """Interface of ``train.visualizer`` in a config: draws what the model of a task computes."""
 
     period: int  # in iterations; 0: after the last one only
 
     def compute(self, model: Any) -> Any:
-        """What to draw, from the model in inference mode. Called in every process."""
+        """Compute what to draw. Called in every process, with the model in inference mode."""
 
     def write(self, result: Any, iteration: int, storage: EventStorage) -> None:
-        """Write it. Called in the first process, with the storage of the run's metrics."""
+        """Draw it. Called in the first process, with the storage of the run's metrics."""
 
 
 class Visualization(HookBase):

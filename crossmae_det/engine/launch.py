@@ -1,4 +1,4 @@
-"""From a command line to a running job: arguments, device, log, run folder and processes."""
+"""Start a job from a command line: arguments, device, log, run folder and processes."""
 
 import ctypes
 import logging
@@ -93,7 +93,7 @@ def add_loading_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prefix",
         default="",
-        help="part of the checkpoint to take: an entry (teacher.), a beginning of names (encoder.)"
+        help="part of the checkpoint to load: an entry (teacher.), a name prefix (encoder.)"
         " or both (student.backbone.)",
     )
     for name, what in (
@@ -116,7 +116,7 @@ def run_tool(main: Callable[[], Any]) -> None:
     except USER_ERRORS as error:
         logger.debug("Traceback of the error", exc_info=True)
         if comm.get_rank() > 0:
-            # The first process reports it and exits, which ends the others; unless it met nothing.
+            # If the first process fails as well, it reports the error, and its exit ends this one.
             time.sleep(WAIT_FOR_FIRST)
         print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
@@ -159,14 +159,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def keep_freed_memory(device: torch.device) -> bool:
-    """On the CPU, let this process keep freed memory for the tensors that follow.
+    """On a CPU, let this process keep freed memory for later tensors.
 
-    glibc returns large blocks to the kernel, and the next step's activations then cost a page fault
-    and a page of zeros for every 4 KiB: a quarter of the time of a step of ViT-B on 32 images. The
-    process then never becomes smaller than it was at its largest. On GPUs torch caches memory.
+    Otherwise glibc returns large blocks to the kernel, and the activations of the next step cost a
+    page fault and a page of zeros for every 4 KiB: a quarter of the time of a step of ViT-B on 32
+    images. The memory of the process then never shrinks. On a GPU, torch caches memory itself.
 
     Returns:
-        False if nothing has changed: on a GPU, or if the C library is not glibc.
+        Whether it took effect: False on a GPU, or if the C library is not glibc.
     """
     if device.type != "cpu":
         return False
@@ -223,7 +223,7 @@ def find_run(output_dir: str | os.PathLike[str]) -> list[str]:
 
 
 def check_folder(cfg: DictConfig, args: Namespace) -> None:
-    """Reject a training run in the folder of another one; nothing is changed.
+    """Reject a training run in a folder that already has one; no file is changed.
 
     Args:
         cfg: with ``train.output_dir`` and ``train.init_checkpoint``.
@@ -231,8 +231,8 @@ def check_folder(cfg: DictConfig, args: Namespace) -> None:
 
     Raises:
         ValueError: the folder has a run, without ``--resume`` or ``--overwrite``; both are given;
-            ``--resume`` finds checkpoints, but not which is the last; or ``--overwrite`` would
-            remove the weights that the run starts from.
+            ``--resume`` finds checkpoints but no record of the last one; or ``--overwrite``
+            would remove the weights that the run starts from.
     """
     if args.eval_only:
         return
@@ -266,16 +266,16 @@ def check_folder(cfg: DictConfig, args: Namespace) -> None:
 
 
 def claim_folder(cfg: DictConfig, args: Namespace) -> list[str]:
-    """Make the folder of a run, and with ``--overwrite`` remove the run in it.
+    """Create the folder of a run, and with ``--overwrite`` remove the run in it.
 
     Every process calls it; the first one decides for all of them, before any of them writes. For
     the arguments see :func:`check_folder`.
 
     Returns:
-        The names of what was removed.
+        The names of the files and folders removed.
 
     Raises:
-        ValueError: see :func:`check_folder`; or the folder cannot be made or changed.
+        ValueError: see :func:`check_folder`; or the folder cannot be created or changed.
     """
     result: list[str] | ValueError = []
     if comm.is_main_process():
@@ -321,7 +321,7 @@ def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
     options = resolved.train
     device = resolve_device(options.device)
     if device.type == "meta":
-        raise ValueError("train.device='meta': it has no values: use auto, cpu or cuda")
+        raise ValueError("train.device='meta' cannot run a job: use auto, cpu or cuda")
     removed = claim_folder(resolved, args)
     start_log(options.output_dir)
     world_size = comm.get_world_size()
@@ -333,7 +333,7 @@ def setup(cfg: DictConfig, args: Namespace) -> DictConfig:
         logger.warning("--overwrite removed the run in the folder: %s", ", ".join(removed))
     logger.debug("Command line arguments: %s", args)
     if comm.is_main_process():
-        # It looks for a CUDA compiler when it is imported.
+        # Its import looks for a CUDA compiler.
         from detectron2.utils.collect_env import collect_env_info
 
         logger.debug("Environment\n%s", collect_env_info())
@@ -347,12 +347,12 @@ def run_distributed(main: Callable[[Namespace], Any], args: Namespace, cfg: Dict
     """Run ``main(args)`` in every process of the job.
 
     Under torchrun this process is one of them. Otherwise ``args.num_gpus`` processes are started on
-    this machine. detectron2's ``launch`` does not know torchrun, and takes nccl on a machine with
-    GPUs also if the run is on the CPU; here the backend follows the device of the run.
+    this machine. detectron2's ``launch`` does not support torchrun, and uses nccl on any machine
+    with GPUs, even for a run on the CPU; here the backend follows the device of the run.
 
     Args:
-        main: run in each process; it can be pickled.
-        args: of :func:`argument_parser`.
+        main: function to run in each process; must be picklable.
+        args: from :func:`argument_parser`.
         cfg: the config of the job, for its device and its folder; ``main`` reads its own.
 
     Raises:
@@ -369,7 +369,7 @@ def run_distributed(main: Callable[[Namespace], Any], args: Namespace, cfg: Dict
         raise ValueError(f"--num-gpus must not be negative, got {local_size}")
     if device.type == "cuda" and local_size > torch.cuda.device_count():
         raise ValueError(
-            f"{local_size} processes need as many GPUs, and this machine has"
+            f"{local_size} processes need {local_size} GPUs, but this machine has"
             f" {torch.cuda.device_count()}: lower --num-gpus, or set train.device=cpu"
         )
     if world_size > 1 and device.index is not None:
@@ -387,7 +387,10 @@ def run_distributed(main: Callable[[Namespace], Any], args: Namespace, cfg: Dict
         url = args.dist_url
         if url == "auto":
             if args.num_machines > 1:
-                raise ValueError("--dist-url=auto: several machines need the address of the first")
+                raise ValueError(
+                    "--dist-url=auto works on one machine only: set the address of the first"
+                    " machine, tcp://HOST:PORT"
+                )
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
@@ -424,6 +427,6 @@ def _run_process(
     backend = distributed.get_default_backend_for_device(device_type)
     distributed.init_process_group(backend, timeout=TIMEOUT, **(group or {}))
     comm.create_local_process_group(local_size)
-    comm.synchronize()  # groups that are used at once may time out, as detectron2 found
+    comm.synchronize()  # avoids a timeout after init_process_group, as in detectron2
     main(args)
     distributed.destroy_process_group()

@@ -8,7 +8,7 @@ what each holds.
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,9 +51,9 @@ from crossmae_det.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
-REPORT = "init_checkpoint.json"  # what became of every tensor of train.init_checkpoint
+REPORT = "init_checkpoint.json"  # how each tensor of train.init_checkpoint was used
 
-EMA_FOLDER = "inference_ema"  # beside "inference", which has the evaluation of the raw weights
+EMA_FOLDER = "inference_ema"  # results of the averaged weights, beside "inference"
 
 
 def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
         The results of the last evaluation; empty without one, and in all processes but the first.
 
     Raises:
-        ValueError, OSError: an error of the user, in one line.
+        ValueError, OSError: a user error; the message is one line.
         NonFiniteError: a loss or the gradient was not finite.
     """
     content: dict[str, Any] = {}
@@ -101,22 +101,22 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
 
 
 def load_pretrained(cfg: DictConfig, weights: str = "model") -> nn.Module:
-    """Build the model of a config with all of its weights, for tools that look at a trained model.
+    """Build the model of a config and load its weights, for tools that use a trained model.
 
     Args:
-        cfg: ``train.init_checkpoint`` points to a file with the whole model, ``train.device`` says
-            where the model goes. ``dataloader.categories`` becomes the classes of the weights.
+        cfg: ``train.init_checkpoint`` points to a checkpoint of the whole model, ``train.device``
+            is the model's device. ``dataloader.categories`` is set to the classes of the weights.
         weights: "model", or "ema" for the averaged weights of the run.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ValueError, OSError: no checkpoint is named, or it does not have the whole of this model.
+        ValueError, OSError: no checkpoint is set, or it does not hold this whole model.
     """
     checkpoint = cfg.train.init_checkpoint
     if not checkpoint:
-        raise ValueError("this needs weights: add train.init_checkpoint=PATH")
+        raise ValueError("the model needs weights: add train.init_checkpoint=PATH")
     check_ranges(cfg, training=False)
     device = resolve_device(cfg.train.device)
     content = read_checkpoint(checkpoint)
@@ -136,7 +136,7 @@ def evaluate(
     Args:
         cfg: the config.
         model: its model.
-        name: sub-folder of the run's folder for the evaluator's files.
+        name: subfolder of the run's folder for the evaluator's files.
         **context: added to the results file.
 
     Returns:
@@ -186,7 +186,7 @@ def train(
     main = comm.is_main_process()
     device = next(model.parameters()).device
     precision = amp_dtype(options, device)
-    # Before objects are put into the config, and with what "auto" is on this machine.
+    # Taken before objects are put into the config; "auto" is replaced by this machine's precision.
     run_settings = settings(cfg) | {"precision": precision or "float32"}
     logger.info("Precision: %s", precision or "float32")
     parallel = _parallel(cfg, model)
@@ -209,7 +209,7 @@ def train(
         trainer=trainer,
         **({} if ema is None else {"ema": ema.averaged}),
     )
-    # In every process, since a model may be sharded over them; one writes and deletes.
+    # In every process, since the model may be sharded; only one process writes and deletes.
     periodic = PeriodicCheckpointer(
         checkpointer,
         options.checkpointer.period,
@@ -235,7 +235,7 @@ def train(
             LearningRateSchedule(scheduler=schedule),
             periodic,
             *_evaluation_hooks(cfg, checkpointer, precision, evaluate_now),
-            # Before the writers, which write what it draws.
+            # Before the writers, which write its drawings.
             Visualization(instantiate(options.visualizer)) if options.visualizer else None,
             hooks.PeriodicWriter(
                 [
@@ -257,7 +257,7 @@ def train(
         start_iter = trainer.iter + 1
     else:
         if resume:
-            logger.info("%s has no checkpoint to resume from: starting anew", options.output_dir)
+            logger.info("%s: no checkpoint to resume from: new run", options.output_dir)
         if options.init_checkpoint:
             report = load(model, options.init_checkpoint, **allowed)
             logger.info(report)
@@ -268,7 +268,7 @@ def train(
     try:
         trainer.train(start_iter, options.max_iter)
     except NonFiniteError as error:
-        # The weights are those before this iteration: it stopped ahead of the optimizer's step.
+        # The optimizer has not stepped: these are the weights before this iteration.
         trainer.iter -= 1
         name = "model_before_nonfinite"
         checkpointer.save(name, tag=False, iteration=trainer.iter)
@@ -299,12 +299,15 @@ def _parallel(cfg: DictConfig, model: nn.Module) -> nn.Module:
 
 
 def _evaluation_hooks(
-    cfg: DictConfig, checkpointer: Checkpointer, precision: str | None, evaluate_now: Any
+    cfg: DictConfig,
+    checkpointer: Checkpointer,
+    precision: str | None,
+    evaluate_now: Callable[[], dict[str, Any]],
 ) -> list[HookBase | None]:
-    """What measures the model during training, and what follows from the metrics, in this order.
+    """The hooks that measure the model during training, then those that act on the metrics.
 
     Raises:
-        ValueError: early stopping is on, and nothing is measured.
+        ValueError: early stopping is enabled, but nothing is measured.
     """
     options = cfg.train
     period = options.eval_period
@@ -333,7 +336,7 @@ def _evaluation_hooks(
 def resume_run(
     checkpointer: Checkpointer, trainer: Trainer, ema: ModelEMA | None, max_iter: int
 ) -> None:
-    """Continue the run in the folder, and log the settings that differ from the run so far.
+    """Resume the run in the folder, and log the settings that differ from its checkpoint.
 
     Raises:
         FileNotFoundError, ValueError: see :meth:`Checkpointer.resume`; or the run is already longer
@@ -345,19 +348,19 @@ def resume_run(
         batch = f" of {trainer.batch_size} images" if trainer.batch_size else ""
         raise ValueError(
             f"cannot resume {resumed.path}: it has {done} iterations{batch}, and the config ends"
-            f" after {max_iter}: raise train.epochs or train.max_iter, or evaluate by --eval-only"
+            f" after {max_iter}: raise train.epochs or train.max_iter, or use --eval-only"
         )
     if ema is not None and "ema" in resumed.missing:
         ema.restart()
-        logger.warning("train.ema was off so far: the average starts from the present weights")
+        logger.warning("The checkpoint has no EMA: the average starts from the current weights")
     if not resumed.has_settings:
-        logger.warning("%s has no settings to compare with: the config's apply", resumed.path)
+        logger.warning("%s records no settings to compare with the config", resumed.path)
     if resumed.changes:
-        state = "applied from here on" if done < max_iter else "not applied, the run is complete"
+        state = "applied from now on" if done < max_iter else "not applied, the run is complete"
         lines = "\n".join(f"  {change}" for change in resumed.changes)
-        logger.warning("Settings that differ from the run so far (%s):\n%s", state, lines)
+        logger.warning("Settings that differ from the checkpoint (%s):\n%s", state, lines)
     if any(change.key.endswith("train.total_batch_size") for change in resumed.changes):
         images = done * trainer.batch_size + trainer.image_offset if trainer.batch_size else 0
-        logger.warning("%d images seen are %d iterations of the new batch size", images, done)
+        logger.warning("The %d images seen are %d iterations at the new batch size", images, done)
     if done == max_iter:
         logger.info("The run is complete, with %d iterations", done)

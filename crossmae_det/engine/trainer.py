@@ -1,7 +1,7 @@
-"""The training loop: detectron2's, with what long runs on any hardware need.
+"""The training loop: detectron2's, extended for long runs on any hardware.
 
-Added are mixed precision on every device, gradient accumulation, gradient clipping, a stop at
-losses and gradients that are not finite, and random numbers that depend on the iteration alone.
+It adds mixed precision on every device, gradient accumulation and clipping, a stop at losses or
+gradients that are not finite, and random numbers that depend on the seed and the iteration alone.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def amp_dtype(options: Mapping[str, Any], device: torch.device) -> str | None:
-    """The mixed precision that the ``train`` key of a config asks for, for :func:`autocast`.
+    """The mixed precision that the ``train`` key of a config selects, for :func:`autocast`.
 
     "auto" is the fastest one on the device: on a GPU "bf16", or "fp16" before Ampere; on a CPU
     "bf16" if it has instructions for it, else None: emulated bf16 is ten times slower than float32.
@@ -71,8 +71,9 @@ def inference_autocast(model: nn.Module, dtype: str | None) -> Iterator[None]:
     """Mixed precision for inference: evaluation, prediction and visualizations.
 
     A model with a ``backbone`` runs it in mixed precision, where nearly all of the time goes, and
-    everything after it in float32: 8-bit logits would give tied scores, and detectron2 pastes a
-    mask on a sampling grid of the mask's own type. Other models run in mixed precision as a whole.
+    everything after it in float32: with the 8 significant bits of bf16, scores would tie, and
+    detectron2 pastes a mask on a sampling grid of the mask's own type. Other models run in mixed
+    precision as a whole.
 
     Args:
         model: the model itself, not a wrapper of it.
@@ -313,7 +314,7 @@ class Trainer(SimpleTrainer):
         return losses
 
     def _check_and_clip(self, batch: Any) -> None:
-        """Look at the gradients of a batch before the optimizer uses them."""
+        """Check, log and clip the gradients of a batch before the optimizer uses them."""
         self.after_backward()
         if self.iter == self.start_iter:
             self._check_gradients()
@@ -332,10 +333,10 @@ class Trainer(SimpleTrainer):
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, total)
 
     def _check_gradients(self) -> None:
-        """Name the parameters without gradient: a warning, or an error where the next step fails.
+        """Warn about parameters without gradient, or raise an error if the next step would fail.
 
         Raises:
-            ValueError: there are some, and DistributedDataParallel does not look for them.
+            ValueError: there are some, and DistributedDataParallel is not set to find them.
         """
         unread = [
             name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None
@@ -356,7 +357,7 @@ class Trainer(SimpleTrainer):
     def _stop_if(self, failed: Tensor, describe: Callable[[], str]) -> None:
         """Raise NonFiniteError in every process if an entry of ``failed`` is true in one of them.
 
-        It waits for the device once.
+        It synchronizes with the device once.
         """
         flag = failed.any().float()
         if comm.get_world_size() == 1:

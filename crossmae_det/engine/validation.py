@@ -100,12 +100,12 @@ def losses_on(
         same in every process.
 
     Raises:
-        ValueError: there is no image, or an FSDP model has fewer batches than processes.
+        ValueError: there are no images, or an FSDP model has fewer batches than processes.
     """
     device = next(model.parameters()).device
     counts = comm.all_gather(len(data_loader))
     if not sum(counts):
-        raise ValueError("the validation set has no image: check dataloader.validation")
+        raise ValueError("the validation set has no images: check dataloader.validation")
     sharded = isinstance(model, FSDPModule)
     if sharded and not min(counts):
         raise ValueError(
@@ -186,17 +186,17 @@ def sign_of(metric: str, mode: str) -> int:
 class BestCheckpointer(HookBase):
     """Keeps the checkpoint with the best metric as ``model_best``.
 
-    Register it after the evaluation, in every process. Unlike detectron2's, it takes the first of
+    Register it after the evaluation, in every process. Unlike detectron2's, it uses the first of
     several metrics that is measured, ``--resume`` does not continue from its checkpoint, and a
-    resumed run knows the best value so far.
+    resumed run knows the best value of the run.
 
     Args:
         checkpointer: saves the model.
         metrics: names such as "segm/AP" or "val/total_loss"; the first one that is measured is
             used.
         mode: "auto", "min" or "max": see :func:`sign_of`.
-        period: of the evaluations, in iterations; 0 for the end of the run only. The first one
-            that measures none of the metrics is logged as a warning. None: there are none.
+        period: of the evaluations, in iterations; 0 for the end of the run only; None without
+            evaluations. The first evaluation that measures none of the metrics logs a warning.
 
     Raises:
         ValueError: an unknown mode.
@@ -243,8 +243,8 @@ class BestCheckpointer(HookBase):
             if evaluated and not self.warned:
                 self.warned = True
                 logger.warning(
-                    "train.best_checkpoint.metrics=%s: none of them is measured, so no %s.pth is"
-                    " kept; %s has the names of those that are",
+                    "train.best_checkpoint.metrics=%s: none of them is measured, so %s.pth is not"
+                    " written: use names of metrics in %s",
                     self.metrics,
                     self.NAME,
                     os.path.join(self.checkpointer.save_dir, "metrics.json"),
@@ -275,8 +275,8 @@ class EarlyStopping(HookBase):
     """Ends the run after ``patience`` evaluations in a row that are no better than the best one.
 
     A stopped run ends like one that reached its last iteration: with ``model_final.pth``, curves
-    and visualizations. Its values are in ``early_stopping.json`` in the run's folder, from where a
-    resumed run continues to count; with a greater patience a stopped run continues.
+    and visualizations. The values are kept in ``early_stopping.json`` in the run's folder, so that
+    a resumed run continues to count; with a greater patience, a stopped run can be resumed.
 
     Register it in every process, after the evaluations and after :class:`BestCheckpointer`.
 
@@ -308,7 +308,8 @@ class EarlyStopping(HookBase):
             raise ValueError(f"{key}.metrics is empty: name one, such as {PREFIX}total_loss")
         if period < 1:
             raise ValueError(
-                f"{key} needs evaluations during the run, but train.eval_period={period}"
+                f"{key} needs evaluations during the run: train.eval_period={period} must be at"
+                " least 1"
             )
         sign_of(metrics[0], mode)  # rejects an unknown mode now, not at the first evaluation
         self.checkpointer = checkpointer
@@ -342,7 +343,7 @@ class EarlyStopping(HookBase):
         if self.metric not in measured:
             raise ValueError(
                 f"train.early_stopping.metrics={self.metrics}: the evaluation measures none of"
-                f" them; take one of those in {self.checkpointer.save_dir}/metrics.json"
+                f" them: use names of metrics in {self.checkpointer.save_dir}/metrics.json"
             )
         self.values[iteration] = float(measured[self.metric])
         if comm.is_main_process():
@@ -350,7 +351,7 @@ class EarlyStopping(HookBase):
             write_json(self.path, {"metric": self.metric, "values": values})
         if self._is_over():
             logger.info("Early stopping after %d iterations: %s", iteration + 1, self._reason())
-            # From here on everything is as in a run of this length.
+            # From here on, this is a run of that length.
             self.trainer.max_iter = iteration + 1
             self.checkpointer.save("model_final", iteration=iteration)
 

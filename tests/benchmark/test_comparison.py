@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from crossmae_det.benchmark import BackboneCase, Report, Spread, compare, grow, read_json
+from crossmae_det.benchmark.cases import OneBlock
 from crossmae_det.benchmark.comparison import (
-    OneBlock,
     check_earlier,
     check_sizes,
     comparison_sections,

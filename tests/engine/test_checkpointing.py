@@ -203,7 +203,7 @@ def test_state_follows_the_names_of_parameters(caplog):
     with caplog.at_level(logging.WARNING, "crossmae_det"):
         caplog.clear()
         _, thawed = run(1, start=frozen, groups=("abc",))
-    assert "1 parameters not trained so far" in caplog.text and "first: a" in caplog.text
+    assert "1 parameters were not trained before" in caplog.text and "first: a" in caplog.text
     steps = {
         name: thawed.optimizer.state[getattr(thawed.model, name)]["step"].item() for name in "abc"
     }
@@ -218,7 +218,7 @@ def test_files_without_names_are_matched_by_order():
     for groups in (("ab",), ("c", "ab")):
         with pytest.raises(ValueError) as error:
             run(0, start=half, groups=groups)
-        assert "no names" in one_line(error)
+        assert "no parameter names" in one_line(error)
 
 
 def test_settings_that_need_another_state_are_rejected():

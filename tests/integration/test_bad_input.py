@@ -257,7 +257,7 @@ def test_inference_names_what_it_cannot_read(tool, tmp_path, tiny_overrides):
     image = tmp_path / "a.jpg"
     image.write_bytes(b"no image")
     line = tool("demo", *arguments, "--input", image, "--opts", *tiny_overrides)
-    assert "this needs weights" in line
+    assert "the model needs weights" in line
 
 
 def test_tools_name_a_config_of_another_task(tool, tmp_path, tiny_overrides):
