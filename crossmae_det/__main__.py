@@ -19,7 +19,7 @@ import crossmae_det
 
 # Command -> (module of crossmae_det.tools, summary). The function has the name of the command.
 COMMANDS = {
-    "train": ("train", "train a model from a config: pretraining, detection, classification"),
+    "train": ("train", "train a model from a config: pretraining or detection"),
     "evaluate": ("train", "evaluate a trained detector on its test set"),
     "predict": ("inference", "draw detections into images and videos, and write COCO results"),
     "reconstruct": ("inference", "draw what a pretraining model reconstructs of masked images"),

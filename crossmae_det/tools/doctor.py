@@ -24,7 +24,10 @@ from crossmae_det.tools.install_detectron2 import InstallError, existing_detectr
 # Instruction sets that decide about speed on x86 and ARM, and the variables that limit threads.
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python")
+OPENCV = (
+    *("opencv-python", "opencv-python-headless"),
+    *("opencv-contrib-python", "opencv-contrib-python-headless"),
+)
 # Compiled libraries: an import shows whether they fit together.
 IMPORTS = ("torch", "torchvision", "timm", "cv2", "pycocotools.mask", "faster_coco_eval")
 # When an attention backend is chosen automatically.

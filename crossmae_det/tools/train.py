@@ -28,7 +28,7 @@ EVALUATION_EXAMPLES = """Examples:
 
 
 def train(parser: ArgumentParser) -> None:
-    """Train the model of a lazy or yaml config: pretraining, detection, classification.
+    """Train the model of a lazy or yaml config: pretraining or detection.
 
     The run is written to train.output_dir, by default output/NAME_OF_CONFIG. --resume continues it.
     """

@@ -53,6 +53,17 @@ def test_without_torch(doctor):
     assert report["CPU and threads"]["cores"] and report["Free disk space"]["output"]
 
 
+def test_two_builds_of_opencv_are_a_problem(doctor, tmp_path, monkeypatch):
+    info = tmp_path / "site" / "opencv_contrib_python_headless-5.0.dist-info"
+    info.mkdir(parents=True)
+    name = "opencv-contrib-python-headless"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 5.0\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{crossmae_det.__path__[0]}/..")
+    code, report = doctor(missing=["detectron2"])
+    assert code == 1
+    assert any(f"{name} 5.0" in text for text in report["Problems"].values())
+
+
 def test_a_broken_library_is_a_problem(doctor, tmp_path, monkeypatch):
     (tmp_path / "site" / "timm").mkdir(parents=True)
     (tmp_path / "site" / "timm" / "__init__.py").write_text("raise ImportError('another torch')")
