@@ -24,7 +24,11 @@ from crossmae_det.checkpoint.layouts import (
     translate,
 )
 from crossmae_det.checkpoint.loading import POSITION_GRID, Report, matches, saved_grid
-from crossmae_det.checkpoint.reading import extract_state_dict, read_checkpoint
+from crossmae_det.checkpoint.reading import (
+    checkpoint_files,
+    extract_state_dict,
+    read_checkpoint,
+)
 from crossmae_det.modeling import SIZES
 from crossmae_det.utils.files import atomic_path, save_checkpoint
 
@@ -43,7 +47,7 @@ TRAINING_OPTIONS = ("model", "mask_ratio", "kept_mask_ratio", "epochs", "norm_pi
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What a checkpoint holds. What the file does not tell is None.
+    """What a checkpoint holds; None where the file does not tell.
 
     Attributes:
         layout: the naming scheme of the tensors, a title in
@@ -51,12 +55,12 @@ class CheckpointInfo:
         size: name in :data:`~crossmae_det.modeling.SIZES`.
         embed_dim: channels of the backbone.
         depth: blocks of the backbone.
-        num_heads: known from relative positions or a named size only.
+        num_heads: attention heads; known only from relative positions or a named size.
         mlp_ratio: hidden channels of the MLPs over ``embed_dim``.
         patch_size: (H, W) in pixels.
         in_chans: channels of an image.
-        class_token: whether there is one.
-        positions: rows of the position embedding, that of the class token included.
+        class_token: whether the backbone has a class token.
+        positions: rows of the position embedding, including that of the class token.
         img_size: (H, W) in pixels of the images that the position embedding covers.
         rel_pos_sizes: sides in patches that the relative-position tables cover, ascending.
         decoder: "CrossMAE" or "MAE".
@@ -103,11 +107,11 @@ class CheckpointInfo:
     unexpected: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """All attributes, in types that JSON has."""
+        """All attributes as JSON-compatible types."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """A table of the attributes that are known, for the terminal."""
+        """The known attributes as a table, for the terminal."""
         rows = []
         for name, value in asdict(self).items():
             if isinstance(value, dict):
@@ -172,7 +176,7 @@ def inspect(
 
 
 def _backbone_sizes(backbone: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Any]:
-    """The attributes of a backbone; ``grid`` (H, W) is that of its positions, where it is known."""
+    """The backbone's attributes; ``grid`` is the (H, W) grid of its positions, if known."""
     kernel, position = backbone["patch_embed.proj.weight"], backbone.get("pos_embed")
     hidden = backbone.get("blocks.0.mlp.fc1.weight")
     embed_dim, depth = len(kernel), depth_of(backbone, "blocks")
@@ -202,7 +206,7 @@ def _backbone_sizes(backbone: Mapping[str, Tensor], grid: tuple[int, int] | None
 
 
 def _decoder_sizes(rest: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The attributes of a decoder; none where there is none."""
+    """The decoder's attributes; empty without a decoder."""
     weights, token = rest.get("decoder.feature_weights"), rest.get("decoder.mask_token")
     if token is None or (weights is None and "decoder.embed.weight" not in rest):
         return {}
@@ -227,7 +231,7 @@ def convert(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
 ) -> Report:
-    """Write a checkpoint in another layout, in the format that the suffix of ``output`` names.
+    """Write a checkpoint in another layout; the suffix of ``output`` selects the file format.
 
     Args:
         source: see :func:`~crossmae_det.checkpoint.read_checkpoint`.
@@ -256,8 +260,8 @@ def convert(
         suffixes += [".pth", ".pt", ".bin"] + [".pkl"] * (to in ("vitdet", "native"))
     if output.suffix not in suffixes:
         raise ValueError(f"{output}: unknown suffix for layout {to}: use {', '.join(suffixes)}")
-    if output.exists() and Path(source).exists() and output.samefile(source):
-        raise ValueError(f"{output} is the source itself: use another output file")
+    if output.exists() and any(map(output.samefile, checkpoint_files(source))):
+        raise ValueError(f"{output}: the output is the source file: choose another output file")
 
     def allowed(name: str) -> bool:
         return matches(name, allow_unexpected)
@@ -289,9 +293,9 @@ def convert(
 def _write(
     path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Any], flat: bool
 ) -> None:
-    """Write tensors in the format of the suffix, with further entries where it can hold them."""
+    """Write tensors in the format of the suffix, and ``entries`` if the format can hold them."""
     if path.suffix == ".safetensors":
-        # The format holds neither views nor two tensors that share memory.
+        # safetensors accepts neither views nor tensors that share memory.
         plain = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
         try:
             safetensors.torch.save_file(plain, path, metadata={"format": "pt"})

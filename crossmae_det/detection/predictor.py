@@ -59,7 +59,7 @@ class Predictor:
 
     def __init__(self, cfg: DictConfig, weights: str = "model"):
         if OmegaConf.select(cfg, "dataloader.test.mapper") is None:
-            raise ValueError("not a detection config: it has no dataloader.test.mapper")
+            raise ValueError("dataloader.test.mapper is missing: use a detection config")
         self.model = load_pretrained(cfg, weights)
         self.device = resolve_device(cfg.train.device)
         self.amp_dtype = amp_dtype(cfg.train, self.device)

@@ -1,7 +1,7 @@
 """The built-in dataset: textured shapes with exact masks, generated on first use, in COCO format.
 
-Each variant is one folder, whose name holds the version of the generator and every parameter, so
-that variants lie side by side. A folder that exists is complete:
+Each variant has its own folder, named by the version of the generator and every parameter. A folder
+that exists is complete:
 
     ROOT/shapes_v1_128px_4000_150_seed0/
         train/000001.jpg ...              also a plain image folder, for pretraining
@@ -9,10 +9,10 @@ that variants lie side by side. A folder that exists is complete:
         annotations/instances_train.json, instances_val.json
         shapes.json                       the parameters
 
-An image holds one to six shapes of six classes on a textured ground. Classes differ in outline
-only: size, rotation, color and texture are drawn from the same distributions. Later shapes hide
+An image holds one to six shapes of six classes on a textured ground. Classes differ only in their
+outline: size, rotation, color and texture are drawn from the same distributions. Later shapes hide
 earlier ones; a shape that would make itself or another one hard to recognize is not drawn. A mask
-is the visible part of its shape, and every shape has its annotation.
+is the visible part of its shape, and every shape has an annotation.
 
 Legend: H x W pixels of an image or of a window in it. Pixel i extends from i to i + 1. Windows are
 (x0, y0, x1, y1), the ends excluded.
@@ -50,7 +50,7 @@ SPLITS = ("train", "val")
 _DEFAULTS = {"num_train": 4000, "num_val": 150, "image_size": 128, "seed": 0}
 _LEAST = {"num_train": 1, "num_val": 1, "image_size": 32, "seed": 0}
 
-# Part of the folder's name: raise it with every change to what is drawn or written.
+# Part of the folder's name: increment it with every change to what is drawn or written.
 _VERSION = 1
 _JPEG_QUALITY = 95
 _MAX_OBJECTS = 6
@@ -60,8 +60,8 @@ _SUPERSAMPLING = 4
 # Side of the square of the same area as a shape, as a fraction of the image's side.
 _SIDE = (0.15, 0.45)
 
-# At least this part of a shape, and of the hole of a ring, stays visible, and at least this many
-# pixels of a shape. With less, a ring looks like an ellipse, or a cross like a star.
+# At least this fraction of a shape, and of the hole of a ring, stays visible, and at least this
+# many pixels of a shape. With less, a ring looks like an ellipse, or a cross like a star.
 _MIN_VISIBLE = 0.6
 _MIN_PIXELS = 20
 
@@ -90,7 +90,7 @@ def build(root: str | os.PathLike[str] | None = None, **parameters: int) -> Path
     """Write the dataset, unless it exists already.
 
     It is written to a hidden folder beside its own and renamed, so that a build that is killed or
-    fails leaves nothing under its name. Processes that build the same variant at once wait for the
+    fails leaves nothing under the final name. Processes that build the same variant wait for the
     first. The same versions of NumPy, OpenCV and Pillow write the same bytes.
 
     Args:
@@ -110,10 +110,9 @@ def build(root: str | os.PathLike[str] | None = None, **parameters: int) -> Path
     """
     target, description = folder(root, **parameters), _describe(parameters)
     if target.exists():
-        file = target / "shapes.json"
-        if not file.is_file() or file.read_bytes() != json.dumps(description, indent=2).encode():
+        if not _is_built(target, description):
             raise FileExistsError(
-                f"{target}: not the built-in dataset of this name: move it away to have it built"
+                f"{target}: exists, but is not the built-in dataset: move it away to build that"
             )
         return target
     try:
@@ -151,7 +150,7 @@ def register(root: str | os.PathLike[str] | None = None, **parameters: int) -> t
     for name in names:
         if name in DatasetCatalog and getattr(DatasetCatalog[name], "func", None) is not _load:
             raise ValueError(
-                f"{name}: another dataset is registered under this name: give it another name"
+                f"{name}: another dataset is registered under this name: rename that one"
             )
     for name, split in zip(names, SPLITS, strict=True):
         if name in DatasetCatalog:
@@ -169,7 +168,7 @@ def register(root: str | os.PathLike[str] | None = None, **parameters: int) -> t
 
 
 def _load(name: str, split: str, root: Path, parameters: dict[str, int]) -> list[dict[str, Any]]:
-    """Build if need be, and read in detectron2's format."""
+    """Build the dataset unless it exists, and read it in detectron2's format."""
     target = build(root, **parameters)
     return load_coco_json(str(_annotation_file(target, split)), str(target / split), name)
 
@@ -187,6 +186,16 @@ def _describe(parameters: dict[str, int]) -> dict[str, Any]:
         if not isinstance(value, int) or value < _LEAST[name]:
             raise ValueError(f"shapes: {name} must be an integer >= {_LEAST[name]}, not {value!r}")
     return {"generator": "crossmae_det.detection.shapes", "version": _VERSION, **complete}
+
+
+def _is_built(target: Path, description: dict[str, Any]) -> bool:
+    """Whether a folder holds this variant; this module had another name in earlier versions."""
+    try:
+        found = json.loads((target / "shapes.json").read_text())
+    except (OSError, ValueError):
+        return False
+    same_name = {"generator": None}
+    return isinstance(found, dict) and found | same_name == description | same_name
 
 
 def _build(target: Path, description: dict[str, Any]) -> None:
@@ -279,7 +288,7 @@ def render(split: str, number: int, *, image_size: int = 128, seed: int = 0) -> 
 
     owners = np.zeros((image_size, image_size), np.uint8)
     categories: list[int] = []
-    # What must stay visible: the pixels of every body and hole, and the least number of them.
+    # What must stay visible: the pixels of every body and hole, and how many of them at least.
     parts: list[tuple[Array, float]] = []
     count = rng.integers(1, _MAX_OBJECTS + 1)
     attempts = 0

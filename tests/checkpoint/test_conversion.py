@@ -141,6 +141,14 @@ def test_patterns_allow_missing_and_unexpected_keys(tmp_path):
     assert len(report.unexpected) == 4 and "pos_embed" in report.loaded
 
 
+def test_the_source_is_not_overwritten(source):
+    before = source.read_bytes()
+    for location in (source, f"{source}:encoder.", source.parent):
+        with pytest.raises(ValueError, match="model.pth: .* another output"):
+            convert(location, source, "native")
+    assert source.read_bytes() == before
+
+
 def saved_info(tmp_path, state, **beside):
     save_checkpoint({"model": state, **beside}, tmp_path / "a.pth")
     return inspect(tmp_path / "a.pth")

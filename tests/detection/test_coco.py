@@ -236,7 +236,7 @@ def test_registered_test_set_needs_no_annotations(tmp_path, register):
     del content["annotations"]
     spec = write(tmp_path, content)
     assert len(get_dataset_dicts(register.coco("test_dev", spec), filter_empty=False)) == 3
-    with pytest.raises(ValueError, match="no 'annotations'"):
+    with pytest.raises(ValueError, match="'annotations' is missing"):
         describe(spec)
 
 

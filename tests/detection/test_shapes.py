@@ -298,7 +298,18 @@ def test_root_that_cannot_be_written(tmp_path):
             shapes.build(root, **SMALL)
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"version": 0}'])
+def test_a_folder_of_an_earlier_version_of_the_package_is_used(built, monkeypatch):
+    """The description names the module that wrote it, which has moved."""
+    file = built / "shapes.json"
+    text = file.read_text()
+    monkeypatch.setattr(shapes, "render", None)
+    file.write_text(text.replace("crossmae_det.detection.shapes", "crossmae_det.data.shapes"))
+    assert file.read_text() != text
+    assert shapes.build(built.parent, **SMALL) == built
+    file.write_text(text)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"version": 0}'])
 def test_a_folder_of_the_name_with_other_content(tmp_path, content):
     target = shapes.folder(tmp_path, **SMALL)
     target.mkdir()

@@ -270,7 +270,7 @@ def test_tools_name_a_config_of_another_task(tool, tmp_path, tiny_overrides):
     assert CONFIG in tool("knn", "--config-file", CONFIG, *sets, *opts)
     demo = ["--config-file", pretraining, "--input", tmp_path, "--output", out]
     cv2.imwrite(str(tmp_path / "image.png"), np.zeros((8, 8, 3), np.uint8))
-    assert "detection config" in tool("demo", *demo)
+    assert "dataloader.test.mapper" in tool("demo", *demo)
     compare = ["--config-file", pretraining, "--output", out, "--backbones"]
     assert pretraining in tool("compare_backbones", *compare, "a=")
     compare[1] = CONFIG
