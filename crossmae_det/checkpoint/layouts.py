@@ -1,9 +1,9 @@
-"""Keys of the tensors of a plain ViT in every layout of checkpoints, and the way between them.
+"""Checkpoint layouts of a plain ViT: the tensor keys of each, and the mapping between them.
 
 The native layout is ``encoder.*`` and ``decoder.*`` for pretraining models and backbones, and
 ``backbone.*`` with detectron2's other parts for detectors. The final norm of a ViT, which is not
 part of the backbone, is ``decoder.encoder_norm`` as in MAE; a classifier's ``fc_norm`` and ``head``
-keep their names. Numbers are never changed, so that a round trip is exact.
+keep their names. Values are never changed, so round trips are exact.
 
 Legend: L patches, C channels, D blocks of a decoder.
 """
@@ -26,8 +26,9 @@ class Layout:
     Attributes:
         title: for reports and messages.
         keys: key of the layout -> native key. A key that ends in a dot stands for all keys that
-            start with it, and "" for all others. Of several for a native key, the last is written.
-        block: the same for what follows the number of a block; None where nothing differs.
+            start with it, and "" for all others. Of keys with the same native key, the last is
+            written.
+        block: the same for the part of a key after the block number; None if nothing differs.
     """
 
     title: str
@@ -35,11 +36,11 @@ class Layout:
     block: Mapping[str, str] | None = None
 
     def to_native(self, key: str) -> str | None:
-        """The native key of a key, None where there is none."""
+        """The native key of a key of this layout, None if there is none."""
         return _rename(key, self.keys, self.block)
 
     def from_native(self, key: str) -> str | None:
-        """The key of a native key, None where there is none."""
+        """The key of a native key in this layout, None if there is none."""
         block = None if self.block is None else {new: old for old, new in self.block.items()}
         return _rename(key, {new: old for old, new in self.keys.items()}, block)
 
@@ -138,7 +139,7 @@ LAYOUTS = {
 # Native prefixes of a backbone.
 BACKBONE_PREFIXES = ("encoder.", "backbone.net.", "backbone.")
 
-# Keys of ViTs that are other networks than the backbone.
+# Keys of ViTs with another architecture than the backbone -> what they have in addition.
 OTHER_NETWORKS = {
     r"reg_token$": "register tokens",
     r"(dist_token$|head_dist\.)": "a distillation token",
@@ -151,7 +152,7 @@ OTHER_NETWORKS = {
 
 RELATIVE_POSITION = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]$")
 
-# Number of dimensions of the tensors that are computed with, by the end of their native key.
+# Number of dimensions of tensors that are used in computations, by the end of their native key.
 DIMENSIONS = {
     "patch_embed.proj.weight": 4,
     "pos_embed": 3,
@@ -167,7 +168,7 @@ DIMENSIONS = {
     "encoder_norm.bias": 1,
 }
 
-# Hugging Face keeps them apart: in published files, and in the memory of transformers 5.
+# Hugging Face's separate tensors: in published files, and in the memory of transformers 5.
 QUERY_KEY_VALUE = ("query", "key", "value")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -182,7 +183,7 @@ class Native:
         layout: the layout that the keys were recognized as, a key of :data:`LAYOUTS`.
         tensors: by native key.
         sources: native key -> source key, the key in the file.
-        unexpected: source keys that have no native key, and are allowed to.
+        unexpected: source keys without a native key that the caller allowed.
     """
 
     layout: str
@@ -226,8 +227,8 @@ def recognize(state_dict: Mapping[str, Tensor]) -> str:
         return "timm"
     known = ", ".join(layout.title for layout in LAYOUTS.values())
     raise ValueError(
-        f"not a checkpoint of a plain ViT: there is no patch embedding (the first key is"
-        f" '{next(iter(state_dict), '')}'); known layouts are {known}"
+        f"not a plain ViT: no patch embedding found (first key: '{next(iter(state_dict), '')}'):"
+        f" known layouts are {known}"
     )
 
 
@@ -238,8 +239,8 @@ def to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state_dict: weights in any layout of :data:`LAYOUTS`.
 
     Returns:
-        The same numbers under native keys. Query, key and value become one tensor. A position
-        embedding without a row for the class token gets one of zeros.
+        The same values under native keys. Query, key and value become one tensor. A position
+        embedding without a row for the class token gets a row of zeros.
 
     Raises:
         ValueError: the layout is unknown, or has no such key.
@@ -252,7 +253,7 @@ def translate(state_dict: Mapping[str, Tensor], allowed: Predicate = lambda key:
 
     Args:
         state_dict: weights in any layout of :data:`LAYOUTS`.
-        allowed: whether a source key without a native key is left out, and not an error.
+        allowed: whether a source key without a native key is left out instead of an error.
 
     Raises:
         ValueError: see :func:`to_native`.
@@ -271,8 +272,8 @@ def translate(state_dict: Mapping[str, Tensor], allowed: Predicate = lambda key:
             for pattern, feature in OTHER_NETWORKS.items():
                 if re.match(pattern, key):
                     raise ValueError(
-                        f"'{key}' {tuple(tensor.shape)} is of a ViT with {feature}, which is"
-                        " another network: use a plain ViT"
+                        f"'{key}' {tuple(tensor.shape)} belongs to a ViT with {feature}, which is"
+                        " another architecture: use a plain ViT"
                     )
         else:
             # Frameworks that call a ViT "backbone", as DINO does, have its final norm there.
@@ -293,8 +294,8 @@ def translate(state_dict: Mapping[str, Tensor], allowed: Predicate = lambda key:
         _spread_final_norm(native)
     position = native.tensors.get("encoder.pos_embed")
     if native.layout == "timm" and "encoder.cls_token" not in native.tensors:
-        # Without a class token, timm's position embedding has no row for it. detectron2's and that
-        # of the feature-map path have one: these files hold a backbone without a norm or a head.
+        # Without a class token, timm's position embedding has no row for it. A backbone without a
+        # norm or a head comes from detectron2 or the feature-map path, and has that row.
         is_backbone = all(key.startswith("encoder.") for key in native.tensors)
         if position is not None and not is_backbone:
             native.tensors["encoder.pos_embed"] = with_class_row(position)
@@ -309,8 +310,8 @@ def to_published(state_dict: Mapping[str, Tensor], format: str) -> dict[str, Ten
         format: "crossmae", "mae", "timm", "huggingface" or "vitdet".
 
     Returns:
-        The same numbers under the keys of that layout. What it cannot represent by its nature is
-        left out: the decoder in timm's, everything but the backbone of a detector.
+        The same values under the keys of that layout. Parts that it cannot represent are left out:
+        the decoder for timm, everything but the backbone of a detector.
 
     Raises:
         ValueError: the layout is unknown, or has no such key.
@@ -328,9 +329,9 @@ def export(
 
     Args:
         state_dict: weights under native keys.
-        format: as in :func:`to_published`; or "published" for "crossmae" or "mae" by the decoder,
-            and for "timm", whose keys MAE's have, of a classifier; or "native" for no change.
-        allowed: whether a native key that the layout lacks is left out, and not an error.
+        format: as in :func:`to_published`; "published" selects "crossmae" or "mae" by the decoder,
+            or "timm" for a classifier, as MAE does; "native" changes nothing.
+        allowed: whether a native key that the layout lacks is left out instead of an error.
         may_lack: whether a native key that the layout needs may be missing.
     """
     is_crossmae = "decoder.feature_weights" in state_dict
@@ -344,7 +345,7 @@ def export(
         return dict(state_dict), []
     state, dropped = dict(state_dict), []
     if prefix != "encoder.":
-        # Of a detector, the backbone; the pyramid may have the same prefix.
+        # Only the backbone of a detector; the pyramid may have the same prefix.
         dropped = [key for key in state if not key.startswith(prefix)]
         backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         state = {f"encoder.{k}": v for k, v in backbone.items() if not k.startswith("simfp_")}
@@ -356,8 +357,8 @@ def export(
         )
     if position is not None and prefix != "encoder." and square_side(position) is None:
         raise ValueError(
-            f"'{prefix}pos_embed' has {position.shape[1]} rows, which are not a square grid and a"
-            " class token"
+            f"'{prefix}pos_embed' has {position.shape[1]} rows, not those of a square grid and a"
+            " class token: convert it to native or vitdet"
         )
     if format == "timm" and token not in state and position is not None:
         state["encoder.pos_embed"] = position[:, 1:]
@@ -385,7 +386,7 @@ def export(
     return _split_queries(result) if format == "huggingface" else result, dropped
 
 
-# What layouts do to tensors other than naming them
+# Changes to tensors, beyond their keys
 
 
 def _join_queries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -402,12 +403,12 @@ def _join_queries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         keys = [f"{stem}.{name}.{last}" for name in names]
         for other in keys:
             if other not in state:
-                raise ValueError(f"there is '{key}' but not '{other}'")
+                raise ValueError(f"'{key}' is present but '{other}' is missing")
             same = (state[other].shape, state[other].dtype) == (tensor.shape, tensor.dtype)
             if not same or not tensor.ndim:
                 raise ValueError(
-                    f"'{key}' is {tuple(tensor.shape)} of {tensor.dtype} and '{other}'"
-                    f" {tuple(state[other].shape)} of {state[other].dtype}"
+                    f"'{key}' {tuple(tensor.shape)} {tensor.dtype} does not match '{other}'"
+                    f" {tuple(state[other].shape)} {state[other].dtype}"
                 )
         if key == keys[0]:
             result[f"{stem}.qkv.{last}"] = torch.cat([state[other] for other in keys])
@@ -428,9 +429,9 @@ def _split_queries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _spread_final_norm(native: Native) -> None:
-    """Give CrossMAE without weights between blocks (every block reads the last feature) weights.
+    """Give weights to a CrossMAE without any, whose decoder blocks all read the last feature.
 
-    They are (D, 1) ones, and the one norm becomes that of every decoder block.
+    The weights are ones (D, 1), and the final norm becomes that of every decoder block.
     """
     tensors, sources = native.tensors, native.sources
     if "decoder.feature_weights" in tensors or "decoder.encoder_norm.weight" not in tensors:
@@ -445,7 +446,7 @@ def _spread_final_norm(native: Native) -> None:
     for last in ("weight", "bias"):
         norm = f"decoder.encoder_norm.{last}"
         if norm not in tensors:
-            raise ValueError(f"there is 'norm.weight' but not 'norm.{last}'")
+            raise ValueError(f"'norm.weight' is present but 'norm.{last}' is missing")
         tensor, source = tensors.pop(norm), sources.pop(norm)
         for block in range(depth):
             key = f"decoder.feature_norms.{block}.{last}"
@@ -453,7 +454,7 @@ def _spread_final_norm(native: Native) -> None:
 
 
 def _gather_final_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`_spread_final_norm`, where the weights have its result."""
+    """The inverse of :func:`_spread_final_norm`, if the weights have that form."""
     weights = state.get("decoder.feature_weights")
     if weights is None or weights.shape[1:] != (1,) or not (weights == 1).all():
         return state
@@ -467,7 +468,7 @@ def _gather_final_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_shapes(native: Native) -> None:
-    """Reject tensors that are not what their keys say, before anything is computed with them."""
+    """Reject tensors whose dimensions do not fit their keys, before computing with them."""
     for key, tensor in native.tensors.items():
         for ending, dimensions in DIMENSIONS.items():
             if key.endswith(ending) and (tensor.ndim != dimensions or 0 in tensor.shape):
@@ -481,7 +482,7 @@ def _check_shapes(native: Native) -> None:
 
 
 def square_side(position: Tensor) -> int | None:
-    """The side of the grid of a position embedding (1, 1 + L, C), None where it is not a square."""
+    """The side of the grid of a position embedding (1, 1 + L, C), None if it is not square."""
     side = math.isqrt(max(0, position.shape[1] - 1))
     return side if side and side * side == position.shape[1] - 1 else None
 
@@ -498,7 +499,7 @@ def depth_of(keys: Iterable[str], stem: str) -> int:
 
 
 def size_of(embed_dim: int, depth: int) -> str | None:
-    """The name of a size of the ViT, None where it has none."""
+    """The name of the ViT size with this width and depth, None if there is none."""
     sizes = (n for n, size in SIZES.items() if (size.embed_dim, size.depth) == (embed_dim, depth))
     return next(sizes, None)
 

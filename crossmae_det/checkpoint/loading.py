@@ -49,8 +49,8 @@ POSITION_GRID = "position_grid"
 # Keys of a plain ViT, below the prefix of the backbone.
 BACKBONE_KEY = re.compile(r"(cls_token|pos_embed|patch_embed\..+|blocks\..+)$")
 
-# A part beside the backbone: detectron2's have two names ("roi_heads.mask_head"), a decoder has
-# one. The norm after MAE's encoder is a part of its own: files without a decoder have it, too.
+# A part outside of the backbone: two components of a key in detectron2 ("roi_heads.mask_head"), one
+# for a decoder. The norm after MAE's encoder is a separate part, which encoder files have, too.
 PART = re.compile(r"decoder\.encoder_norm|decoder|[^.]+(\.[^.]+)?")
 
 # Layers of a detector with a row for every class.
@@ -66,7 +66,7 @@ MADV_PAGEOUT = 21  # <linux/mman.h>, since Linux 5.4
 
 @dataclass
 class Report:
-    """What became of every tensor.
+    """What happened to every tensor.
 
     Attributes:
         path: the file.
@@ -74,7 +74,7 @@ class Report:
         loaded: target keys with the values of the file.
         resampled: target keys with resampled values of the file.
         initialized: target keys that the file lacks; they keep the values of the model.
-        dropped: source keys that the model has no use for.
+        dropped: source keys that the model does not use.
         unexpected: source keys that the model does not have, and that the caller allowed.
         shapes: target key -> shapes in the file and in the model, of resampled tensors.
     """
@@ -103,12 +103,12 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All attributes, in types that JSON has."""
+        """All attributes as JSON-compatible types."""
         return asdict(self)
 
 
 def _summary(keys: Sequence[str], longest: int = 5) -> str:
-    """The first parts that keys share, so that one line describes hundreds of them."""
+    """The first components of keys, once each, so that one line describes hundreds of keys."""
     groups = list(dict.fromkeys(".".join(key.split(".")[:3]) for key in keys))
     shown = ", ".join(groups[:longest])
     return f"{shown}, and {len(groups) - longest} more" if len(groups) > longest else shown
@@ -139,9 +139,9 @@ def load(
     rest of the file as dropped.
 
     Position embeddings, relative-position tables and patch kernels of another size are resampled.
-    The grid of a position embedding is that recorded in the file, as in checkpoints of runs.
-    Without a record, a square number of positions is a square grid (except for the sine-cosine
-    table of the model's grid), and another number must be that of the model.
+    Checkpoints of runs record the grid of their position embeddings. Without that record, a square
+    number of positions is taken as a square grid, unless the table is the sine-cosine table of the
+    model's grid; any other number must be that of the model.
 
     Args:
         model: changed in place. It must have one ViT, unless the file holds the whole model.
@@ -207,8 +207,9 @@ class _Matcher:
         if len(vits) != 1:
             first = min(state.keys() ^ self.target.keys())
             raise ValueError(
-                f"{path} does not hold this model (only one of them has '{first}'), and the model"
-                f" has {len(vits)} plain ViTs to load a backbone into, not one"
+                f"{path} is not a checkpoint of this model (only one of them has '{first}'), and"
+                f" loading a backbone needs one plain ViT in the model, not {len(vits)}: use a"
+                " checkpoint of the whole model"
             )
         try:
             self.native = translate(state, lambda key: matches(key, allow_unexpected))
@@ -257,16 +258,17 @@ class _Matcher:
                     else f"--allow-missing '{target}' keeps its initial values",
                 )
             report.initialized.append(target)
-        for key in unexpected:
-            source = native.sources[key]
+        if unexpected:
+            source = native.sources[unexpected[0]]
+            shape = tuple(native.tensors[unexpected[0]].shape)
             raise self._error(
-                f"the model lacks '{source}' {tuple(native.tensors[key].shape)} of the file",
+                f"the model lacks '{source}' {shape} of the file",
                 f"--allow-unexpected '{source}' leaves it out",
             )
         return {t: self._fitted(t, key, file_grid, exact) for t, key in found.items()}
 
     def _target_key(self, key: str) -> str | None:
-        """The target key of a native key, None where there is none."""
+        """The target key of a native key, None if there is none."""
         if self.same_kind:
             return key
         inside = key.removeprefix(self.source_prefix)
@@ -276,8 +278,8 @@ class _Matcher:
     def _may_be_dropped(self, key: str) -> bool:
         """Whether the model lacks a tensor of the file by its nature.
 
-        The feature-map path has no class token. Parts beside the backbone are of use to the same
-        kind of model only, if it has them.
+        The feature-map path has no class token. Parts outside of the backbone are used only by the
+        same kind of model, if it has them.
         """
         if key.startswith(self.source_prefix):
             return key == f"{self.source_prefix}cls_token"
@@ -331,7 +333,7 @@ class _Matcher:
 
 
 def _parts(state: Mapping[str, Tensor], prefix: str) -> set[str]:
-    """The parts beside a backbone."""
+    """The parts outside of a backbone."""
     return {_part(key) for key in state if not key.startswith(prefix)}
 
 
@@ -341,7 +343,7 @@ def _part(key: str) -> str:
 
 
 def _decoder_kind(state: Mapping[str, Tensor]) -> str | None:
-    """CrossMAE's decoder and MAE's share keys, but not their meaning."""
+    """Which decoder a model has; CrossMAE's and MAE's share keys of different meanings."""
     for kind, start in (("crossmae", "decoder.feature_"), ("mae", "decoder.embed.")):
         if any(key.startswith(start) for key in state):
             return kind
@@ -354,7 +356,7 @@ def _decoder_kind(state: Mapping[str, Tensor]) -> str | None:
 def position_grid(model: nn.Module) -> dict[str, list[int]]:
     """The entry of a checkpoint that records the grid of the model's position embeddings.
 
-    36 positions are 6 x 6 or 4 x 9. Empty for a model without a ViT.
+    Their number does not determine it: 36 may be 6 x 6 or 4 x 9. Empty for a model without a ViT.
     """
     for module in model.modules():
         if (grid := getattr(module, "pos_grid", None)) is not None:
@@ -363,7 +365,7 @@ def position_grid(model: nn.Module) -> dict[str, list[int]]:
 
 
 def saved_grid(content: Mapping[str, Any]) -> Grid | None:
-    """The grid that a checkpoint records with :func:`position_grid`, None where it does not."""
+    """The grid that a checkpoint records with :func:`position_grid`, None without a record."""
     match content.get(POSITION_GRID):
         case [int(height), int(width)] if height > 0 and width > 0:
             return height, width
@@ -373,13 +375,13 @@ def saved_grid(content: Mapping[str, Any]) -> Grid | None:
 def _resized(
     key: str, tensor: Tensor, target: Tensor, grid: Grid | None, file_grid: Grid | None
 ) -> Tensor | None:
-    """A tensor in the shape of ``target``: itself where it has that shape, None where it cannot be.
+    """A tensor resampled to the shape of ``target``; unchanged if it fits, None if impossible.
 
     Position embeddings are resampled bicubically, relative positions linearly, and patch kernels so
     that an enlarged patch has the same embedding (FlexiViT, https://arxiv.org/abs/2212.08013).
 
-    ``grid`` is that of the model where ``key`` is a position embedding (1, 1 + L, C), and
-    ``file_grid`` that of the file where it is known.
+    ``grid`` is that of the model, None unless ``key`` is a position embedding (1, 1 + L, C);
+    ``file_grid`` is that of the file, if known.
     """
     is_position = grid is not None and tensor.ndim == 3 and len(tensor) == 1
     if is_position and 0 not in tensor.shape and tensor.shape[-1] == target.shape[-1]:
@@ -398,8 +400,8 @@ def _resized(
 def _resized_position(tensor: Tensor, grid: Grid, file_grid: Grid | None) -> Tensor | None:
     """A position embedding (1, L, C) or (1, 1 + L, C) of a file, on the grid of a model.
 
-    Its own grid is ``file_grid``, if that has as many positions; else the model's, if the table is
-    the sine-cosine table of that; else a square one; else the model's, if that has as many.
+    The grid of the file is the first of these that has as many positions: ``file_grid``; the
+    model's, if the table is its sine-cosine table; a square; the model's.
     """
     length = grid[0] * grid[1]
     file_length = 0 if file_grid is None else file_grid[0] * file_grid[1]
@@ -430,10 +432,10 @@ def _is_sincos(table: Tensor, grid: Grid) -> bool:
 
 
 def _release(tensor: Tensor) -> None:
-    """Page out what has been read of a tensor in a memory-mapped file.
+    """Page out a tensor of a memory-mapped file after it has been read.
 
-    It would count as memory of this process until the file is unmapped: in the end, the whole file
-    beside the model. It is read again from the file if needed. Systems may ignore the advice.
+    Otherwise its pages count as memory of this process until the file is unmapped: in the end, the
+    whole file in addition to the model. They are read again if needed; systems may ignore this.
     """
     if not sys.platform.startswith("linux") or not tensor.is_contiguous():
         return
@@ -463,7 +465,7 @@ def gather(content: Any) -> Any:
 
 
 def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Shard a whole tensor as ``like`` is sharded, or return it where that is whole.
+    """Shard a whole tensor as ``like`` is sharded; if ``like`` is whole, return it unchanged.
 
     Every process must call it with the same tensor of the shape of ``like``.
     """

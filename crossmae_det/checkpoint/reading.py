@@ -52,11 +52,11 @@ ARCHIVE = b"PK\x03\x04"
 LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 GIT_LFS = b"version https:/"
 
-# Pickles in a legacy file before its numbers: magic number, protocol, machine, content.
+# Pickles in a legacy file before the tensor data: magic number, protocol, machine, content.
 LEGACY_PICKLES = 4
 
-# Entries that hold the weights, or averages of them; the first one present counts. They are those
-# of this package, MAE, timm and Lightning, then of DINO, which publishes its teacher.
+# Entries that hold the weights, or averages of them; the first one present is used. They come from
+# this package, MAE, timm and Lightning, then from DINO, which publishes its teacher.
 MODELS = ("model", "state_dict", "model_state_dict", "teacher")
 AVERAGES = ("ema", "model_ema", "state_dict_ema")
 
@@ -71,9 +71,9 @@ DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 
-# Stand-ins for what training checkpoints hold beside tensors and torch does not admit: command
-# lines, numpy scalars and arrays, paths, dates, further containers. By their names in Python 3, and
-# in numpy 1 and 2.
+# Stand-ins for what training checkpoints hold beside tensors and torch does not allow: command
+# lines, numpy scalars and arrays, paths, dates, other containers. Listed under their names in
+# Python 3, and in both numpy 1 and 2.
 ADMITTED_CLASSES: list[Any] = [
     Namespace,
     *((stand_in, name.replace("__builtin__", "builtins")) for name, stand_in in ADMITTED.items()),
@@ -89,7 +89,7 @@ ADMITTED_CLASSES: list[Any] = [
 
 
 def split_prefix(location: str | PathLike[str]) -> tuple[str, str]:
-    """Split "a.pth:teacher." into "a.pth" and "teacher."; the prefix is "" where there is none.
+    """Split "a.pth:teacher." into "a.pth" and "teacher."; without a prefix, the second is "".
 
     An existing file with a colon in its name is that file.
     """
@@ -107,11 +107,11 @@ def checkpoint_files(location: str | PathLike[str]) -> list[Path]:
         location: a file; a folder of a checkpoint, whole or in shards, or of a run (its last
             checkpoint); ``http(s)://``; ``hf://owner/repository[@revision][/file]``; or, with
             detectron2, any address that its PathManager knows, such as ``detectron2://``.
-            URLs are cached in iopath's cache, which ``FVCORE_CACHE`` moves, files of the hub in the
-            hub's own. A prefix after the location is ignored, see :func:`split_prefix`.
+            URLs are cached in iopath's cache (set by ``FVCORE_CACHE``), files of the hub in the
+            hub's. A prefix after the location is ignored, see :func:`split_prefix`.
 
     Returns:
-        The files: several where a checkpoint is in shards.
+        The files: several if the checkpoint is sharded.
 
     Raises:
         FileNotFoundError: the location does not exist, or holds no checkpoint.
@@ -155,7 +155,7 @@ def _download_from_hub(name: str) -> Path:
     try:
         if file:
             return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
-        # One of the formats that a repository offers; first the one that cannot hold programs.
+        # Of the formats in a repository, prefer safetensors, which cannot contain code.
         listed = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
         names = [name for name in listed if "/" not in name]
         for suffix in SUFFIXES:
@@ -168,7 +168,7 @@ def _download_from_hub(name: str) -> Path:
                     repo, revision=revision, allow_patterns=[*files, *indices]
                 )
                 return Path(folder)
-    except Exception as error:  # the libraries below raise many kinds, which depend on the version
+    except Exception as error:  # which kinds the libraries raise depends on their versions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"cannot download {name}: {reason}") from error
     raise FileNotFoundError(
@@ -220,7 +220,7 @@ def _shards(index: Path) -> list[Path]:
         if not files:
             raise ValueError("it lists no file")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index} is not an index of a checkpoint in shards") from error
+        raise ValueError(f"{index} is not the index of a sharded checkpoint") from error
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{index} lists {file.name}, which does not exist")
@@ -234,8 +234,8 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint; nothing in it is executed.
 
     The format follows from the content: ``torch.save`` (tensors, plain values and command lines),
-    safetensors, or a plain pickle of numpy arrays as in detectron2's zoo. Paths become text, and
-    other containers the lists and dicts that they resemble.
+    safetensors, or a plain pickle of numpy arrays as in detectron2's zoo. Paths become strings, and
+    other containers become lists or dicts.
 
     Args:
         path: see :func:`~crossmae_det.checkpoint.reading.checkpoint_files`.
@@ -281,13 +281,13 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    return dict.copy(content)  # a plain one: an ordered one may have attributes over its methods
+    return dict.copy(content)  # a plain one: attributes of an OrderedDict may shadow its methods
 
 
 def _check_archive(path: Path) -> None:
-    """Reject what torch accepts: bytes that differ from those written, and compression.
+    """Reject damaged and compressed archives, which torch accepts.
 
-    torch.save does not compress; a compressed entry could take any amount of memory.
+    torch.save does not compress; a compressed entry could expand to any size.
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -311,7 +311,7 @@ def _torch_load(path: Path, mmap: bool) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """One line of what a library says."""
+    """The message of a library's error in one line."""
     # torch replaces the actual error by advice on how to execute the file after all.
     if isinstance(error, pickle.UnpicklingError) and isinstance(error.__context__, Exception):
         error = error.__context__
@@ -358,7 +358,7 @@ def extract_state_dict(
         entry = entry[rest.pop(0)]
     if entry is checkpoint:
         entry = _default_entry(checkpoint, path, weights)
-    # dict.copy: an ordered dict may have attributes over its methods.
+    # dict.copy: attributes of an OrderedDict may shadow its methods.
     state = dict.copy(entry) if isinstance(entry, dict) else dict(entry)
     if weights == "ema":
         state.pop("n_averaged", None)
@@ -381,7 +381,7 @@ def extract_state_dict(
 def _default_entry(
     checkpoint: Mapping[Any, Any], path: str | PathLike[str], weights: str
 ) -> Mapping[Any, Any]:
-    """The entry with the weights, where the user names none."""
+    """The entry with the weights, if the user names none."""
     keys = AVERAGES if weights == "ema" else MODELS
     found = next((key for key in keys if isinstance(checkpoint.get(key), Mapping)), None)
     others = [
@@ -410,7 +410,7 @@ def _default_entry(
 
 
 def _listed(names: Iterable[Any]) -> str:
-    """The first names of a file, which may contain anything, for a message."""
+    """The first printable names of a file, for a message."""
     shown = sorted(str(name)[:40] for name in names if str(name).isprintable())
     return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
 
@@ -418,7 +418,7 @@ def _listed(names: Iterable[Any]) -> str:
 def _check_tensor(key: Any, value: Any, path: str | PathLike[str]) -> None:
     """Reject what is not an array of numbers that the file contains."""
     if not isinstance(key, str) or not key.isprintable() or len(key) > MAX_KEY_LENGTH:
-        raise ValueError(f"{path}: one of its keys is not the name of a tensor")
+        raise ValueError(f"{path}: a key is not a valid name of a tensor")
     if not isinstance(value, Tensor):
         raise ValueError(f"{path}: '{key}' is a {type(value).__name__}, not a tensor")
     if value.device.type != "cpu" or value.layout != torch.strided or value.dtype not in DTYPES:
@@ -426,13 +426,13 @@ def _check_tensor(key: Any, value: Any, path: str | PathLike[str]) -> None:
             f"{path}: '{key}' is not a plain tensor ({value.device.type}, {value.layout},"
             f" {value.dtype})"
         )
-    # A stride of 0 repeats a number any number of times.
+    # With a stride of 0, a few bytes can claim any size.
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise ValueError(f"{path}: '{key}' is larger than what the file holds of it")
+        raise ValueError(f"{path}: '{key}' is larger than its data in the file")
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove what wrappers put in front of, or into, every key."""
+    """Remove what wrappers add to every key: ``module.``, ``model.``, ``_orig_mod.``."""
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     while len(wrappers := {key.partition(".")[0] for key in state}) == 1:
         if wrappers.isdisjoint(WRAPPERS) or not all("." in key for key in state):

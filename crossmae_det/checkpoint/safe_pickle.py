@@ -42,9 +42,9 @@ DATES = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, da
 
 
 def not_admitted(name: str) -> str:
-    """The reason for rejecting a file that uses ``name``, and what to do."""
+    """Why a file that uses ``name`` is rejected, and what to do."""
     return (
-        f"it uses {name[:80]}, and only tensors and plain values are admitted: if you trust it,"
+        f"it uses {name[:80]}, but only tensors and plain values are allowed: if you trust it,"
         " save its weights alone (torch.load with weights_only=False, then torch.save)"
     )
 
@@ -53,7 +53,7 @@ def not_admitted(name: str) -> str:
 
 
 class PickledType:
-    """Stand-in for a numpy dtype: of numbers and, for scalars, of text."""
+    """Stand-in for a numpy dtype of numbers or, for scalars, of text."""
 
     __slots__ = ("dtype",)
 
@@ -93,7 +93,7 @@ class PickledArray:
         if math.prod(shape) * dtype.dtype.itemsize != len(data):
             raise ValueError(f"an array of shape {tuple(shape)} has {len(data)} bytes")
         array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
-        # A copy that torch may own, in the byte order of this machine.
+        # A copy that torch can own, in the byte order of this machine.
         native = array.astype(dtype.dtype.newbyteorder("="), order="C", copy=True)
         self.tensor = torch.from_numpy(native)
 
@@ -119,26 +119,26 @@ def _array_from_buffer(data: bytes, dtype: PickledType, shape: Any, order: str) 
 def _scalar(dtype: PickledType, data: bytes | str) -> Any:
     raw = data.encode("latin1") if isinstance(data, str) else data
     if not raw and not dtype.dtype.itemsize:
-        return dtype.dtype.type().item()  # an empty text
+        return dtype.dtype.type().item()  # an empty string
     (value,) = np.frombuffer(raw, dtype.dtype)
     return value.item()
 
 
 def _ordered_dict(items: Any = ()) -> dict:
-    """Python 3 makes an ordered dict empty, Python 2 from pairs."""
+    """Python 3 creates an OrderedDict empty, Python 2 from pairs."""
     pairs = [(key, value) for key, value in items]
     if not all(isinstance(key, str | int) for key, _ in pairs):
-        raise ValueError("a key of a dict is neither a text nor a number")
+        raise ValueError("a key of a dict is neither a string nor an integer")
     return dict(pairs)
 
 
 def _mapping(items: Any = (), *_: Any) -> dict:
-    """A Counter is made from a dict; a defaultdict empty, with the factory of its values."""
+    """A Counter is created from a dict, a defaultdict empty with its factory."""
     return dict(items) if type(items) is dict else {}
 
 
 def _list(items: Iterable = (), *_: Any) -> list:
-    """Sets become lists, so that nothing is hashed; so do deques."""
+    """Sets become lists, so that nothing is hashed, and so do deques."""
     return list(items)
 
 
@@ -212,8 +212,8 @@ _DISPATCH = pickle._Unpickler.dispatch  # opcode -> method
 class ArrayUnpickler(pickle._Unpickler):
     """Admits :data:`ADMITTED` and nothing else.
 
-    Dicts accept texts and numbers as keys, because the hash of nested tuples can take forever or
-    exhaust the stack; for the same reason sets become lists.
+    Keys of dicts must be strings or integers, because hashing nested tuples can take forever or
+    exhaust the stack; for the same reason, sets become lists.
     """
 
     stack: list[Any]
@@ -230,15 +230,15 @@ class ArrayUnpickler(pickle._Unpickler):
         return stand_in
 
     def _build(self) -> None:
-        """Give its state to a stand-in, where pickle sets attributes of any object."""
+        """Set the state of a stand-in; pickle would set attributes of any object."""
         state = self.stack.pop()
         target = self.stack[-1]
         if not isinstance(target, PickledArray | PickledType | PickledNamespace):
-            raise pickle.UnpicklingError(f"it gives a state to a {type(target).__name__}")
+            raise pickle.UnpicklingError(f"it sets the state of a {type(target).__name__}")
         target.__setstate__(state)
 
     def _bytearray8(self) -> None:
-        """Read bytes, where pickle first allocates as many as the file claims to have."""
+        """Read bytes; pickle would first allocate as many as the file claims to have."""
         (count,) = struct.unpack("<Q", self.read(8))
         self.append(self.read(count))
 
@@ -246,7 +246,7 @@ class ArrayUnpickler(pickle._Unpickler):
         target = self.stack[-1]
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(target) is not dict or not isinstance(key, str | int):
-                raise pickle.UnpicklingError(f"a {type(key).__name__} is not a key of an entry")
+                raise pickle.UnpicklingError(f"it uses a {type(key).__name__} as a key")
             target[key] = value
 
     def _set_item(self) -> None:
@@ -283,7 +283,7 @@ def check_tuples(file: IO[bytes]) -> None:
         file: at the start of a pickle; left at its end.
 
     Raises:
-        ValueError: there is more nesting than in any checkpoint, or no pickle.
+        ValueError: it is nested more deeply than any checkpoint, or is not a pickle.
     """
     sizes: list[int] = []  # of the values on the pickle's stack, with everything nested in them
     marks: list[int] = []

@@ -1,7 +1,7 @@
 """Datasets named by one string: a name registered in detectron2, or ``JSON:IMAGE_FOLDER``.
 
-Configs look at a dataset before any image is read (`describe`: number of images, classes, whether
-there are masks); loaders get its checked records (`get_dataset_dicts`).
+`describe` tells configs the number of images, the classes and whether there are masks, without
+reading an image. `get_dataset_dicts` returns the checked records for loaders.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ from crossmae_det.detection.coco_records import (
 from crossmae_det.utils.image_files import locate
 
 # COCO train2017 has 118,287 images, but published schedules count 118,000: 100 epochs are 184,375
-# iterations of 64 images, and 184,375 x 64 = 100 x 118,000. `describe` follows them for this
-# dataset only, so that the schedules computed from it are the published ones.
+# iterations of 64 images, and 184,375 x 64 = 100 x 118,000. `describe` does the same for this
+# dataset only, so that schedules computed from it are the published ones.
 _TRAIN2017_IMAGES = 118_287
 _TRAIN2017_SCHEDULED_IMAGES = 118_000
 
-# Sizes of COCO's splits, for configs that are looked at where the data are absent.
+# Sizes of COCO's splits, for configs that are inspected without the data.
 _NUM_IMAGES = {
     "coco_2014_train": 82_783,
     "coco_2014_val": 40_504,
@@ -55,7 +55,7 @@ _registered: dict[str, CocoInfo] = {}  # the JSON:IMAGE_FOLDER strings that reso
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a config needs to know of a dataset.
+    """What a config needs to know about a dataset.
 
     Attributes:
         num_images: number of images in an epoch.
@@ -73,11 +73,11 @@ def resolve_name(spec: str) -> str:
 
     Args:
         spec: a name registered in ``DatasetCatalog``, or ``"instances.json:image_folder"``, which
-            is registered under that very string, with the metadata that detectron2's evaluators
-            and visualizers need. ``DatasetCatalog.get`` loads its records.
+            is registered under that string, with the metadata that detectron2's evaluators and
+            visualizers need. ``DatasetCatalog.get`` loads its records.
 
     Raises:
-        ValueError: it is neither, or the json is not COCO.
+        ValueError: ``spec`` is neither, or the json is not in COCO format.
         FileNotFoundError: the json or the image folder does not exist.
     """
     if spec in DatasetCatalog and spec not in _registered:
@@ -113,8 +113,8 @@ def describe(
 ) -> DatasetInfo:
     """Describe a dataset without loading its images.
 
-    Where the json of a registered name is absent, the metadata describe it if its size is known:
-    for COCO's own names, or from ``num_images`` in the metadata.
+    If the json of a registered name is missing, the dataset is described by its metadata, provided
+    its size is known: for COCO's own names, or from ``num_images`` in the metadata.
 
     Args:
         spec: what `resolve_name` accepts.
@@ -122,7 +122,7 @@ def describe(
             counted. For COCO train2017, 118,000 are counted, as in its published schedules.
 
     Raises:
-        ValueError, FileNotFoundError: as `resolve_name`; or the json is absent, its size unknown.
+        ValueError, FileNotFoundError: as `resolve_name`; or the json is missing, its size unknown.
     """
     name = resolve_name(spec)
     metadata = MetadataCatalog.get(name)
@@ -164,8 +164,8 @@ def get_dataset_dicts(
 ) -> list[dict]:
     """Load the records of one or more datasets in detectron2's format, after checking them.
 
-    A COCO json is checked completely and read in its clean form: see `coco_json.load`. What is
-    used, left out and repaired is logged.
+    A COCO json is checked completely and read in its clean form, see `coco_json.load`. A summary
+    of what is used, left out and repaired is logged.
 
     Args:
         names: what `resolve_name` accepts, or a sequence of it.
@@ -180,19 +180,19 @@ def get_dataset_dicts(
         crowd: "ignore" trains nothing on crowd regions (``iscrowd: 1``), as COCO intends;
             "keep" makes them ordinary objects, for exports that set it on every mask.
         skip_undecodable: whether training skips images that cannot be used: they are then logged
-            rather than raised. None: there is no such choice, as in a test set.
+            rather than raised. None: skipping is not an option, as in a test set.
 
     Returns:
         One dict per image: ``file_name``, ``height``, ``width``, ``image_id``, ``annotations``. An
-        annotation without a mask among others that have one has no ``segmentation``.
+        annotation without a mask has no ``segmentation``.
 
     Raises:
         ValueError: a dataset is invalid, or no image is left.
-        FileNotFoundError: a json, an image folder or images in it are absent.
+        FileNotFoundError: a json, an image folder or images in it are missing.
     """
     specs = [names] if isinstance(names, str) else list(names or ())
     if not specs:
-        raise ValueError("no dataset is given: name a registered one or JSON:IMAGE_FOLDER")
+        raise ValueError("no dataset is given: give a registered name or JSON:IMAGE_FOLDER")
     if invalid_annotations not in (None, "error", "skip"):
         raise ValueError(
             f"invalid_annotations={invalid_annotations!r}: choose error, skip or null (None)"
@@ -220,7 +220,7 @@ def get_dataset_dicts(
         records = summary.filter_empty(records)
     source = ", ".join(specs)
     if not records:
-        advice = "annotate some"
+        advice = "annotate some images"
         if summary.skipped[CROWDS_ONLY]:
             advice = f"the existing ones have iscrowd: 1; {KEEP_CROWDS}"
         raise ValueError(f"{source}: no image has an annotation to train on: {advice}")
@@ -247,7 +247,7 @@ def inspect_registered(name: str) -> CocoInfo:
             DatasetCatalog.get(name)
         if not os.path.isfile(path):
             raise FileNotFoundError(
-                f"{path}: the annotations of {name} are absent: set DETECTRON2_DATASETS to the "
+                f"{path}: the annotations of {name} are missing: set DETECTRON2_DATASETS to the "
                 "folder that has them, or give the dataset as JSON:IMAGE_FOLDER"
             )
     return inspect(path, needs_annotations=name in _registered)
@@ -269,7 +269,7 @@ def _split(spec: str) -> tuple[str, str]:
         if json_file.lower().endswith(".json") and image_root
     ]
     if pairs:
-        # Where no such json exists, the last colon gives the path that the error names.
+        # If no such json exists, the last colon gives the path that the error names.
         return next((pair for pair in pairs if os.path.isfile(pair[0])), pairs[0])
     if spec.lower().rstrip(":").endswith(".json"):
         raise ValueError(f"dataset {spec!r}: add the image folder, as in {spec.rstrip(':')}:FOLDER")
@@ -320,11 +320,11 @@ def _load(
     crowd: str,
     summary: Summary,
 ) -> tuple[list[dict], dict[int, str] | None, Any]:
-    """Load the records of one dataset, checked where it is a COCO json.
+    """Load the records of one dataset, checked if it is a COCO json.
 
     Returns:
         The records, with the indices of ``classes``; its own categories; and a value that changes
-        when its files do, None where the images cannot be checked.
+        when its files do, None if the images cannot be checked.
     """
     metadata = MetadataCatalog.get(name)
     image_root = os.fspath(metadata.get("image_root", ""))

@@ -1,11 +1,11 @@
 """One annotation of a COCO json: its values, its mask, and whether it can be a training target.
 
-Exporters write ``1`` as ``1.0`` or ``"1"`` and omit what they take for the default. A value that
-can mean one thing only is read as that and counted as a repair; anything else is an error.
+Exporters write ``1`` as ``1.0`` or ``"1"`` and omit what they consider the default. A value with a
+single possible meaning is read as such and counted as a repair; anything else is an error.
 
 Masks have one of two forms: a list of polygons, or compressed run lengths. Run lengths are checked
-before anything decodes them: pycocotools writes out of bounds, or never returns, where they do not
-add up to the image.
+before they are decoded: pycocotools writes out of bounds, or never returns, if they do not add up
+to the image.
 """
 
 import math
@@ -20,7 +20,7 @@ from crossmae_det.utils.messages import list_names, shorten
 
 _INTEGER = re.compile(r"\s*[+-]?\d{1,18}\s*", re.ASCII)
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
-_LARGEST = 1e18  # no box, area or id written as text is beyond it
+_LARGEST = 1e18  # no valid box, area or id reaches it
 
 # Twice the area (square pixels) below which three vertices count as collinear: above the rounding
 # error of coordinates up to 10^4, far below anything that covers a pixel.
@@ -29,7 +29,7 @@ _MIN_CROSS = 1e-6
 # Coordinates may leave the image, but rasterizing takes time and memory in proportion to them.
 _MAX_SIDES_AWAY = 16
 
-# Pixels by which boxes leave their images because a tool rounds, or counts from 1.
+# Pixels by which boxes may leave their images because a tool rounds, or counts from 1.
 _ROUNDING = 2.0
 
 _NO_AREA = "its mask has no area"
@@ -40,10 +40,10 @@ class AnnotationError(ValueError):
 
 
 class ValueReader:
-    """Reads single values, and counts for each kind of repair how often it was made.
+    """Reads single values, and counts the repairs of each kind.
 
     Attributes:
-        place: what is being read, such as ``("annotation", 12)``: the first of each kind is kept.
+        place: what is being read, such as ``("annotation", 12)``; kept for the first of each kind.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class ValueReader:
         return int(number)
 
     def identifier(self, value: Any) -> int | str | None:
-        """An id: an integer where the value is one, else its text; None for anything else."""
+        """An id: an integer if the value is one, else its text; None for anything else."""
         if isinstance(value, str) and not _NUMBER.fullmatch(value):
             return value or None
         return self.integer(value)
@@ -107,7 +107,7 @@ def clean_annotation(
         reader: counts the repairs.
 
     Returns:
-        Why nothing can be trained on the annotation; None where it is a training target.
+        Why nothing can be trained on the annotation; None if it is a training target.
 
     Raises:
         AnnotationError: it cannot be read.
@@ -158,7 +158,7 @@ def clean_annotation(
 
 
 def area_fault(annotation: Mapping[str, Any], height: float, width: float) -> str | None:
-    """Why nothing can be trained on an annotation of a record; None where it is a training target.
+    """Why nothing can be trained on an annotation of a record; None if it is a training target.
 
     For records that a dataset's own function returns; those of a `CocoFile` are checked already.
 
@@ -197,13 +197,13 @@ def clean_mask(
         reader: counts the repairs.
 
     Returns:
-        The mask, and whether it covers anything. The mask is None where there is none; a list of
+        The mask, and whether it covers anything. The mask is None if there is none; a list of
         polygons, each of at least three vertices as x, y, x, y, ... in pixels; or compressed run
         lengths, ``{"size": [height, width], "counts": str or bytes}``. Polygons without area are
-        dropped beside others that have one; those that are not polygons are always dropped.
+        dropped if others have one; polygons with fewer vertices are always dropped.
 
     Raises:
-        AnnotationError: it has neither form, or does not fit its image.
+        AnnotationError: the mask has neither form, or does not fit its image.
     """
     if not value:
         return None, False
@@ -228,10 +228,10 @@ def clean_mask(
 
 
 def run_lengths(counts: str) -> list[int] | None:
-    """Decode compressed run lengths, each at least 0; None where they cannot be decoded.
+    """Decode compressed run lengths, each at least 0; None if they cannot be decoded.
 
     The encoding: each run is a sequence of groups of five bits, lowest first, in characters from
-    "0" on. The sixth bit says that more follow; the fifth bit of the last group is the sign. From
+    "0" on. The sixth bit means that more follow; the fifth bit of the last group is the sign. From
     the fourth run on, the value is the difference from the run before the previous one.
     """
     try:
@@ -280,7 +280,7 @@ def _clean_run_lengths(
 
 
 def _clean_polygon(polygon: list, limit: int, reader: ValueReader) -> list:
-    """The polygon as numbers, none of them beyond ``limit`` pixels."""
+    """The polygon as numbers, each within ``limit`` pixels."""
     try:
         near = min(polygon) >= -limit and max(polygon) <= limit and math.isfinite(sum(polygon))
     except TypeError:
@@ -292,7 +292,7 @@ def _clean_polygon(polygon: list, limit: int, reader: ValueReader) -> list:
         return _clean_polygon(numbers, limit, reader)
     if not near:
         raise AnnotationError(
-            "has a polygon with a coordinate that is not finite, or far outside of the image: "
+            "has a polygon with a coordinate that is not finite or far outside of the image: "
             "correct or remove it"
         )
     return polygon
@@ -301,8 +301,8 @@ def _clean_polygon(polygon: list, limit: int, reader: ValueReader) -> list:
 def _has_area(polygon: Any) -> bool:
     """Whether a polygon x, y, x, y, ... has three vertices that are not collinear.
 
-    Unlike the signed area, this needs three or four vertices of most polygons, and does not cancel
-    out in a figure of eight.
+    Unlike the signed area, this reads only three or four vertices of most polygons, and does not
+    cancel out in a figure of eight.
     """
     if len(polygon) < 6 or len(polygon) % 2:
         return False
@@ -312,13 +312,13 @@ def _has_area(polygon: Any) -> bool:
         x, y = polygon[k] - x0, polygon[k + 1] - y0
         if abs(dx * y - dy * x) > _MIN_CROSS:
             return True
-        if abs(x) + abs(y) > abs(dx) + abs(dy):  # two near points give no direction
+        if abs(x) + abs(y) > abs(dx) + abs(dy):  # close points give no direction
             dx, dy = x, y
     return False
 
 
 def _location_fault(box: Any, mask: Any, height: float, width: float) -> str | None:
-    """Why no part of a box, or of its mask if any, is in the image; None where some part is."""
+    """Why no part of a box, or of its mask if any, is in the image; None if some part is."""
     x, y, box_width, box_height = box
     if not (box_width > 0 and box_height > 0):
         return f"its box has no area (width {box_width:g}, height {box_height:g})"

@@ -1,9 +1,9 @@
 """Read a COCO json once into a clean form, which training, evaluation and drawing share.
 
-What a value means is decided here: `load` repairs what can mean one thing only (an integer written
-as text, ``"iscrowd": null``, a degenerate polygon beside good ones) and counts the repairs. A
-contradiction is an error of one line that names the file and the id. So no later failure, hours
-into training or inside COCO's evaluation, is caused by the json.
+`load` repairs values with a single possible meaning (an integer written as text,
+``"iscrowd": null``, a degenerate polygon beside good ones) and counts the repairs. A contradiction
+is a one-line error that names the file and the id. So the json cannot cause a failure later, hours
+into training or inside COCO's evaluation.
 """
 
 import gc
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 Version = tuple[int, int]  # time stamp and size of a file
 
-# The content of files of up to this many bytes, all together, is kept for the next reader; it takes
-# about ten times as much memory. Of COCO train2017 (450 MB) only the description is kept.
+# The content of files of up to this many bytes in total is kept for the next reader; it takes about
+# ten times as much memory. Of COCO train2017 (450 MB), only the description is kept.
 _KEPT_BYTES = 32 * 2**20
 
 _LAYOUT = "a COCO annotation file is an object with images, annotations and categories"
@@ -43,7 +43,7 @@ class CocoInfo:
         num_images: number of entries in ``images``.
         num_annotations: number of entries in ``annotations``; None without that key.
         categories: dataset id -> name, by ascending id, as detectron2 numbers the classes.
-        has_masks: whether any annotation that is not a crowd region has a mask.
+        has_masks: whether any annotation other than a crowd region has a mask.
         crowds_have_masks: whether any crowd region has one.
         num_with_objects: images with an annotation to train on, crowd regions excluded.
         num_with_crowds: images with an annotation to train on, crowd regions included.
@@ -68,13 +68,13 @@ class CocoFile:
 
     Attributes:
         info: see `CocoInfo`.
-        images: a dict for each image: ``id``, an integer wherever it is written as one, else text;
+        images: a dict for each image: ``id``, an integer if it can be read as one, else text;
             ``file_name`` as in the file; ``height`` and ``width``, integers in pixels.
         annotations: a dict for each: ``id``; ``image_id`` and ``category_id``, which exist in
             ``images`` and ``info.categories``; ``bbox``, four finite numbers x, y, width, height;
-            ``iscrowd``, 0 or 1; ``area`` in pixels, None where it has to be computed; and where
-            there is a mask, ``segmentation``: see `coco_annotations.clean_mask`. Other keys are as
-            in the file.
+            ``iscrowd``, 0 or 1; ``area`` in pixels, None if it has to be computed; and if there
+            is a mask, ``segmentation``, see `coco_annotations.clean_mask`. Other keys are as in
+            the file.
         faults: index into ``annotations`` -> why nothing can be trained on it.
     """
 
@@ -89,7 +89,7 @@ def inspect(json_file: str, *, needs_annotations: bool = True) -> CocoInfo:
 
     Args:
         json_file: path of the json.
-        needs_annotations: False accepts a file without ``annotations``, like COCO's test sets.
+        needs_annotations: False accepts a file without ``annotations``, such as COCO's test sets.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -99,7 +99,7 @@ def inspect(json_file: str, *, needs_annotations: bool = True) -> CocoInfo:
     key = _key(json_file)
     info = _descriptions.get(key) or _read(json_file, key).info
     if needs_annotations and info.num_annotations is None:
-        raise ValueError(f"{json_file}: there is no 'annotations': {_LAYOUT}")
+        raise ValueError(f"{json_file}: 'annotations' is missing: {_LAYOUT}")
     return info
 
 
@@ -120,7 +120,7 @@ def load(json_file: str, *, needs_annotations: bool = True) -> CocoFile:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the garbage collector, which walks a large json again and again while it is built.
+    """Pause the garbage collector, which would traverse a large json repeatedly as it is built.
 
     Reading COCO train2017 then takes about half the time.
     """
@@ -165,7 +165,7 @@ def _parse(path: str) -> dict[str, Any]:
     for key in ["images", "categories"] + ["annotations"] * ("annotations" in data):
         value = data.get(key)
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            found = f"{key!r} is not a list of objects" if key in data else f"there is no {key!r}"
+            found = f"{key!r} is not a list of objects" if key in data else f"{key!r} is missing"
             raise ValueError(f"{path}: {found}: {_LAYOUT}")
     return data
 
@@ -177,7 +177,7 @@ def _clean(path: str, version: Version, data: dict[str, Any]) -> CocoFile:
     images = _clean_images(path, data["images"], reader)
     sizes = {image["id"]: (image["height"], image["width"]) for image in images}
     annotations = data.get("annotations", [])
-    # The annotation ids of minival2014 are not unique; detectron2 exempts it by its name, too.
+    # The annotation ids of minival2014 are not unique; detectron2 also exempts it by its name.
     unique_ids = "minival" not in path
     seen: set[Any] = set()
     faults: dict[int, str] = {}
@@ -264,7 +264,7 @@ def _clean_images(path: str, entries: list[dict], reader: ValueReader) -> list[d
         if image_id in images:
             raise ValueError(f"{path}: two images have the id {image_id}: give each its own")
         if file_name in files:
-            reader.repair("images that have the file of an earlier image, but objects of their own")
+            reader.repair("images that share the file of an earlier image, but not its objects")
         files.add(file_name)
         images[image_id] = {
             "id": image_id,

@@ -27,7 +27,7 @@ KEEP_CROWDS = (
     "dataloader.train.dataset.crowd=keep makes them objects (dataloader.test for a test set)"
 )
 
-# Time for reading image headers: enough for all of most datasets, or for thousands on a slow disk.
+# Time limit for reading image headers: enough for most datasets, or for thousands on a slow disk.
 HEADER_SECONDS = 10.0
 
 _logged: set[str] = set()
@@ -88,7 +88,7 @@ def dataset_categories(name: str, info: CocoInfo | None) -> dict[int, str]:
 
     Args:
         name: the registered name; its metadata take precedence, as in detectron2.
-        info: the COCO json of the dataset; None where it has none.
+        info: the COCO json of the dataset, None without one.
 
     Raises:
         ValueError: neither has names.
@@ -121,14 +121,14 @@ def find_faults(file: CocoFile, *, invalid_annotations: str, crowd: str) -> dict
 
     Args:
         file: the json.
-        invalid_annotations: "error" raises where there are any, "skip" logs a warning.
-        crowd: "keep" includes crowd regions, as ordinary objects.
+        invalid_annotations: "error" raises if there are any, "skip" logs a warning.
+        crowd: "keep" includes crowd regions as ordinary objects.
 
     Returns:
         Index into ``file.annotations`` -> why nothing can be trained on it.
 
     Raises:
-        ValueError: there are some, for "error"; one line that names the first.
+        ValueError: there are some and the policy is "error"; one line that names the first.
     """
     faults = {
         index: fault
@@ -170,7 +170,7 @@ def make_records(
         with ``file``: copy before modifying.
 
     Raises:
-        FileNotFoundError: images are absent, see `image_files.locate`.
+        FileNotFoundError: images are missing, see `image_files.locate`.
     """
     names = [image["file_name"] for image in file.images]
     if "://" in image_root:
@@ -211,11 +211,11 @@ def adapt_records(
     crowd: str,
     summary: "Summary",
 ) -> list[Record]:
-    """Apply the classes and options to records that a dataset's own function returned.
+    """Apply classes and options to the records that a dataset's own function returned.
 
     Args:
         records: in detectron2's format; they are not modified.
-        remap: class index in the records -> class index of the model; None where they agree.
+        remap: class index in the records -> class index of the model; None if they agree.
         check: leave out annotations that cannot be trained on.
         crowd: "keep" makes crowd regions ordinary objects.
         summary: counts what is left out.
@@ -247,16 +247,16 @@ def adapt_records(
 def check_headers(
     records: Sequence[Record], source: str, *, skip_undecodable: bool | None, key: Any
 ) -> None:
-    """Compare the annotated sizes with the headers of the image files, before anything trains.
+    """Compare the annotated sizes with the headers of the image files, before training starts.
 
-    Reads as many as it can in `HEADER_SECONDS`, in a fixed random order. Records that passed are
-    not checked again in this process.
+    Reads as many headers as it can in `HEADER_SECONDS`, in a fixed random order. The same records
+    are not checked again in this process.
 
     Args:
         records: in detectron2's format, with ``file_name``, ``height`` and ``width``.
         source: the annotations, for messages.
-        skip_undecodable: warn of images that training will skip, rather than raise. None: there is
-            no such choice.
+        skip_undecodable: warn of images that training will skip, rather than raise. None: skipping
+            is not an option.
         key: hashable; identifies the records and the state of their files.
 
     Raises:
@@ -340,8 +340,8 @@ class Summary:
 
         Args:
             source: the dataset.
-            records: those that are used.
-            classes: names of the classes; None where the data have none.
+            records: the records that are used.
+            classes: names of the classes; None if the data have none.
         """
         lines = [f"{self.found} images found, {len(records)} images used"]
         lines += [f"Images left out: {count} {reason}" for reason, count in self.skipped.items()]
@@ -371,7 +371,7 @@ class Summary:
             lines.append(f"Objects without a mask: {without_mask}, left out of the mask loss")
         if crowds := len(annotations) - len(objects) + self._skipped_crowds:
             lines.append(
-                f"Crowd regions: {crowds} annotations with iscrowd: 1 are no objects; {KEEP_CROWDS}"
+                f"Crowd regions: {crowds} annotations with iscrowd: 1 are ignored; {KEEP_CROWDS}"
             )
         if self.faulty:
             lines.append(f"Annotations left out: {self.faulty} that cannot be trained on")

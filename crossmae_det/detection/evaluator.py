@@ -39,28 +39,27 @@ class COCOEvaluator(Detectron2COCOEvaluator):
 
     - The backend is ``faster-coco-eval`` or ``pycocotools``; they agree to 1e-6.
     - Only the images that were processed count: the AP of a subset is the AP of that subset.
-    - A model without detections scores 0, as in COCO's own evaluation, not NaN. NaN is left for
-      what has no ground truth (a class, a size).
-    - The ground truth is the clean form of the json that training reads, too: see
-      `coco_json.load`. Annotation ids may start at 0 (COCO's evaluation takes a match with id 0
-      for none).
+    - A model without detections scores 0, as in COCO's own evaluation, not NaN. NaN means that a
+      class or a size has no ground truth.
+    - The ground truth is the clean form of the json, as in training, see `coco_json.load`.
+      Annotation ids may start at 0 (COCO's evaluation treats a match with id 0 as no match).
     - Classes are matched by name, whatever their ids.
     - It writes ``coco_instances_results.json`` and ``results.json``, atomically, and for proposals
       detectron2's ``box_proposals.pkl``.
 
     Args:
-        dataset_name: a name registered in ``DatasetCatalog`` or ``JSON:IMAGE_FOLDER``, or a list of
-            one.
+        dataset_name: a name registered in ``DatasetCatalog`` or ``JSON:IMAGE_FOLDER``; may be a
+            list with one of them.
         tasks: some of "bbox" and "segm". None: boxes, and masks where there are any.
         distributed: gather the detections of all processes in the first one, which alone evaluates.
         output_dir: folder for the detections and the results. None writes nothing.
         backend: "faster-coco-eval", "pycocotools", or "auto" for the first that is installed.
-        max_dets_per_image: number of detections of an image and class that count, by score.
+        max_dets_per_image: number of detections per image and class that count, by score.
         context: written to the results file beside the numbers: the iteration, the checkpoint.
         categories: id -> name in the order of the model's classes; the categories of the dataset
             are matched to them by name. None: those of the dataset.
-        crowd: "ignore" is COCO's rule: a detection in a crowd region (``iscrowd: 1``) counts as
-            nothing. "keep" makes crowd regions ordinary objects, as in `get_dataset_dicts`.
+        crowd: "ignore" is COCO's rule: a detection in a crowd region (``iscrowd: 1``) is not
+            counted. "keep" makes crowd regions ordinary objects, as in `get_dataset_dicts`.
 
     Raises:
         ValueError: an argument is out of range, the backend is not installed, the dataset is not
@@ -137,8 +136,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         Returns:
             In percent, NaN where there is no ground truth: ``{"bbox": {"AP", "AP50", "AP75", "APs",
             "APm", "APl", "AR@100", "AP-<class>", ...}, "segm": {...}}``. Empty in every process but
-            the first, when nothing was processed, and when the dataset has no annotations (the
-            detections are written nevertheless).
+            the first, if nothing was processed, and if the dataset has no annotations (detections
+            are written in any case).
 
         Raises:
             ValueError: an image is not in the json, or a predicted class is not in the dataset.
@@ -233,7 +232,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
     def _evaluate_task(
         self, task: str, detections: Sequence[Mapping[str, Any]], image_ids: Sequence[Any]
     ) -> dict[str, float]:
-        # Numbers from 1: both backends take a match with id 0 for none, one needs integer ids.
+        # Numbers from 1: both backends treat a match with id 0 as none, one needs integer ids.
         numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
         # The size of a mask is its own area: with a box beside it, COCO would take the box's.
         key = "bbox" if task == "bbox" else "segmentation"
@@ -309,7 +308,7 @@ def compute_metrics(
         ground_truth: the content of a COCO json: "images", "annotations", and "categories" with
             distinct names by ascending id.
         detections: in COCO's result format, for images of ``ground_truth``; may be empty.
-        max_dets: number of detections of an image and category that count.
+        max_dets: number of detections per image and category that count.
 
     Returns:
         In percent, NaN where there is no ground truth: "AP", "AP50", "AP75", "APs", "APm", "APl",
@@ -363,8 +362,8 @@ def write_results(
         results: metrics, nested to any depth, e.g. ``{"bbox": {"AP": 51.2}}``. NaN and infinite
             values become null.
         context: what the numbers were measured on: config file, checkpoint, iteration, dataset,
-            number of images, date, versions. Values that JSON does not have (paths, dates) are
-            written as text.
+            number of images, date, versions. Values without a JSON type (paths, dates) are written
+            as text.
 
     Raises:
         OSError: ``path`` cannot be written.
@@ -391,7 +390,7 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
         results: ``{task: {metric: value}}``; per-class metrics are left out.
 
     Returns:
-        Two decimals, ``-`` for what could not be computed; "no results" without any metric.
+        Numbers with two decimals, ``-`` for NaN and missing ones; "no results" without any metric.
     """
     columns = dict.fromkeys(key for key in itertools.chain(*results.values()) if not _is_class(key))
     if not columns:
@@ -405,10 +404,10 @@ def format_per_class(results: Mapping[str, Mapping[str, float]], *, blocks: int 
 
     Args:
         results: ``{task: {"AP-<name>": value, ...}}``; the order is that of the first task.
-        blocks: number of classes on a line.
+        blocks: number of classes per line.
 
     Returns:
-        Two decimals, ``-`` for a class without ground truth; empty without per-class metrics.
+        Numbers with two decimals, ``-`` for a class without ground truth; empty without classes.
     """
     rows: list[list[str]] = []
     for index, key in enumerate(

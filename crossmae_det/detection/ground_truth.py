@@ -28,8 +28,8 @@ class GroundTruth:
     Attributes:
         file: the json in its clean form.
         names: a distinct name for each class.
-        category_ids: the id in the dataset of each class.
-        has_annotations: False for a test set.
+        category_ids: the category id in the dataset for each class.
+        has_annotations: False for a test set without annotations.
         has_masks: whether any annotation has a mask.
 
     Raises:
@@ -67,7 +67,9 @@ class GroundTruth:
         self.has_annotations = info.num_annotations is not None
         self.has_masks = info.has_masks or info.crowds_have_masks
         if ignored := len(info.categories) - len(self._indices):
-            logger.info("%s: %d categories are evaluated in no class", dataset_name, ignored)
+            logger.info(
+                "%s: %d categories belong to no class: not evaluated", dataset_name, ignored
+            )
 
     @property
     def image_ids(self) -> list[int | str]:
@@ -122,7 +124,7 @@ class GroundTruth:
 def _class_indices(name: str, info: CocoInfo, own: Mapping[int, str]) -> dict[int, int]:
     """Category id of a json -> index in ``own``, the categories of the dataset registered with it.
 
-    Where the metadata say so, several ids may share a class and categories may be left out.
+    By the metadata, several ids may share a class, and categories may be left out.
     """
     if own.keys() == info.categories.keys() and set(own.values()) == set(info.categories.values()):
         return {id_: index for index, id_ in enumerate(own)}
@@ -137,7 +139,7 @@ def _class_indices(name: str, info: CocoInfo, own: Mapping[int, str]) -> dict[in
 
 
 def _load(dataset_name: str, converted: str | None) -> CocoFile:
-    """Read the json of a dataset, which may have to be written first."""
+    """Read the json of a dataset, writing it first if the dataset has none."""
     resolve_name(dataset_name)
     if MetadataCatalog.get(dataset_name).get("json_file") is None:
         _convert(dataset_name, converted)
@@ -145,11 +147,11 @@ def _load(dataset_name: str, converted: str | None) -> CocoFile:
 
 
 def _convert(dataset_name: str, path: str | None) -> None:
-    """Write the records of a dataset without a json as one."""
+    """Write the records of a dataset without a json as a json."""
     if path is None:
         raise ValueError(
-            f"dataset '{dataset_name}' is not in COCO format: give the evaluator an output_dir, "
-            "where it is converted"
+            f"dataset '{dataset_name}' is not in COCO format: set the output_dir of the evaluator, "
+            "where the converted file is written"
         )
     try:
         # A file left by an earlier run may describe other data under the same name.

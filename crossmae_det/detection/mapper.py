@@ -55,9 +55,9 @@ class ResizeToFit(T.Augmentation):
 
 
 class _AugInput(T.AugInput):
-    """detectron2's input of augmentations; each side of the image keeps at least one pixel.
+    """detectron2's input of augmentations, but each side of the image keeps at least one pixel.
 
-    The short side of a long, thin image would round to 0 when the image is scaled down.
+    Otherwise, the short side of a long, thin image could round to 0 when it is scaled down.
     """
 
     def transform(self, tfm: T.Transform) -> None:
@@ -70,13 +70,13 @@ class _AugInput(T.AugInput):
 class DetectionMapper(DatasetMapper):
     """detectron2's ``DatasetMapper`` for boxes and masks, with these differences:
 
-    - Images are read by :func:`crossmae_det.utils.image_reading.read_image`, and keep at least one
-      pixel of each side when they are resized.
+    - Images are read by :func:`crossmae_det.utils.image_reading.read_image`, and each side keeps at
+      least one pixel in resizing.
     - An image that cannot be decoded, is not of the annotated size, or is smaller than `min_size`
       raises an `ImageError` that names the file.
     - Polygons and run-length masks may be mixed: an image with a run-length mask gets ``BitMasks``
       and any other ``PolygonMasks``. Pixels that an augmentation pads are outside of every mask
-      (detectron2 fills them with 255, which its ``BitMasks`` take for inside).
+      (detectron2 fills them with 255, which its ``BitMasks`` treat as inside).
     - An image without a target gets empty ``gt_boxes`` and ``gt_masks`` like any other.
     - Some objects of an image may have only a box. The image then has a field ``gt_has_mask``,
       (number of objects) bool, and the box stands in for the mask. An image where no object has a
@@ -112,8 +112,8 @@ class DetectionMapper(DatasetMapper):
         for item in augmentations:
             if not isinstance(item, T.Augmentation | T.Transform):
                 raise ValueError(
-                    f"mapper.augmentations: {item!r} is not an augmentation of detectron2: change "
-                    "one by its keys, such as mapper.augmentations.0.prob=0.5"
+                    f"mapper.augmentations: {item!r} is not an augmentation of detectron2: to "
+                    "change one, override its keys, such as mapper.augmentations.0.prob=0.5"
                 )
         super().__init__(
             is_train,
@@ -152,7 +152,7 @@ class DetectionMapper(DatasetMapper):
     def _read(self, dataset_dict: dict[str, Any]) -> np.ndarray:
         file_name = dataset_dict["file_name"]
         # In training, the loader adds the advice: it may skip the image.
-        advice = "" if self.is_train else ": replace the file or take it out of the dataset"
+        advice = "" if self.is_train else ": replace the file or remove it from the dataset"
         try:
             with naming_errors(file_name), PathManager.open(file_name, "rb") as file:
                 data = file.read()
@@ -171,7 +171,7 @@ class DetectionMapper(DatasetMapper):
         if min(height, width) < self.min_size:
             raise ImageError(
                 f"{file_name}: the image is {width}x{height} pixels, but both sides must be at "
-                f"least {self.min_size} (a patch): take it out of the dataset"
+                f"least {self.min_size} (a patch): remove it from the dataset"
             )
         return image
 
@@ -217,8 +217,8 @@ class TrainLoader(ResumableLoader):
 
     Args:
         dataset: records in detectron2's format, or a map-style dataset of them.
-        mapper: makes a model input from a record. It may return None to have another image drawn,
-            and draw from ``random``, ``numpy.random`` and ``torch`` (CPU), which are seeded for it.
+        mapper: makes a model input from a record. It may return None to have another image drawn.
+            It may draw from ``random``, ``numpy.random`` and ``torch`` (CPU), which are seeded.
         total_batch_size: images per iteration over all processes.
         num_workers: worker processes of each process; 0 loads in the process itself.
         seed: at least 0, the same in every process.

@@ -1,4 +1,4 @@
-"""Files, image reading, plots: what every package uses."""
+"""What every package uses: files, image reading, messages, plots."""
 
 from crossmae_det.utils.files import atomic_path, save_checkpoint
 from crossmae_det.utils.image_reading import ImageError, UndecodableImageError

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Atomic writes: a reader never sees a half-written file."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
-        # To the disk before the renaming: a crash of the machine must not leave an empty file.
+        # Flush before renaming: a crash of the machine must not leave an empty file.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -63,7 +63,7 @@ def write_json(
 
     Args:
         path: the file to write.
-        content: anything that ``json`` can write; NaN and infinities are not JSON.
+        content: anything that ``json`` can write, except for NaN and infinities.
         indent: as in ``json.dump``.
         default: as in ``json.dump``; None writes numpy scalars as numbers.
 
@@ -95,7 +95,7 @@ def write_image(path: str | os.PathLike[str], image_bgr: np.ndarray) -> None:
     """
     suffix = Path(path).suffix
     if not suffix or not cv2.haveImageWriter(f"image{suffix}"):
-        raise ValueError(f"{path}: '{suffix}' is not the suffix of an image: use .png or .jpg")
+        raise ValueError(f"{path}: cannot write an image with suffix '{suffix}': use .png or .jpg")
     with atomic_path(path) as temporary:
         if not cv2.imwrite(str(temporary), image_bgr):
             raise OSError(f"{path}: cannot write the image: is the disk full?")

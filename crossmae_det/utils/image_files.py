@@ -1,4 +1,4 @@
-"""Finding image files, and describing what was found."""
+"""Finding image files: in folders, and by the paths in an annotation file; summaries of them."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = tuple(
     suffix for suffix in _SUFFIXES if Image.registered_extensions().get(suffix) in Image.OPEN
 )
 
-# Headers that a summary reads at most, and seconds that it takes at most.
+# Limits of a summary: the number of headers it reads, and seconds.
 SAMPLED_HEADERS = 256
 SAMPLING_SECONDS = 5.0
 
@@ -35,7 +35,7 @@ _warned: set[str] = set()
 
 
 def is_image_file(path: str | os.PathLike[str], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
-    """Whether the name of a file is that of an image.
+    """Whether a file is an image by its name.
 
     Hidden files are not images: macOS puts ``._photo.jpg`` beside ``photo.jpg``.
     """
@@ -44,11 +44,11 @@ def is_image_file(path: str | os.PathLike[str], suffixes: Sequence[str] = IMAGE_
 
 
 def walk_images(folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterator[str]:
-    """Find the images in a folder at any depth, also behind links; hidden ones are left out.
+    """Find the images in a folder at any depth, following links; hidden ones are skipped.
 
     Args:
         folder: where to look.
-        suffixes: of the files to find, in lower case.
+        suffixes: suffixes of the files to find, in lower case.
 
     Yields:
         Paths relative to the folder, sorted within each folder.
@@ -61,7 +61,7 @@ def walk_images(folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterat
 def _walk(folder: str, hidden: bool = True) -> Iterator[Parts]:
     """The files in a folder at any depth, as the parts of their relative paths.
 
-    ``hidden`` tells whether to descend into hidden folders.
+    ``hidden`` also descends into hidden folders.
     """
     visited = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -91,12 +91,12 @@ def sampled_sizes(read_size: Callable[[int], tuple[int, int]], count: int) -> st
         count: number of images, at least one.
 
     Returns:
-        How many headers were read, the smallest, median and largest size, and how many images,
-        with one name, cannot be read. It takes a few seconds at most.
+        The number of headers read; the smallest, median and largest size; the number of images
+        that cannot be read, and one of them. Takes a few seconds at most.
     """
     sizes, bad = [], []
     chosen = np.linspace(0, count - 1, min(count, SAMPLED_HEADERS)).round().astype(int)
-    # In random order, so that those read before the time is up are an even sample as well.
+    # In random order: those read before the time is up are an even sample, too.
     chosen = np.random.default_rng(0).permutation(chosen)
     end = time.monotonic() + SAMPLING_SECONDS
     for index in chosen.tolist():
@@ -130,18 +130,18 @@ def locate(
     """Find image files by the paths in an annotation file or a list.
 
     Exporters write the paths of their own storage: ``..\\upload\\1\\abc.jpg``,
-    ``/data/local-files/?d=images/abc.jpg``. Where a path does not exist below ``image_root``, the
-    only file with its base name is taken; of several, the one that shares most of the path. Where
-    there is none, case and the Unicode form are ignored. Every folder is listed once.
+    ``/data/local-files/?d=images/abc.jpg``. If a path does not exist below ``image_root``, the file
+    with its base name is used; of several, the one whose path has most trailing parts in common.
+    If there is none, case and Unicode normalization are ignored. Each folder is listed once.
 
     Args:
         names: paths relative to ``image_root``, or absolute.
         image_root: the folder of the images.
-        source: the file that has the names, for messages.
+        source: the file that lists the names, for messages.
         complete: whether every image must exist.
 
     Returns:
-        The path of each image, in the order of ``names``; unchanged where it does not exist.
+        The path of each image, in the order of ``names``; unchanged if it does not exist.
 
     Raises:
         FileNotFoundError: the folder does not exist; or, if ``complete``, an image does not exist
@@ -168,12 +168,12 @@ def locate(
             [tuple(map(_folded, reading)) for reading in readings], by_folded, _folded
         )
         if len(matches) != 1:
-            failed.append((names[index], f"{len(matches)} files have its base name"))
+            failed.append((names[index], f"{len(matches)} files have this base name"))
             continue
         path = os.path.join(image_root, *matches[0])
         other = taken.setdefault(os.path.realpath(path), names[index])
         if other != names[index]:
-            failed.append((names[index], f"{os.path.join(*matches[0])} is the file of {other}"))
+            failed.append((names[index], f"{os.path.join(*matches[0])} belongs to {other}"))
             continue
         paths[index] = path
         repaired.append(index)
@@ -198,12 +198,12 @@ def _exists(path: str, listings: dict[str, set[str]]) -> bool:
     folder, name = os.path.split(path)
     if folder not in listings:
         listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    # File systems that ignore case have the last word.
+    # Some file systems ignore case: ask them.
     return name in listings[folder] or bool(name and listings[folder] and os.path.exists(path))
 
 
 def _readings(name: str) -> list[Parts]:
-    """The parts of a path or an address in any storage, in each way to read it."""
+    """The parts of a path or an address of any storage, in every possible reading."""
     readings = []
     for text in dict.fromkeys((name, unquote(name))):
         text = text.rpartition("?d=")[2]  # Label Studio's address of a local file
@@ -215,16 +215,16 @@ def _readings(name: str) -> list[Parts]:
 
 
 def _folded(name: str) -> str:
-    """A name without what file systems and archives change: case, composed accents, spaces."""
+    """A name without what file systems and archives may change: case, Unicode form, spaces."""
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
 def _best_matches(
     readings: Sequence[Parts], by_name: Mapping[str, list[Parts]], key: Callable[[str], str]
 ) -> list[Parts]:
-    """The files that share the most last parts of their paths with a name, in any reading.
+    """The files whose paths have most trailing parts in common with a name, in any reading.
 
-    Parts of files are compared by ``key``; ``readings`` and ``by_name`` have that form.
+    ``key`` is applied to the parts of files; ``readings`` and ``by_name`` already have that form.
     """
     best: dict[Parts, None] = {}
     length = 0

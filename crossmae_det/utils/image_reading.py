@@ -1,9 +1,9 @@
 """Reading images: one decoder for training, evaluation, inference and drawing of every task.
 
 - An EXIF orientation is applied exactly once, in every container that can hold one.
-- 16-bit channels become 8-bit by their upper byte. 32-bit integers are taken for 16-bit values, as
-  Pillow takes them; float pixels have no fixed range and are rejected.
-- Alpha is dropped, as in detectron2: the color below a transparent pixel is what is read.
+- 16-bit channels become 8-bit by their upper byte. 32-bit integers are read as 16-bit values, as in
+  Pillow; float pixels have no fixed range and are rejected.
+- Alpha is dropped, as in detectron2: transparent pixels have the color that is stored for them.
 - Palettes, 1-bit, gray, CMYK and YCCK become RGB or gray. Color profiles are not applied.
 - The first frame of an animation or of a file with several pages is read.
 
@@ -38,7 +38,7 @@ REDUCTIONS = {
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 
-# First and last bytes of what OpenCV decodes. OpenCV 4 silently fills the missing part of a
+# First and last bytes of files that OpenCV decodes. OpenCV 4 silently fills the missing part of a
 # truncated file with gray, so those are left to Pillow, which rejects them.
 JPEG_ENDS = (b"\xff\xd8", b"\xff\xd9")
 PNG_ENDS = (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
@@ -100,7 +100,7 @@ def read_image(source: Source, format: str = "RGB", *, name: str = "") -> np.nda
     Args:
         source: path of an image file, or an encoded image.
         format: order and number of the channels: "RGB", "BGR" or "L" (gray).
-        name: names the image in messages; the path by default.
+        name: name of the image in messages; the path by default.
 
     Returns:
         (H, W, C) uint8, contiguous and writable; C = 1 for "L" and 3 otherwise.
@@ -125,7 +125,7 @@ def image_size(source: Source, *, name: str = "") -> tuple[int, int]:
 
     Args:
         source: path of an image file, or an encoded image.
-        name: names the image in messages; the path by default.
+        name: name of the image in messages; the path by default.
 
     Returns:
         (height, width) in pixels of the upright image.
@@ -174,7 +174,7 @@ class EncodedImage:
 
     Args:
         data: the content of an image file.
-        name: names the image in messages.
+        name: name of the image in messages.
 
     Attributes:
         height, width: of the upright image, in pixels.
@@ -215,7 +215,7 @@ class EncodedImage:
             return _convert(_upright(pixels, self._header.orientation), format)
 
     def _decode_fast(self, reduction: int) -> np.ndarray | None:
-        """(height, width, 3) uint8 in RGB as stored, or None where OpenCV cannot decode it."""
+        """(height, width, 3) uint8 in RGB as stored, or None if OpenCV cannot decode it."""
         reduction = reduction if self._data.startswith(JPEG_ENDS[0]) else 1
         flags = REDUCTIONS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
         try:
@@ -229,12 +229,12 @@ class EncodedImage:
 
 
 class _Header(NamedTuple):
-    """What is known of an image before it is decoded.
+    """What is known about an image before it is decoded.
 
     Attributes:
         height, width: of the upright image.
-        orientation: EXIF orientation, 1 to 8, of the decoded pixels.
-        fast: whether OpenCV decodes it.
+        orientation: EXIF orientation of the decoded pixels, 1 to 8.
+        fast: whether OpenCV can decode it.
     """
 
     height: int
@@ -251,7 +251,7 @@ def _read_header(file: IO[bytes]) -> _Header:
         orientation = _orientation(image, file)
         fast = False
         if image.format == "TIFF":
-            # The size that Pillow gives is upright or not, depending on its version.
+            # Whether the size that Pillow returns is upright depends on its version.
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
             width, height = tags[Tag.ImageWidth], tags[Tag.ImageLength]
         elif image.format in ("JPEG", "MPO"):
@@ -278,7 +278,7 @@ def _ends_with(file: IO[bytes], last: bytes) -> bool:
 
 
 def _orientation(image: Image.Image, file: IO[bytes]) -> int:
-    """EXIF orientation of an opened image, 1 to 8; 1 where there is none or it is damaged."""
+    """EXIF orientation of an opened image, 1 to 8; 1 if it is missing or damaged."""
     try:
         if image.format == "PNG" and not _has_late_metadata(file):
             exif = Image.Image.getexif(image)  # PngImageFile's decodes the image first
@@ -291,8 +291,8 @@ def _orientation(image: Image.Image, file: IO[bytes]) -> int:
 
 
 def _has_late_metadata(file: IO[bytes]) -> bool:
-    """Whether a PNG has metadata after its pixels, which Pillow reads only with them."""
-    place = file.tell()
+    """Whether a PNG has metadata after its pixels, where Pillow finds it only by decoding."""
+    position = file.tell()
     try:
         file.seek(len(PNG_ENDS[0]))
         pixels = False
@@ -303,7 +303,7 @@ def _has_late_metadata(file: IO[bytes]) -> bool:
             file.seek(int.from_bytes(chunk[:4], "big") + 4, os.SEEK_CUR)
         return False
     finally:
-        file.seek(place)  # where Pillow continues to read
+        file.seek(position)  # where Pillow continues to read
 
 
 @contextmanager

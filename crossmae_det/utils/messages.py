@@ -1,4 +1,4 @@
-"""Values in messages, and warnings of libraries that are not shown."""
+"""Values in messages, and warnings of libraries that are hidden."""
 
 import logging
 import warnings
@@ -37,7 +37,7 @@ LOG_RECORDS = (
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
     # detectron2's layers, in every forward.
     ("torch.fx._symbolic_trace", "is_fx_tracing will return true"),
-    # The other processes, after one has reported its error.
+    # The other processes are terminated after one has reported its error.
     ("torch.multiprocessing.spawn", "Terminating process"),
 )
 
@@ -49,7 +49,7 @@ def shorten(value: Any, length: int = 80) -> str:
 
 
 def list_names(names: Collection[Any], longest: int = 5) -> str:
-    """How many names there are, and the first of them: ``7 (cat, dog, bird, cow, horse, ...)``."""
+    """The number of names and the first of them: ``7 (cat, dog, bird, cow, horse, ...)``."""
     first = ", ".join(map(str, list(names)[:longest]))
     return f"{len(names)} ({first}{', ...' if len(names) > longest else ''})"
 

@@ -71,7 +71,7 @@ def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:
     are dropped. A line cut short by a kill is skipped.
 
     Returns:
-        Name -> iteration -> value, in order of the iterations; NaN for what is not finite.
+        Name -> iteration -> value, in order of the iterations; NaN for non-finite values.
 
     Raises:
         ValueError: the file does not exist, or has no metrics.
@@ -91,7 +91,7 @@ def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:
             skipped += bool(line.strip())
             continue
         for name, value in record.items():
-            if value is None:  # how JSON has what is not finite
+            if value is None:  # JSON has no NaN or infinity
                 value = math.nan
             if not isinstance(value, int | float):
                 continue
@@ -110,9 +110,9 @@ def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:
 def plot_metrics(metrics_json: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
     """Plot the losses, the learning rate and, if evaluated, the AP of a run over its iterations.
 
-    Losses are logged values with a running mean, except for that of a validation set, which is
-    plotted as it is. Their axis is logarithmic where they span more than a factor of ten. Values
-    that are not finite leave a gap and a cross on the axis below it.
+    Losses are drawn as logged values with a running mean, except for a validation loss, which is
+    drawn without one. Their axis is logarithmic if they span more than a factor of ten. Non-finite
+    values leave a gap and a cross on the axis below it.
 
     Args:
         metrics_json: detectron2's ``metrics.json``.
@@ -146,7 +146,7 @@ def plot_metrics(metrics_json: str | os.PathLike[str], png_path: str | os.PathLi
     grid = figure.add_gridspec(rows, 2)
     for index, (title, group, draw) in enumerate(panels):
         row, column = divmod(index, 2)
-        # An odd last panel has the row to itself.
+        # An odd last panel spans the row.
         alone = index == len(panels) - 1 and column == 0
         axes = figure.add_subplot(grid[row, :] if alone else grid[row, column])
         draw(axes, group)
@@ -235,15 +235,15 @@ def _decorate(axes: Axes, title: str, last: int, names: int) -> None:
 
 
 def _arrays(points: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations, and values with NaN for what is not finite."""
+    """Iterations, and values with NaN for non-finite ones."""
     values = np.array(list(points.values()), dtype=float)
     return np.array(list(points), dtype=int), np.where(np.isfinite(values), values, np.nan)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over the finite values of a window, NaN where the value itself is.
+    """Running mean over the finite values of a window; NaN where the value itself is NaN.
 
-    The window shrinks towards the ends and stays centered, so that nothing lags.
+    The window stays centered and shrinks towards the ends, so that the curve does not lag.
     """
     reach = max(1, round(SMOOTHING * len(values)))
     finite = np.isfinite(values)

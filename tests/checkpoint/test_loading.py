@@ -69,9 +69,7 @@ def test_relative_positions_of_another_size_are_resampled(tmp_path):
     source, target = Detector(), Detector(img_size=48)
     torch.nn.init.normal_(source.backbone.net.blocks[1].attn.rel_pos_h)
     report = load(target, save(tmp_path, source.state_dict()), whole=True)
-    assert (
-        len(report.resampled) == 5
-    )  # two tables in each of two blocks, and the absolute positions
+    assert len(report.resampled) == 5  # two tables in each block, and the absolute positions
     table = source.backbone.net.blocks[1].attn.rel_pos_h.detach()
     expected = torch.nn.functional.interpolate(table.T[None], size=11, mode="linear")[0].T
     torch.testing.assert_close(target.backbone.net.blocks[1].attn.rel_pos_h.detach(), expected)

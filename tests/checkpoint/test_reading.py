@@ -214,7 +214,7 @@ def test_weights_without_wrappers():
         (torch.zeros(1, device="meta"), "'a' is not a plain tensor"),
         (torch.eye(2).to_sparse(), "'a' is not a plain tensor"),
         (torch.zeros(2, dtype=torch.complex64), "'a' is not a plain tensor"),
-        (torch.zeros(1).expand(10**9), "'a' is larger than what the file holds of it"),
+        (torch.zeros(1).expand(10**9), "'a' is larger than its data in the file"),
     ],
 )
 def test_entries_that_are_not_weights(value, message):
@@ -225,8 +225,6 @@ def test_entries_that_are_not_weights(value, message):
 
 
 DEFAULT = ("model", "state_dict", "model_state_dict", "teacher")
-
-
 AVERAGED = ("ema", "model_ema", "state_dict_ema")
 
 

@@ -113,7 +113,7 @@ def test_resumed_run_sees_the_same_batches(records, num_workers):
     assert_same(take(run, 2), expected[:2])
     run.start_at(2)
     assert_same(take(run, 3), expected[2:])
-    assert_same(take(run, 1), expected[2:3])  # until told otherwise
+    assert_same(take(run, 1), expected[2:3])  # until the next start_at
     resumed = TrainLoader(records, mapper(), 3, num_workers, seed=1)
     resumed.start_at(4)
     assert_same(take(resumed, 1), expected[4:])
@@ -288,7 +288,7 @@ def test_mapper_from_lazy_config(records):
     np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy(), image[:, ::-1])
     assert sample["instances"].gt_boxes.tensor.tolist() == [[12, 4, 28, 16]]
     assert sample["instances"].gt_classes.tolist() == [1]
-    assert records[0]["annotations"] == [target()]  # the record itself is left alone
+    assert records[0]["annotations"] == [target()]  # the record itself is unchanged
 
 
 def test_mapper_arguments_that_cannot_be_used():
@@ -367,7 +367,7 @@ def test_mapper_in_detectron2_test_loader(records):
     damage(records[0], "text")
     with pytest.raises(UndecodableImageError) as error:
         made(records[0])
-    assert "dataloader.train" not in one_line(error) and "take it out" in one_line(error)
+    assert "dataloader.train" not in one_line(error) and "remove it" in one_line(error)
 
 
 # Image sizes and formats

@@ -39,9 +39,7 @@ def test_json_takes_numpy_numbers_but_no_nan(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": np.float64(0.1), "b": np.int32(3)})
     assert json.loads(path.read_text()) == {"a": 0.1, "b": 3}
-    with pytest.raises(
-        ValueError,
-    ):
+    with pytest.raises(ValueError):
         write_json(path, {"a": float("nan")})
     with pytest.raises(TypeError, match="object"):
         write_json(path, object())

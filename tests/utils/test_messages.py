@@ -29,7 +29,9 @@ BUFFERS = "`broadcast_buffers` is deprecated. Use `forward_sync_buffers` instead
         ("indexing is slow", UserWarning, "torch.functional", True),
     ],
 )
-def test_only_warnings_of_libraries_about_themselves_are_ignored(message, category, module, shown):
+def test_only_warnings_of_libraries_about_their_own_code_are_ignored(
+    message, category, module, shown
+):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ignore_library_warnings()
@@ -37,7 +39,7 @@ def test_only_warnings_of_libraries_about_themselves_are_ignored(message, catego
     assert [str(warning.message) for warning in caught] == [message] * shown
 
 
-def test_so_are_records_of_their_logs(caplog):
+def test_log_records_of_libraries_are_ignored(caplog):
     ignore_library_warnings()
     logger = logging.getLogger("torch.multiprocessing.spawn")
     logger.warning("Terminating process %d via signal %s", 1, "SIGTERM")
