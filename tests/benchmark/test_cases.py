@@ -1,3 +1,5 @@
+"""The backbones and models of the benchmark, built by name."""
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ CONFIG = "coco/mask_rcnn_crossmae_vit_s_100ep.py"
 
 
 @pytest.mark.parametrize("name", [*SMALLEST, CONFIG])
-def test_backbones_and_their_pyramids_give_maps(name):
+def test_shapes_of_backbones_and_their_pyramids(name):
     images = torch.zeros(1, 3, 64, 64)
     alone = build(name, "alone", 64).eval()
     with torch.no_grad():
@@ -33,13 +35,13 @@ def test_a_config_with_overrides():
     assert model.blocks[0].window_size == 7
 
 
-def test_a_detector_around_another_backbone_trains():
+def test_a_detector_with_another_backbone():
     model = build("resnet50", "detector", 64)
     assert type(model.backbone.bottom_up).__name__ == "ResNet"
     assert model.roi_heads.num_classes == 80
 
 
-def test_a_checkpoint_is_built_in_its_sizes_and_loaded(tmp_path):
+def test_the_backbone_of_a_checkpoint_has_its_sizes_and_weights(tmp_path):
     backbone = build_vit("tiny", img_size=64)
     save_checkpoint({"model": backbone.state_dict()}, tmp_path / "a.pth")
     model = build(str(tmp_path / "a.pth"), "alone", 64)
@@ -68,33 +70,33 @@ def test_a_checkpoint_is_built_in_its_sizes_and_loaded(tmp_path):
         ("hf://owner/repository@main", ValueError, "hf://owner/repository@main"),
     ],
 )
-def test_unknown_names(name, error, message):
+def test_unknown_names_are_rejected(name, error, message):
     with pytest.raises(error, match=message):
         check_name(name)
 
 
-def test_what_has_no_such_part():
+def test_missing_parts_are_rejected():
     with pytest.raises(ValueError, match="vit_tiny_r_s16_p8_224.* strides"):
         build("timm/vit_tiny_r_s16_p8_224", "pyramid", 224)
     with pytest.raises(ValueError, match="mae_vit_b_800ep.py .* coco/"):
         build("pretraining/mae_vit_b_800ep.py", "alone", 64)
 
 
-def test_options_of_ours():
+def test_options_of_our_vits():
     assert build("vit-tiny@eager", "alone", 64).blocks[0].attn.backend == "eager"
     assert build("vit-tiny@act-checkpoint", "alone", 64).use_act_checkpoint
 
 
-def test_blocks_for_the_curve():
+def test_windowed_and_global_blocks():
     assert build_block("tiny", "windowed", 64).block.window_size == 14
     assert build_block("tiny", "global", 64).block.window_size == 0
 
 
-def test_ap_was_published_of_backbones_that_exist():
+def test_published_ap_belongs_to_known_backbones():
     assert published_ap().keys() <= BACKBONES.keys()
 
 
-def test_variations_are_of_crossmae_only():
+def test_only_crossmae_is_varied():
     crossmae, mae = (f"pretraining/{name}_vit_b_800ep.py" for name in ("crossmae", "mae"))
     ratios = ("model.prediction_ratio=0.25",), ("model.prediction_ratio=0.5",)
     assert variations(crossmae, [0.25, 0.5], []) == [*ratios]

@@ -78,13 +78,13 @@ def test_out_of_memory_is_reported_as_a_row():
     assert len(section.rows[0]) == len(section.rows[1]) == len(section.headers)
 
 
-def test_without_the_first_there_is_no_ratio():
+def test_no_ratio_without_the_first_case():
     records = compare([[case(error=MemoryError()), case("b")]], repeats=1)
     assert records[0]["failure"] and records[1]["seconds"]
     assert comparison_sections(records)[0].rows[1][-2:] == ["-", "-"]
 
 
-def test_flops_by_part_once_per_size():
+def test_flops_by_part_are_listed_once_per_size():
     common = case().settings() | {"failure": "failed", "parameters": 5}
     small = common | {"flops": 3e9, "flops_by_part": {"backbone": 2e9, "pyramid": 1e9}}
     large = common | {"image_size": 64, "flops": 4e9, "flops_by_part": {"backbone": 4e9}}
@@ -115,14 +115,14 @@ def test_an_earlier_run_is_compared_case_by_case(tmp_path):
     "change",
     [{"part": "pyramid"}, {"compiled": True}, {"train": True}, {"failure": "out of memory"}],
 )
-def test_other_cases_are_not_compared(change):
+def test_different_cases_are_not_compared(change):
     record = case().settings() | {"failure": ""}
     check_earlier([case(), case("b")], {"backbones": [record]})
     with pytest.raises(ValueError, match="no backbone in common"):
         check_earlier([case()], {"backbones": [record | change]})
 
 
-def test_a_size_that_a_model_does_not_accept_is_an_error_that_names_it():
+def test_an_unsupported_image_size_is_an_error_that_names_the_model():
     fixed = case("fixed", error=RuntimeError("only 7 x 7\nhere"), on_meta=True)
     with pytest.raises(ValueError, match="'fixed' .* 32 x 32 pixels: only 7 x 7$"):
         compare([[fixed]], repeats=1)
@@ -132,7 +132,7 @@ def test_a_size_that_a_model_does_not_accept_is_an_error_that_names_it():
     ("sizes", "batches", "message"),
     [([100], [1], "100 .* 96"), ([0], [1], "0 .* 32"), ([64], [0], "at least 1, got 0")],
 )
-def test_sizes_that_no_backbone_accepts(sizes, batches, message):
+def test_invalid_sizes_are_rejected(sizes, batches, message):
     with pytest.raises(ValueError, match=message):
         check_sizes(sizes, batches)
 
@@ -163,7 +163,7 @@ def test_blocks_are_measured_over_sizes():
     assert block("global")(torch.zeros(2, 3, 32, 64))["tokens"].shape == (2, 4 * 8, 16)
 
 
-def test_a_block_that_fails_is_left_out_of_the_curve():
+def test_a_failed_block_is_left_out_of_the_curve():
     section = grow(case(), {"global": partial(Maps, error=MemoryError())}, [32, 64], repeats=1)
     assert section.values["global"]["time_exponent"] is None
     assert section.rows[0] == ["global block", "32", OUT_OF_MEMORY, "-"]
@@ -190,12 +190,12 @@ def test_means_spreads_and_leads():
     assert one["pretrained"]["box AP std"] == 0 and one["pretrained"]["mask AP lead"] == 5
 
 
-def test_runs_of_other_metrics_cannot_be_compared():
+def test_runs_with_different_metrics_cannot_be_compared():
     with pytest.raises(ValueError, match="different metrics"):
         summarize({"boxes": [{"box AP": 1.0}], "masks": [{"box AP": 1.0, "mask AP": 1.0}]})
 
 
-def test_the_table_has_a_row_for_each_start_and_its_lead():
+def test_the_table_has_rows_for_means_and_leads():
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in comparison_table(RUNS).splitlines()
@@ -208,7 +208,7 @@ def test_the_table_has_a_row_for_each_start_and_its_lead():
     ]
 
 
-def test_metrics_come_from_a_results_file(tmp_path):
+def test_metrics_are_read_from_a_results_file(tmp_path):
     path = tmp_path / "results.json"
     results = {"bbox": {"AP": 1.5, "AP50": 3.0, "APl": float("nan")}}
     write_results(path, results, context={})

@@ -96,7 +96,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind, options, decoder", CASES)
-def test_forward_flops_of_pretraining_match_the_sum_by_hand(kind, options, decoder):
+def test_forward_flops_of_pretraining_match_the_manual_sum(kind, options, decoder):
     cost = pretraining_cost(pretraining_spec(kind, **options))
     assert (cost.encoder_flops, cost.decoder_flops) == (ENCODER, decoder)
     assert cost.total_flops == ENCODER + decoder
@@ -106,13 +106,13 @@ def test_forward_flops_of_pretraining_match_the_sum_by_hand(kind, options, decod
 
 
 @pytest.mark.parametrize("kind, options, decoder", CASES)
-def test_a_step_is_three_forward_passes_but_for_the_gradient_of_the_images(kind, options, decoder):
+def test_a_step_is_three_forward_passes_less_the_gradient_of_the_images(kind, options, decoder):
     forward = ENCODER + decoder
     assert step_flops(pretraining_spec(kind, **options), 5) == 5 * (3 * forward - PATCH_EMBEDDING)
 
 
 @pytest.mark.parametrize("kind", [MAE, CrossMAE])
-def test_a_step_on_the_cpu_with_attention_in_its_parts_does_as_many(kind):
+def test_step_flops_match_those_counted_on_the_cpu(kind):
     spec = pretraining_spec(kind)
     model = spec.build()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -121,7 +121,7 @@ def test_a_step_on_the_cpu_with_attention_in_its_parts_does_as_many(kind):
 
 
 @pytest.mark.parametrize("kind", [MAE, CrossMAE])
-def test_parameters_are_divided_into_encoder_and_decoder(kind):
+def test_parameters_of_encoder_and_decoder(kind):
     counted = {"encoder": 0, "decoder": 0}
     for name, parameter in pretraining_spec(kind).build().named_parameters():
         counted[name.split(".")[0]] += parameter.numel()
@@ -140,7 +140,7 @@ def test_parameters_of_the_decoders():
     assert pretraining_cost(pretraining_spec(CrossMAE)).decoder_parameters == crossmae
 
 
-def test_ratios_are_to_the_mae_of_the_same_size():
+def test_ratios_refer_to_the_mae_of_the_same_size():
     specs = [
         pretraining_spec(CrossMAE),
         pretraining_spec(MAE),
@@ -245,7 +245,7 @@ def mask_head():
     # The boxes of a Mask R-CNN are per class, those of a cascade are not.
     [(MASK_RCNN, box_head(4 * CLASSES)), (CASCADE, 3 * box_head(4))],
 )
-def test_flops_of_detectors_match_the_sums_by_hand(name, box_heads):
+def test_flops_of_detectors_match_the_manual_sums(name, box_heads):
     cost = detection_cost("tiny", detector(name), 96)
     assert cost.flops == {
         "windowed_blocks": 2 * vitdet_block(windows=4, side=WINDOW),

@@ -1,3 +1,5 @@
+"""Timing of the loading pipelines."""
+
 import cv2
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ def images(tmp_path):
     return find_images(str(tmp_path))
 
 
-def test_both_crop_the_same_images_alternately_on_one_thread(images, monkeypatch):
+def test_pipelines_crop_the_same_images_alternately_on_one_thread(images, monkeypatch):
     monkeypatch.setattr(loading, "CROP_IMAGES", 3)
     calls = []
 
@@ -41,7 +43,7 @@ def test_both_crop_the_same_images_alternately_on_one_thread(images, monkeypatch
     assert [len(rate) for rate in rates] == [1, 1] and min(rates) > [0]
 
 
-def test_the_pipelines_make_crops_of_one_size(images):
+def test_pipelines_return_crops_of_the_same_size(images):
     for image in images[0], images[1]:
         usual = TorchvisionCrops(16)(image, (0,))
         assert usual.shape == RandomCrops(16)(image, (0,)).shape == (3, 16, 16)

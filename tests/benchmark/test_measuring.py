@@ -93,7 +93,7 @@ def test_spread_and_ratios():
         (partial(raise_, RuntimeError("sizes do not match\nat all")), "sizes do not match"),
     ],
 )
-def test_a_failure_is_noted_and_does_not_stop_the_others(run, failure):
+def test_a_failure_is_recorded_and_does_not_stop_the_others(run, failure):
     first, second = measure([case(), case(run=run)], 2, "", reference=lambda: 3.0)
     assert second == Measurement(second.case, failure=failure)
     assert first.failure == "" and len(first.seconds) == 2 and min(first.seconds) > 0
@@ -101,20 +101,20 @@ def test_a_failure_is_noted_and_does_not_stop_the_others(run, failure):
     assert first.record(second).keys() == first.record().keys()
 
 
-def test_memory_is_that_of_the_case_alone():
+def test_peak_memory_is_that_of_the_case_alone():
     """The second case takes 128 MiB more; the third, after it, does not."""
     measured = measure([case(), case(mebibytes=65), case()], 1, "")
     low, high, again = (measurement.peak_bytes / 2**20 for measurement in measured)
     assert high - low > 100 and abs(again - low) < 20
 
 
-def test_memory_of_the_model_counts_or_does_not():
+def test_memory_with_and_without_the_model():
     cases = [case(mebibytes=96, count_model=counted) for counted in (True, False)]
     with_model, without = measure(cases, 1, "memory")
     assert with_model.peak_bytes - without.peak_bytes > 0.9 * 96 * 2**20
 
 
-def test_a_record_compares_with_the_first():
+def test_a_record_has_ratios_to_the_first_case():
     first, second = Measurement(case()), Measurement(case())
     first.seconds, first.peak_bytes = [1.0, 2.0, 4.0], 10
     second.seconds, second.peak_bytes = [3.0, 4.0, 2.0], 5

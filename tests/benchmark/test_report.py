@@ -1,3 +1,5 @@
+"""Tables in every format, JSON, and plots."""
+
 import csv
 import json
 
@@ -119,7 +121,7 @@ def test_plots_of_latency_and_precision(tmp_path):
     assert plotted(tmp_path, "backbones", records) == names
 
 
-def test_nothing_is_plotted_of_failures(tmp_path):
+def test_failures_are_not_plotted(tmp_path):
     other = PUBLISHED | {"backbone": "other", "failure": "no memory"}
     assert plotted(tmp_path, "backbones", [other]) == set()
     assert not list(tmp_path.iterdir())

@@ -98,7 +98,7 @@ def test_a_step_trains_and_leaves_no_gradients(kind):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_products_measured_are_those_of_the_largest_maps():
+def test_gemms_have_the_shapes_of_the_largest_linear_layers():
     # Of 16 patches 4 are visible, and the class token: the MLP of the backbone, for 3 images.
     assert largest_linear_shapes(pretraining_spec(), 3) == [Shape(15, 48, 192), Shape(15, 192, 48)]
     assert Shape(15, 48, 192).flops == 2 * 15 * 48 * 192

@@ -108,7 +108,7 @@ def test_every_checkpoint_states_its_license(sections):
             assert cell(row, "license") == "CC BY-NC 4.0", row
 
 
-def test_the_costs_are_those_of_every_config():
+def test_every_config_has_recorded_costs():
     costs = read_records("measured")["costs"]
     rows = costs["pretraining"] + costs["detection"]
     counted = [name for row in rows if not row["overrides"] for name in row["configs"]]
@@ -118,7 +118,7 @@ def test_the_costs_are_those_of_every_config():
 
 
 @pytest.mark.parametrize("name", CHEAP)
-def test_costs_counted_again_are_those_of_the_records(name, tmp_path, monkeypatch):
+def test_recounted_costs_match_the_records(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     costs = read_records("measured")["costs"]
     rows = costs["pretraining"] + costs["detection"]
@@ -135,7 +135,7 @@ def test_costs_counted_again_are_those_of_the_records(name, tmp_path, monkeypatc
         ("[crossmae_vit_b_448_400ep]", "[mae_vit_b_800ep]", "dataloader.image_size=448"),
     ],
 )
-def test_crossmae_is_compared_with_the_mae_of_its_encoder_and_image_size(
+def test_crossmae_is_compared_with_the_mae_of_the_same_encoder_and_image_size(
     sections, crossmae, mae, override
 ):
     rows = tables(sections["Costs"])[0]
@@ -206,7 +206,7 @@ def test_measuring_changes_only_the_costs(tool, tmp_path, monkeypatch):
     assert "[crossmae_vit_b_800ep]" in (tmp_path / "page.md").read_text()
 
 
-def test_invalid_data_is_an_error_of_one_line(tool, tmp_path, capsys):
+def test_invalid_data_is_a_one_line_error(tool, tmp_path, capsys):
     data = shutil.copytree(FOLDER, tmp_path / "data")
 
     def error():

@@ -1,5 +1,7 @@
 """The loader alone; tests of each task cover it with their kind of data."""
 
+import itertools
+
 import pytest
 import torch
 from shorthand import take
@@ -39,6 +41,15 @@ def test_a_dataset_may_define_the_order_of_an_epoch(num_workers):
     assert third[:, 0].tolist()[:3] == [1, 0, 9]
     loader.start_at(1)
     assert torch.equal(take(loader, 1)[0], second)
+
+
+def test_a_loader_starts_at_any_image():
+    loader = ResumableLoader(range(7), lambda item, seed_sequence: item, 3)
+    images = list(itertools.chain.from_iterable(take(loader, 6)))
+    loader.start_at(1, offset=2)
+    assert take(loader, 2) == [images[5:8], images[8:11]]
+    with pytest.raises(ValueError):
+        loader.start_at(1, offset=-1)
 
 
 def test_without_shuffling_the_order_is_that_of_the_dataset():

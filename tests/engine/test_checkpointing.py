@@ -1,6 +1,5 @@
 """Checkpoints of a run, and what a resumed run takes from them and from its config."""
 
-import itertools
 import logging
 
 import pytest
@@ -21,7 +20,7 @@ from crossmae_det.engine.checkpointing import (
     check_model,
     settings,
 )
-from crossmae_det.engine.hooks import LearningRateSchedule, ModelEMA
+from crossmae_det.engine.hooks import LearningRateSchedule
 from crossmae_det.engine.trainer import Trainer
 
 
@@ -36,7 +35,7 @@ class Counter:
         self.count = state["count"]
 
 
-def test_resume_brings_back_the_model_and_all_beside_it(tmp_path):
+def test_resume_restores_the_model_and_the_checkpointables(tmp_path):
     model, counter = nn.Linear(2, 2), Counter()
     counter.count = 5
     Checkpointer(model, str(tmp_path), counter=counter).save("model_0000004")
@@ -54,7 +53,7 @@ def test_a_run_with_keys_of_an_earlier_version_resumes(tmp_path):
     assert {change.key for change in resumed.changes} == (old.keys() | new.keys()) - {"train.seed"}
 
 
-def test_what_was_not_on_when_the_run_started_cannot_be_resumed(tmp_path):
+def test_a_missing_checkpointable_is_an_error_unless_optional(tmp_path):
     model = nn.Linear(2, 2)
     Checkpointer(model, str(tmp_path)).save("model_0000004")
     with pytest.raises(ValueError, match="it has no 'counter'"):
@@ -68,7 +67,7 @@ def test_a_process_that_does_not_save_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_number_that_comes_again_is_the_newest(tmp_path):
+def test_a_repeated_iteration_number_is_the_newest_checkpoint(tmp_path):
     checkpointer = Checkpointer(nn.Linear(2, 2), str(tmp_path))
 
     def steps(hook, iterations):
@@ -95,7 +94,7 @@ def test_only_a_checkpoint_of_a_run_is_resumed(tmp_path):
     assert "weights.pth" in one_line(error) and "train.init_checkpoint" in one_line(error)
 
 
-def test_all_processes_see_the_checkpoint_or_none(tmp_path, monkeypatch):
+def test_processes_must_agree_that_there_is_a_checkpoint(tmp_path, monkeypatch):
     checkpointer = Checkpointer(nn.Linear(2, 2), str(tmp_path))
     assert not checkpointer.has_run()
     monkeypatch.setattr(checkpointing.comm, "all_gather", lambda seen: [True, seen])
@@ -162,7 +161,7 @@ def moments(trainer):
     return {names[id(p)]: values["exp_avg"].clone() for p, values in state.items()}
 
 
-def test_what_is_the_same_goes_on_to_the_same_bits():
+def test_resuming_with_the_same_settings_is_bit_exact():
     whole, _ = run(6)
     half, _ = run(3)
     again, trainer = run(3, start=half)
@@ -174,7 +173,7 @@ def test_what_is_the_same_goes_on_to_the_same_bits():
     )
 
 
-def test_hyperparameters_are_those_of_the_config():
+def test_hyperparameters_come_from_the_config():
     half, before = run(3, lr=0.1, weight_decay=0.5, betas=(0.5, 0.6), eps=1e-3)
     new = dict(lr=0.7, weight_decay=0.0, betas=(0.8, 0.9), eps=1e-5)
     _, after = run(0, start=half, max_iter=10, **new)
@@ -187,7 +186,7 @@ def test_hyperparameters_are_those_of_the_config():
     assert all(torch.equal(moments(before)[name], moments(after)[name]) for name in "abc")
 
 
-def test_state_follows_the_names_of_parameters(caplog):
+def test_optimizer_state_is_matched_by_parameter_name(caplog):
     half, before = run(3, groups=("abc",))
     with caplog.at_level(logging.WARNING, "crossmae_det"):
         _, regrouped = run(0, start=half, groups=("c", "ab"))
@@ -210,7 +209,7 @@ def test_state_follows_the_names_of_parameters(caplog):
     assert steps == {"a": 1, "b": 4, "c": 4}
 
 
-def test_files_without_names_are_matched_by_order():
+def test_optimizer_state_without_names_is_matched_by_order():
     half, before = run(3, groups=("ab", "c"))
     del half["trainer"]["parameter_names"]
     _, after = run(0, start=half, groups=("ab", "c"), lr=0.3)
@@ -221,7 +220,7 @@ def test_files_without_names_are_matched_by_order():
         assert "no parameter names" in one_line(error)
 
 
-def test_settings_that_need_another_state_are_rejected():
+def test_settings_that_need_other_optimizer_state_are_rejected():
     half, _ = run(3)
     with pytest.raises(ValueError) as error:
         run(1, start=half, amsgrad=True)
@@ -231,7 +230,7 @@ def test_settings_that_need_another_state_are_rejected():
 
 
 @pytest.mark.parametrize(("first", "second", "start"), [(2, 4, 1), (4, 2, 6), (2, 3, 2), (3, 2, 4)])
-def test_another_batch_size_goes_on_with_the_next_image(first, second, start):
+def test_another_batch_size_continues_with_the_next_image(first, second, start):
     half, before = run(3, batch_size=first)
     rest, after = run(5, start=half, batch_size=second)
     assert after.start_iter == start
@@ -245,15 +244,6 @@ def test_another_batch_size_goes_on_with_the_next_image(first, second, start):
     loader = iter(ResumableLoader(range(7), load_number, 1))
     assert images == [next(loader)[0] for _ in images]
     assert again["trainer"]["images_seen"] == len(images)
-
-
-def test_an_average_that_begins_late_begins_with_the_weights():
-    model = nn.Linear(2, 2)
-    ema = ModelEMA(model, decay=0.9)
-    with torch.no_grad():
-        model.weight.fill_(5.0)
-    ema.restart()
-    assert torch.equal(ema.model.weight, model.weight)
 
 
 def test_settings_are_compared_by_value():
@@ -279,7 +269,7 @@ def test_settings_are_compared_by_value():
     assert "optimizer.lr: 0.1 -> 0.2" in map(str, found)
 
 
-def test_keys_of_yaml_configs_are_settings_of_their_own():
+def test_keys_of_yaml_configs_are_compared_one_by_one():
     old, new = (
         settings(OmegaConf.create({"model": {"config": f"MODEL:\n  DEPTH: {depth}\nSEED: 1\n"}}))
         for depth in (2, 3)
@@ -323,12 +313,3 @@ def test_another_model_is_rejected():
         with pytest.raises(ValueError) as error:
             check_model("a.pth", state, other, found)
         assert all(word in one_line(error) for word in ["a.pth", *words])
-
-
-def test_a_loader_starts_at_any_image():
-    loader = ResumableLoader(range(7), load_number, 3)
-    flat = list(itertools.chain.from_iterable(itertools.islice(loader, 6)))
-    loader.start_at(1, offset=2)
-    assert list(itertools.islice(loader, 2)) == [flat[5:8], flat[8:11]]
-    with pytest.raises(ValueError):
-        loader.start_at(1, offset=-1)

@@ -81,7 +81,7 @@ def test_a_saved_config_follows_the_data(saved, caplog):
     assert "categories was 6" in caplog.text and "is 7" in caplog.text and "spiral" in caplog.text
 
 
-def test_a_saved_config_serves_where_its_data_are_gone(saved, tmp_path):
+def test_a_saved_config_works_without_its_data(saved, tmp_path):
     path, specs, _ = saved
     before = resolve(get_config(path))
     for split in specs:
@@ -93,7 +93,7 @@ def test_a_saved_config_serves_where_its_data_are_gone(saved, tmp_path):
     assert resolve(get_config(path, ["train.epochs=4"])).train.max_iter == 16
 
 
-def test_a_run_is_known_by_its_config_its_data_and_its_start(saved, tmp_path):
+def test_a_run_is_identified_by_its_config_data_and_initial_weights(saved, tmp_path):
     path, _, change = saved
     start = tmp_path / "start.pth"
     start.write_bytes(b"weights")
@@ -123,7 +123,7 @@ def test_lazyconfig_itself_reads_a_saved_config(saved):
     assert result.stdout == "6\n", result.stderr
 
 
-def test_a_saved_pretraining_config_follows_overrides_and_remembers(tmp_path, tiny_sets):
+def test_a_saved_pretraining_config_follows_overrides_and_its_record(tmp_path, tiny_sets):
     images = tmp_path / "images"
     shutil.copytree(tiny_sets[0].rpartition(":")[2], images)
     options = [f"dataloader.train.dataset.name={images}", "dataloader.train.total_batch_size=2"]
@@ -190,14 +190,14 @@ def test_a_whole_float_counts_as_its_integer(tiny_overrides):
     assert cfg.train.max_iter == 1000 and isinstance(cfg.train.max_iter, int)
 
 
-def test_a_config_without_its_keys_is_named(tmp_path):
+def test_missing_keys_of_a_config_are_named(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("model = dict(a=1)\n")
     with pytest.raises(ValueError, match="dataloader, optimizer, lr_multiplier, train"):
         resolve(get_config(str(path)))
 
 
-def test_each_config_has_a_folder_of_its_own(tmp_path):
+def test_each_config_has_its_own_output_folder(tmp_path):
     names = ["pretraining/crossmae_vit_b_800ep", B_100[:-3], "demo/mask_rcnn", "demo/pretrain"]
     folders = [get_config(f"{name}.py").train.output_dir for name in names]
     assert len(set(folders)) == len(folders)
@@ -213,7 +213,7 @@ def test_each_config_has_a_folder_of_its_own(tmp_path):
     assert get_config(B_100, ["train.output_dir=here"]).train.output_dir == "here"
 
 
-def test_classes_that_are_not_those_of_the_data_are_rejected(tiny_overrides):
+def test_a_number_of_classes_other_than_that_of_the_data_is_rejected(tiny_overrides):
     for number in (5, 9):
         cfg = get_config(B_100, [*tiny_overrides, f"model.roi_heads.num_classes={number}"])
         with pytest.raises(ValueError, match=r"model.roi_heads.num_classes=.* 6 \(ellipse"):

@@ -5,14 +5,11 @@ import logging
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from detectron2.utils.events import EventStorage, JSONWriter
 from torch import nn
 
-from crossmae_det.checkpoint import read_checkpoint
-from crossmae_det.engine.checkpointing import Checkpointer
 from crossmae_det.engine.hooks import (
     Evaluation,
     LayerLearningRates,
@@ -21,11 +18,10 @@ from crossmae_det.engine.hooks import (
     cosine_schedule,
     step_schedule,
 )
-from crossmae_det.engine.validation import BestCheckpointer
 from crossmae_det.utils.plots import read_metrics
 
 
-def test_ema_is_the_recursion():
+def test_ema_matches_the_recursion_and_restarts_from_the_weights():
     model = nn.Linear(2, 2)
     ema = ModelEMA(model, decay=0.9)
     expected = None
@@ -37,45 +33,13 @@ def test_ema_is_the_recursion():
         expected = now if expected is None else 0.9 * expected + 0.1 * now
     torch.testing.assert_close(ema.model.weight.detach(), expected)
     assert ema.model.weight is not model.weight
+    ema.restart()
+    assert torch.equal(ema.model.weight, model.weight) and ema.averaged.n_averaged == 0
 
 
 def test_a_decay_out_of_range_is_rejected():
     with pytest.raises(ValueError, match=r"train\.ema\.decay=1"):
         ModelEMA(nn.Linear(1, 1), decay=1)
-
-
-def judge(hook, values, start_iter=0):
-    """Run the hook after evaluations that gave ``values``, one an iteration."""
-    storage = SimpleNamespace(latest=dict)
-    hook.trainer = SimpleNamespace(storage=storage, start_iter=start_iter, iter=0, max_iter=100)
-    hook.before_train()
-    for iteration, metrics in enumerate(values, start_iter):
-        storage.latest = lambda m=metrics, i=iteration: {k: (v, i) for k, v in m.items()}
-        hook.after_step()
-
-
-def test_the_best_checkpoint_is_kept_also_over_a_restart(tmp_path):
-    model = nn.Linear(1, 1)
-    checkpointer = Checkpointer(model, str(tmp_path))
-    checkpointer.save("model_0000001")
-    metrics = ["segm/AP", "bbox/AP"]
-    best = {"segm/AP": np.float64(5.0), "bbox/AP": 9.0}  # evaluators give numpy's numbers
-    series = [{}, {"segm/AP": 3.0}, best, {"segm/AP": 4.0}]
-    judge(BestCheckpointer(checkpointer, metrics), series)
-    best = read_checkpoint(tmp_path / "model_best.pth")
-    assert (best["best_metric"], best["iteration"], best["metric_name"]) == (5.0, 2, "segm/AP")
-    # It is not what --resume continues from.
-    assert checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
-
-    judge(BestCheckpointer(checkpointer, metrics), [{"segm/AP": 4.5}], start_iter=4)
-    assert read_checkpoint(tmp_path / "model_best.pth")["iteration"] == 2
-    judge(BestCheckpointer(checkpointer, metrics), [{"segm/AP": float("nan")}], start_iter=5)
-    assert read_checkpoint(tmp_path / "model_best.pth")["iteration"] == 2
-    judge(BestCheckpointer(checkpointer, metrics), [{"segm/AP": 6.0}], start_iter=6)
-    assert read_checkpoint(tmp_path / "model_best.pth")["iteration"] == 6
-    # A new run in the folder starts its own ranking.
-    judge(BestCheckpointer(checkpointer, metrics), [{"bbox/AP": 1.0}])
-    assert read_checkpoint(tmp_path / "model_best.pth")["metric_name"] == "bbox/AP"
 
 
 @pytest.mark.parametrize(("iteration", "evaluations"), [(9, 0), (10, 1)])
@@ -87,7 +51,7 @@ def test_a_run_that_failed_in_its_last_iteration_is_not_evaluated(iteration, eva
     assert len(calls) == evaluations
 
 
-def test_the_rate_of_every_layer_is_logged(caplog):
+def test_the_learning_rate_of_every_layer_is_logged(caplog):
     parameters = [nn.Parameter(torch.zeros(3)) for _ in range(4)]
     optimizer = torch.optim.AdamW(
         [
@@ -114,13 +78,13 @@ def test_the_rate_of_every_layer_is_logged(caplog):
     assert logged == {"lr/layer_00": 0.1, "lr/heads": 0.2}
 
 
-def test_steps_after_a_linear_warmup():
+def test_step_schedule_after_a_linear_warmup():
     schedule = step_schedule(1000, [0.5, 0.9], gamma=0.1, warmup_iters=50)
     rates = [schedule(i / 1000) for i in (0, 25, 50, 499, 500, 899, 900, 999)]
     assert rates == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-def test_half_a_cosine_after_a_linear_warmup():
+def test_cosine_schedule_after_a_linear_warmup():
     schedule = cosine_schedule(1000, warmup_iters=100)
     end = 0.5 * (1 + math.cos(math.pi * 0.1))  # the warm-up meets the cosine where it then is
     assert schedule(0.05) == pytest.approx((0.001 + end) / 2, rel=1e-3)
@@ -129,7 +93,7 @@ def test_half_a_cosine_after_a_linear_warmup():
 
 
 @pytest.mark.parametrize("max_iter", [1, 2, 7])
-def test_short_runs_have_a_schedule_too(max_iter):
+def test_schedules_of_short_runs(max_iter):
     schedule = step_schedule(max_iter, [8 / 9, 26 / 27], warmup_iters=250)
     assert all(0 < schedule(i / max_iter) <= 1 for i in range(max_iter))
     assert schedule(0.5) == 1
@@ -148,7 +112,7 @@ def write(writer, series):
     writer.close()
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_metrics_that_are_not_finite_are_null(tmp_path):
     path = tmp_path / "metrics.json"
     series = [{"AP": math.nan, "total_loss": 1.5}, {"AP": -math.inf, "total_loss": math.inf}]
     write(MetricsWriter(str(path)), series)
@@ -165,7 +129,7 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert read["total_loss"][0] == 1.5 and math.isnan(read["total_loss"][1])
 
 
-def test_finite_metrics_are_those_of_detectron2(tmp_path):
+def test_finite_metrics_match_the_writer_of_detectron2(tmp_path):
     series = [{"a": 0.1 + 0.2, "b": 3}, {"a": 1e-30}, {}]
     for name, kind in (("ours", MetricsWriter), ("detectron2", JSONWriter)):
         write(kind(str(tmp_path / name)), series)

@@ -74,7 +74,7 @@ def test_the_backend_follows_the_device_of_the_run(tmp_path, two_gpus, started, 
     assert ran == [args]
 
 
-def test_so_it_does_under_torchrun(tmp_path, two_gpus, started, monkeypatch):
+def test_the_backend_follows_the_device_under_torchrun(tmp_path, two_gpus, started, monkeypatch):
     for name, value in {"LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
@@ -91,14 +91,14 @@ def test_so_it_does_under_torchrun(tmp_path, two_gpus, started, monkeypatch):
         ("cpu", {"num_gpus": 1, "num_machines": 2}, "--dist-url"),
     ],
 )
-def test_what_cannot_be_started_is_rejected(tmp_path, two_gpus, started, device, given, message):
+def test_invalid_processes_are_rejected(tmp_path, two_gpus, started, device, given, message):
     with pytest.raises(ValueError) as error:
         launch.run_distributed(print, arguments(**given), config(tmp_path, device))
     assert message in one_line(error)
     assert not started
 
 
-def test_a_used_folder_is_rejected_before_anything_is_started(tmp_path, started):
+def test_a_used_folder_is_rejected_before_processes_start(tmp_path, started):
     (tmp_path / "model_final.pth").touch()
     with pytest.raises(ValueError) as error:
         launch.run_distributed(print, arguments(num_gpus=2), config(tmp_path, "cpu"))
@@ -106,7 +106,7 @@ def test_a_used_folder_is_rejected_before_anything_is_started(tmp_path, started)
     assert not started
 
 
-def test_a_config_of_no_job_is_rejected(tmp_path, started):
+def test_a_config_without_a_key_is_rejected(tmp_path, started):
     cfg = config(tmp_path, "cpu")
     del cfg.train
     with pytest.raises(ValueError) as error:
@@ -157,7 +157,7 @@ def test_a_folder_with_a_run_is_rejected_in_one_line(folder, name):
     assert content() == {name, "photo.jpg", "last_checkpoint"}
 
 
-def test_resuming_does_not_guess_the_checkpoint(folder):
+def test_resume_does_not_guess_the_checkpoint(folder):
     make, content = folder
     cfg = make("model_final.pth", "model_best.pth")
     with pytest.raises(ValueError) as error:
@@ -165,7 +165,7 @@ def test_resuming_does_not_guess_the_checkpoint(folder):
     assert "model_final.pth" in one_line(error) and "last_checkpoint" in one_line(error)
 
 
-def test_a_folder_with_files_of_the_user_only_is_not_used(folder):
+def test_files_of_the_user_are_not_a_run(folder):
     make, content = folder
     cfg = make(*OWN, "inference/mine.json")
     for overwrite in (False, True):
@@ -173,13 +173,13 @@ def test_a_folder_with_files_of_the_user_only_is_not_used(folder):
     assert content() == {*OWN, "inference/mine.json"}
 
 
-def test_a_folder_that_is_not_there_is_made(folder, tmp_path):
+def test_a_missing_folder_is_created(folder, tmp_path):
     make, _ = folder
     assert claim_folder(make(), arguments()) == []
     assert (tmp_path / "output").is_dir()
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_its_key(folder, tmp_path, monkeypatch):
+def test_a_read_only_folder_is_named_with_its_key(folder, tmp_path, monkeypatch):
     make, _ = folder
     cfg = make("photo.jpg")
     monkeypatch.setattr(launch.os, "access", lambda path, mode: False)
@@ -198,7 +198,7 @@ def test_overwrite_removes_the_run_and_nothing_else(folder, tmp_path):
     assert find_run(tmp_path / "output") == []
 
 
-def test_overwrite_does_not_remove_what_the_run_starts_from(folder, tmp_path):
+def test_overwrite_does_not_remove_the_initial_weights(folder, tmp_path):
     make, content = folder
     cfg = make(*RUN, init_checkpoint=str(tmp_path / "output" / "model_best.pth"))
     with pytest.raises(ValueError) as error:
@@ -235,7 +235,7 @@ def say_something():
     logging.getLogger("detectron2.data.common").info("Serializing")
 
 
-def test_the_terminal_has_less_than_the_file(tmp_path, capsys):
+def test_the_terminal_shows_less_than_the_log_file(tmp_path, capsys):
     launch.start_log(str(tmp_path))
     say_something()
     terminal = capsys.readouterr().out
@@ -245,7 +245,7 @@ def test_the_terminal_has_less_than_the_file(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("_warnings_as_before")
-def test_the_terminal_belongs_to_the_first_process(tmp_path, capsys, monkeypatch):
+def test_only_the_first_process_logs_to_the_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launch.comm, "get_rank", lambda: 1)
     launch.start_log(str(tmp_path))
     say_something()
@@ -283,12 +283,12 @@ print(left, faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_memory_that_is_kept_is_not_faulted_in_again():
+def test_kept_memory_causes_no_page_faults():
     command = [sys.executable, "-c", FAULTS]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     left, kept = map(int, result.stdout.split())
     assert kept < 0.1 * left
 
 
-def test_memory_is_left_to_torch_on_a_gpu():
+def test_memory_is_not_kept_on_a_gpu():
     assert not keep_freed_memory(torch.device("cuda"))

@@ -14,7 +14,7 @@ def parameters(model, base_lr):
     return [{"params": list(model.parameters()), "lr": base_lr}]
 
 
-def test_the_state_of_an_optimizer_from_a_config_can_be_read_safely(tmp_path):
+def test_the_state_of_an_optimizer_from_a_config_is_safe_to_read(tmp_path):
     cfg = LazyCall(torch.optim.AdamW)(
         params=LazyCall(parameters)(base_lr=0.5), lr=0.5, betas=[0.8, 0.9]
     )

@@ -64,7 +64,7 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def test_a_step_is_the_textbook_step():
+def test_a_step_matches_plain_pytorch():
     trainer = train(1)
     model = Regression()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -81,7 +81,7 @@ def test_accumulation_does_not_change_the_result(accumulation):
     )
 
 
-def test_a_resumed_run_ends_with_the_same_bits():
+def test_a_resumed_run_is_bit_exact():
     whole = train(6, noise=0.1)
     half = train(3, noise=0.1)
     state = {"model": half.model.state_dict(), "trainer": half.state_dict()}
@@ -89,7 +89,7 @@ def test_a_resumed_run_ends_with_the_same_bits():
     assert torch.equal(weights(whole), weights(resumed))
 
 
-def test_the_seed_decides_the_random_numbers():
+def test_the_seed_determines_the_random_numbers():
     assert torch.equal(weights(train(2, noise=0.1)), weights(train(2, noise=0.1)))
     assert not torch.equal(weights(train(2, noise=0.1)), weights(train(2, noise=0.1, seed=1)))
 
@@ -107,7 +107,7 @@ def test_mixed_precision_stays_close(amp_dtype):
     torch.testing.assert_close(weights(trainer), expected, rtol=0.01, atol=0.005)
 
 
-def test_fp16_skips_a_step_that_overflows_and_scales_less():
+def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
     model = Regression()
     before = model.linear.weight.detach().clone()
     trainer = Trainer(
@@ -144,7 +144,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(m
     assert torch.equal(model.linear.weight, before)
 
 
-def test_fp16_stops_where_no_scale_helps():
+def test_fp16_stops_if_no_scale_prevents_the_overflow():
     model = Regression()
     model.linear.weight.register_hook(lambda gradient: gradient * math.inf)
     trainer = Trainer(
@@ -170,7 +170,7 @@ def test_bad_options_are_rejected(options, key):
         train(1, **options)
 
 
-def test_split_batch_keeps_the_order_and_loses_nothing():
+def test_split_batch_keeps_order_and_samples():
     assert split_batch([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4, 5]]
     assert split_batch([1, 2], 5) == [[1], [2]]
     parts = split_batch(torch.arange(6).view(3, 2), 2)
@@ -211,7 +211,7 @@ class HalfRead(Regression):
 
 
 @pytest.mark.parametrize("find_unused", [None, False, True])
-def test_parameters_that_nothing_reads_are_named(find_unused, tmp_path, caplog):
+def test_parameters_without_gradient_are_named(find_unused, tmp_path, caplog):
     model = HalfRead()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     if find_unused is None:

@@ -60,7 +60,7 @@ def batches():
     return [torch.randn(size, 3, generator=generator) for size in (4, 4, 2)]
 
 
-def test_it_is_the_mean_over_images_of_the_losses_without_noise(model, batches):
+def test_validation_losses_are_means_over_images_without_noise(model, batches):
     expected = sum(
         len(batch)
         * nn.functional.batch_norm(model.linear(batch), model.norm.running_mean, torch.ones(3))
@@ -78,7 +78,7 @@ def state_of_the_process():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
-def test_nothing_changes(model, batches):
+def test_validation_changes_no_state(model, batches):
     model.train()
     model.drop.eval()
     before = copy.deepcopy(model.state_dict())
@@ -102,7 +102,7 @@ def test_modes_are_restored_after_an_error(model):
     assert all(module.training for module in model.modules())
 
 
-def test_it_depends_on_weights_and_seed_alone(model, batches):
+def test_validation_losses_depend_on_weights_and_seed_alone(model, batches):
     first = losses_on(model, batches, seed=1)
     torch.rand(3)
     model.train(not model.training)
@@ -113,12 +113,12 @@ def test_it_depends_on_weights_and_seed_alone(model, batches):
     assert losses_on(model, batches, seed=1)["loss_a"] != first["loss_a"]
 
 
-def test_a_set_without_images_is_rejected(model):
+def test_an_empty_validation_set_is_rejected(model):
     with pytest.raises(ValueError, match=r"dataloader\.validation"):
         losses_on(model, [])
 
 
-def test_a_detector_on_its_own_test_set(tiny_overrides):
+def test_validation_losses_of_a_detector(tiny_overrides):
     cfg = get_config("coco/mask_rcnn_crossmae_vit_b_100ep.py", tiny_overrides)
     torch.manual_seed(0)
     detector = instantiate(cfg.model)
@@ -137,7 +137,7 @@ def test_a_detector_on_its_own_test_set(tiny_overrides):
     assert losses["loss_rpn_loc"] == pytest.approx(sum(given) / 3, rel=0.1)
 
 
-def test_a_pretraining_model():
+def test_validation_losses_of_a_pretraining_model():
     torch.manual_seed(0)
     encoder = ViT(16, 4, embed_dim=12, depth=2, num_heads=2, drop_path_rate=0.5)
     model = CrossMAE(encoder, decoder_dim=8, decoder_depth=2, decoder_num_heads=2)
@@ -152,7 +152,7 @@ def test_a_pretraining_model():
     ("period", "max_iter", "expected"),
     [(3, 7, [2, 5, 6]), (3, 6, [2, 5]), (0, 4, [3])],
 )
-def test_when_it_is_measured(model, batches, period, max_iter, expected):
+def test_iterations_with_a_validation(model, batches, period, max_iter, expected):
     hook = ValidationLoss(batches, period, None)
     trainer = hook.trainer = SimpleNamespace(model=model, max_iter=max_iter, iter=0)
     measured = []
@@ -167,7 +167,7 @@ def test_when_it_is_measured(model, batches, period, max_iter, expected):
     assert all(values["val/total_loss"] > 0 for _, values in measured)
 
 
-def test_not_after_a_run_that_failed(model, batches):
+def test_no_validation_after_a_failed_run(model, batches):
     hook = ValidationLoss(batches, 0, None)
     hook.trainer = SimpleNamespace(model=model, max_iter=5, iter=4)
     hook.after_train()
@@ -184,7 +184,7 @@ def test_not_after_a_run_that_failed(model, batches):
         ("segm/AP", "min", -1),
     ],
 )
-def test_what_is_better(metric, mode, sign):
+def test_sign_of_a_metric(metric, mode, sign):
     assert sign_of(metric, mode) == sign
 
 
@@ -234,7 +234,7 @@ def drive(hook, series, start_iter=0, max_iter=1000, name="segm/AP"):
     ],
 )
 @pytest.mark.parametrize("patience", [1, 2, 3])
-def test_a_run_ends_after_patience_evaluations_without_a_better_one(
+def test_a_run_ends_after_patience_evaluations_without_improvement(
     tmp_path, series, name, patience
 ):
     done = drive(hook_of(tmp_path, patience=patience), series, name=name)
@@ -251,7 +251,7 @@ def test_nan_is_never_better(tmp_path):
     assert json.loads(content, parse_constant=pytest.fail)["values"]["19"] is None
 
 
-def test_the_log_says_why_and_names_the_best_checkpoint(tmp_path, caplog):
+def test_the_log_gives_the_reason_and_the_best_checkpoint(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "crossmae_det"):
         drive(hook_of(tmp_path), [1.0, 7.5, 2.0, 3.0])
     (line,) = [m for m in caplog.messages if "Early stopping" in m]
@@ -259,7 +259,7 @@ def test_the_log_says_why_and_names_the_best_checkpoint(tmp_path, caplog):
         assert part in line
 
 
-def test_a_resumed_run_goes_on_counting(tmp_path):
+def test_a_resumed_run_continues_to_count(tmp_path):
     assert drive(hook_of(tmp_path), [3.0, 1.0], max_iter=1000) == 29
     # It was killed in iteration 29; its last checkpoint is of iteration 24.
     assert drive(hook_of(tmp_path), [3.0, 1.0, 2.0, 9.0], start_iter=25) == 30
@@ -272,20 +272,20 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
     assert drive(hook_of(tmp_path, patience=4), series, start_iter=30) == 50
 
 
-def test_what_was_judged_after_the_checkpoint_does_not_count(tmp_path):
+def test_evaluations_after_the_checkpoint_do_not_count(tmp_path):
     drive(hook_of(tmp_path), [3.0, 1.0])
     hook = hook_of(tmp_path)
     drive(hook, [3.0, 4.0, 3.5], start_iter=15)
     assert hook.values == {9: 3.0, 19: 4.0, 29: 3.5}
 
 
-def test_a_new_run_in_the_folder_counts_anew(tmp_path):
+def test_a_new_run_in_the_folder_restarts_the_count(tmp_path):
     drive(hook_of(tmp_path), [3.0, 1.0, 1.0])
     drive(hook_of(tmp_path), [])
     assert not (tmp_path / EarlyStopping.FILE).exists()
 
 
-def test_another_metric_than_before_counts_anew(tmp_path, caplog):
+def test_another_metric_restarts_the_count(tmp_path, caplog):
     drive(hook_of(tmp_path), [3.0, 1.0])
     hook = hook_of(tmp_path, metrics=["val/total_loss"])
     with caplog.at_level(logging.WARNING, "crossmae_det"):
@@ -294,7 +294,7 @@ def test_another_metric_than_before_counts_anew(tmp_path, caplog):
     assert "segm/AP" in caplog.text
 
 
-def test_the_last_iteration_is_left_to_the_end_of_the_run(tmp_path):
+def test_early_stopping_ignores_the_last_iteration(tmp_path):
     hook = hook_of(tmp_path, patience=1)
     drive(hook, [3.0, 1.0], max_iter=20)
     assert list(hook.values) == [9]
@@ -315,13 +315,13 @@ def test_bad_options_are_rejected(tmp_path, options, parts):
     assert all(part in str(error.value) for part in parts)
 
 
-def test_without_evaluations_there_is_nothing_to_wait_for(tmp_path):
+def test_early_stopping_needs_evaluations(tmp_path):
     checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
     with pytest.raises(ValueError, match=r"train\.eval_period"):
         EarlyStopping(checkpointer, ["segm/AP"], patience=1, mode="auto", period=0)
 
 
-def test_a_metric_that_is_not_measured_is_named(tmp_path):
+def test_an_unmeasured_metric_is_named(tmp_path):
     hook = hook_of(tmp_path, metrics=["segm/APP"])
     with pytest.raises(ValueError, match=r"train\.early_stopping\.metrics.*segm/APP"):
         drive(hook, [3.0])
@@ -334,27 +334,56 @@ def test_a_damaged_file_is_named(tmp_path, text):
         drive(hook_of(tmp_path), [], start_iter=10)
 
 
-def test_of_a_loss_the_lowest_is_the_best_checkpoint(tmp_path):
+def judge(hook, values, start_iter=0):
+    """Run the hook after evaluations that gave ``values``, one an iteration."""
+    storage = SimpleNamespace(latest=dict)
+    hook.trainer = SimpleNamespace(storage=storage, start_iter=start_iter, iter=0, max_iter=100)
+    hook.before_train()
+    for iteration, metrics in enumerate(values, start_iter):
+        storage.latest = lambda m=metrics, i=iteration: {k: (v, i) for k, v in m.items()}
+        hook.after_step()
+
+
+def test_the_best_checkpoint_survives_a_restart(tmp_path):
+    model = nn.Linear(1, 1)
+    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001")
+    metrics = ["segm/AP", "bbox/AP"]
+    best = {"segm/AP": np.float64(5.0), "bbox/AP": 9.0}  # evaluators give numpy's numbers
+    series = [{}, {"segm/AP": 3.0}, best, {"segm/AP": 4.0}]
+    judge(BestCheckpointer(checkpointer, metrics), series)
+    best = read_checkpoint(tmp_path / "model_best.pth")
+    assert (best["best_metric"], best["iteration"], best["metric_name"]) == (5.0, 2, "segm/AP")
+    # It is not what --resume continues from.
+    assert checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
+
+    judge(BestCheckpointer(checkpointer, metrics), [{"segm/AP": 4.5}], start_iter=4)
+    assert read_checkpoint(tmp_path / "model_best.pth")["iteration"] == 2
+    judge(BestCheckpointer(checkpointer, metrics), [{"segm/AP": float("nan")}], start_iter=5)
+    assert read_checkpoint(tmp_path / "model_best.pth")["iteration"] == 2
+    judge(BestCheckpointer(checkpointer, metrics), [{"segm/AP": 6.0}], start_iter=6)
+    assert read_checkpoint(tmp_path / "model_best.pth")["iteration"] == 6
+    # A new run in the folder starts its own ranking.
+    judge(BestCheckpointer(checkpointer, metrics), [{"bbox/AP": 1.0}])
+    assert read_checkpoint(tmp_path / "model_best.pth")["metric_name"] == "bbox/AP"
+
+
+def test_the_best_checkpoint_has_the_lowest_loss(tmp_path):
     checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
 
-    def judge(series, start_iter=0, mode="auto"):
+    def best(series, start_iter=0, mode="auto"):
         hook = BestCheckpointer(checkpointer, ["val/total_loss"], mode)
-        storage = SimpleNamespace(latest=dict)
-        hook.trainer = SimpleNamespace(storage=storage, start_iter=start_iter, iter=0, max_iter=99)
-        hook.before_train()
-        for iteration, value in enumerate(series, start_iter):
-            storage.latest = lambda v=value, i=iteration: {"val/total_loss": (v, i)}
-            hook.after_step()
-        best = read_checkpoint(tmp_path / "model_best.pth")
-        return best["best_metric"], best["iteration"]
+        judge(hook, [{"val/total_loss": value} for value in series], start_iter)
+        content = read_checkpoint(tmp_path / "model_best.pth")
+        return content["best_metric"], content["iteration"]
 
-    assert judge([3.0, 2.0, math.nan, 2.5]) == (2.0, 1)
-    assert judge([2.2], start_iter=4) == (2.0, 1)
-    assert judge([1.5], start_iter=5) == (1.5, 5)
-    assert judge([1.0, 4.0], mode="max") == (4.0, 1)
+    assert best([3.0, 2.0, math.nan, 2.5]) == (2.0, 1)
+    assert best([2.2], start_iter=4) == (2.0, 1)
+    assert best([1.5], start_iter=5) == (1.5, 5)
+    assert best([1.0, 4.0], mode="max") == (4.0, 1)
 
 
-def test_a_best_metric_that_is_never_measured_is_warned_of_once(tmp_path, caplog):
+def test_an_unmeasured_best_metric_warns_once(tmp_path, caplog):
     checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
     latest = {"segm/AP": (1.0, 1)}
 
