@@ -170,7 +170,7 @@ def get_dataset_dicts(
     Args:
         names: what `resolve_name` accepts, or a sequence of it.
         categories: id -> name in the order of the model's classes; the categories of each dataset
-            are matched to them by name, whatever their ids. None: those of the first dataset.
+            are matched to them by name, whatever their ids. None takes those of the first dataset.
         filter_empty: leave out images without an annotation that is not a crowd region.
         max_images: keep only this many images, the first by image id within each dataset, the
             datasets in the order given, counted after `filter_empty`.
@@ -289,7 +289,7 @@ def _is_coco(name: str) -> bool:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether the records of a COCO json are those of the json, unchanged by a custom loader."""
+    """Whether the loader of a COCO json returns its content as it is, unlike a custom loader."""
     loader = DatasetCatalog[name]
     module = getattr(loader, "func", loader).__module__
     return name in _registered or module in (load_coco_json.__module__, shapes.__name__)

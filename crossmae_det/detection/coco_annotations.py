@@ -160,7 +160,7 @@ def clean_annotation(
 def area_fault(annotation: Mapping[str, Any], height: float, width: float) -> str | None:
     """Why nothing can be trained on an annotation of a record; None if it is a training target.
 
-    For records that a dataset's own function returns; those of a `CocoFile` are checked already.
+    For records from a dataset's own function; annotations of a `CocoFile` are already checked.
 
     Args:
         annotation: in detectron2's format, with ``bbox`` as x, y, width, height in pixels.

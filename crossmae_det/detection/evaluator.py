@@ -57,7 +57,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         max_dets_per_image: number of detections per image and class that count, by score.
         context: written to the results file beside the numbers: the iteration, the checkpoint.
         categories: id -> name in the order of the model's classes; the categories of the dataset
-            are matched to them by name. None: those of the dataset.
+            are matched to them by name. None takes those of the dataset.
         crowd: "ignore" is COCO's rule: a detection in a crowd region (``iscrowd: 1``) is not
             counted. "keep" makes crowd regions ordinary objects, as in `get_dataset_dicts`.
 
@@ -234,7 +234,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
     ) -> dict[str, float]:
         # Numbers from 1: both backends treat a match with id 0 as none, one needs integer ids.
         numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
-        # The size of a mask is its own area: with a box beside it, COCO would take the box's.
+        # The size of a mask is its own area: if a box is present, COCO uses that of the box.
         key = "bbox" if task == "bbox" else "segmentation"
         found = [
             {

@@ -20,8 +20,8 @@ class GroundTruth:
 
     Args:
         dataset_name: a registered name or ``JSON:IMAGE_FOLDER``.
-        categories: id -> name in the order of the model's classes, matched by name. None: those of
-            the dataset.
+        categories: id -> name in the order of the model's classes, matched by name. None takes
+            those of the dataset.
         crowd: "keep" makes crowd regions ordinary objects, as in the loader.
         converted: path for the json of a dataset that has none; None rejects such a dataset.
 

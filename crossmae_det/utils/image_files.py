@@ -151,18 +151,17 @@ def locate(
         raise FileNotFoundError(f"{image_root}: no such image folder (for {source})")
     listings: dict[str, set[str]] = {}
     paths = [os.path.join(image_root, name) for name in names]
-    lost = [index for index, path in enumerate(paths) if not _exists(path, listings)]
-    if not lost:
+    exists = [_exists(path, listings) for path in paths]
+    if all(exists):
         return paths
-    found_before = set(range(len(paths))) - set(lost)
-    taken = {os.path.realpath(paths[index]): names[index] for index in sorted(found_before)}
+    taken = {os.path.realpath(paths[i]): names[i] for i, found in enumerate(exists) if found}
     by_name: dict[str, list[Parts]] = defaultdict(list)
     by_folded: dict[str, list[Parts]] = defaultdict(list)
     for parts in _walk(image_root):
         by_name[parts[-1]].append(parts)
         by_folded[_folded(parts[-1])].append(parts)
     repaired, failed = [], []  # indices; (name, reason)
-    for index in lost:
+    for index in (i for i, found in enumerate(exists) if not found):
         readings = _readings(names[index])
         matches = _best_matches(readings, by_name, str) or _best_matches(
             [tuple(map(_folded, reading)) for reading in readings], by_folded, _folded
@@ -198,7 +197,7 @@ def _exists(path: str, listings: dict[str, set[str]]) -> bool:
     folder, name = os.path.split(path)
     if folder not in listings:
         listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    # Some file systems ignore case: ask them.
+    # The file system may ignore case.
     return name in listings[folder] or bool(name and listings[folder] and os.path.exists(path))
 
 

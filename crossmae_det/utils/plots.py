@@ -87,7 +87,7 @@ def read_metrics(metrics_json: str | os.PathLike[str]) -> Series:
         try:
             record = json.loads(line)
             iteration = int(record.pop("iteration"))
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError):
+        except (ValueError, AttributeError, KeyError, TypeError, OverflowError):
             skipped += bool(line.strip())
             continue
         for name, value in record.items():

@@ -1,4 +1,4 @@
-"""One reader for every kind of image, and what it says of the ones that it cannot read."""
+"""One reader for every kind of image, and its errors for those that it cannot read."""
 
 import io
 import struct
@@ -111,7 +111,7 @@ def bad_images():
 
 
 @pytest.mark.parametrize("kind", [*bad_images(), "absent", "folder"])
-def test_what_is_no_image_is_named_in_one_line(tmp_path, kind):
+def test_a_file_that_is_not_an_image_is_named_in_one_line(tmp_path, kind):
     path = tmp_path / "bad.png"
     if kind == "folder":
         path.mkdir()
@@ -157,7 +157,7 @@ def test_an_unknown_format_is_an_error_of_one_line():
         one_line(error)
 
 
-def test_a_damaged_orientation_is_none():
+def test_a_damaged_orientation_is_ignored():
     exif = Image.Exif()
     exif[274] = 9
     assert image_size(encode(PHOTO, "JPEG", exif=exif)) == PHOTO.shape[:2]

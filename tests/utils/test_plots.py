@@ -75,7 +75,10 @@ def test_lines_cut_short_are_skipped(tmp_path, caplog):
     assert read_metrics(path) == {"lr": {1: 0.1, 3: 0.3}}
 
 
-@pytest.mark.parametrize("content", ["", "\n", '{"iter', "[1]\n", '{"iteration": 3}\n'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "\n", '{"iter', "[1]\n", '{"iteration": 3}\n', '{"iteration": Infinity, "lr": 1}'],
+)
 def test_a_file_without_metrics(tmp_path, content):
     path = tmp_path / "metrics.json"
     path.write_text(content)
