@@ -54,7 +54,7 @@ class ResizeToFit(T.Augmentation):
         return T.ResizeTransform(height, width, new_height, new_width)
 
 
-class _AugInput(T.AugInput):
+class AugInput(T.AugInput):
     """detectron2's input of augmentations, but each side of the image keeps at least one pixel.
 
     Otherwise, the short side of a long, thin image could round to 0 when it is scaled down.
@@ -139,7 +139,7 @@ class DetectionMapper(DatasetMapper):
             ImageError: a side of the image is smaller than `min_size`.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
-        augmented = _AugInput(self._read(dataset_dict))
+        augmented = AugInput(self._read(dataset_dict))
         transforms = self.augmentations(augmented)
         image = augmented.image
         dataset_dict["image"] = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.data import Metadata
-from detectron2.data.transforms import AugInput
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from crossmae_det.detection.mapper import AugInput
 from crossmae_det.detection.visualizer import draw_predictions
 from crossmae_det.engine.launch import resolve_device
 from crossmae_det.engine.train import load_pretrained

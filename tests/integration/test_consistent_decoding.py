@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from image_files import photo
+from detectron2.config import instantiate
+from detectron2.data import transforms as T
+from image_files import encode, photo
 from image_kinds import KINDS, encode_kind
 from omegaconf import OmegaConf
 from torch import nn
@@ -39,8 +41,10 @@ def recorder(monkeypatch):
     """The predictor of demo.py for a config that only reads images."""
     monkeypatch.setattr(predictor, "load_pretrained", lambda cfg, weights: Recorder())
 
-    def make(image_format="RGB"):
-        mapper = L(DetectionMapper)(is_train=False, augmentations=[], image_format=image_format)
+    def make(image_format="RGB", augmentations=()):
+        mapper = L(DetectionMapper)(
+            is_train=False, augmentations=list(augmentations), image_format=image_format
+        )
         cfg = {
             "train": {"device": "cpu", "amp": {"enabled": False, "dtype": "float16"}},
             "dataloader": {"categories": {1: "a"}, "test": {"mapper": mapper}},
@@ -94,3 +98,16 @@ def test_every_task_sees_the_same_pixels(tmp_path, monkeypatch, recorder, kind):
     assert len(find_images(str(folder))) == len(expected) == len(seen[0])
     for planes, image in zip(expected.values(), seen[0], strict=True):
         assert torch.equal(image, planes[:, :, CROP])
+
+
+def test_evaluation_and_prediction_keep_a_pixel_of_a_long_thin_image(tmp_path, recorder):
+    path = tmp_path / "thin.png"
+    path.write_bytes(encode(np.full((16, 3300, 3), 77, np.uint8)))
+    resize = L(T.ResizeShortestEdge)(short_edge_length=64, max_size=64)
+    run = recorder(augmentations=[resize])
+    ((frame,),) = iter_inputs([str(path)])
+    run(frame)
+    mapper = DetectionMapper(False, augmentations=[instantiate(resize)], image_format="RGB")
+    record = {"file_name": str(path), "height": 16, "width": 3300}
+    assert torch.equal(run.model.image, mapper(record)["image"])
+    assert run.model.image.shape == (3, 1, 64)
