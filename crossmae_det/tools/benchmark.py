@@ -47,7 +47,7 @@ CONFIGS = [
 CROP_SIZE = 224
 GROWTH_SIZES = [256, 384, 512, 768, 1024, 1280, 1536]
 
-# What the arguments ask for, checked; calling it measures.
+# A measurement whose arguments are checked; calling it measures.
 Measurement = Callable[[], Iterable[bench.Section]]
 
 
@@ -107,8 +107,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help=f"{', '.join(cases.BACKBONES)}, timm/NAME, a checkpoint, or CONFIG[=CHECKPOINT];"
-        " for this project's, @ and an attention backend or act-checkpoint may follow;"
-        " the first is the baseline",
+        " the ViTs of this project take @ and an attention backend or act-checkpoint;"
+        " the first name is the baseline",
     )
     what.add_argument("--growth", choices=SIZES, help="blocks of a ViT over image sizes")
     what.add_argument(
@@ -122,13 +122,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--step",
         action="store_true",
         help="also time and memory of training steps of the configs, interleaved; all models are in"
-        " memory together",
+        " memory at the same time",
     )
     what.add_argument(
         "--data",
         metavar="DATASET",
-        help="images/s of one core, compared with the usual pipeline; for a detection dataset also"
-        " with large-scale jitter",
+        help="images/s of one core, compared with torchvision; for a detection dataset also of"
+        " large-scale jitter",
     )
     how = parser.add_argument_group("how to measure")
     how.add_argument(
@@ -150,7 +150,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     how.add_argument("--repeats", type=int, default=10, help="default: 10")
     how.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
     out = parser.add_argument_group("where to write results")
-    out.add_argument("--json", metavar="FILE", help="all digits")
+    out.add_argument("--json", metavar="FILE", help="the results in full precision")
     out.add_argument("--csv", metavar="FILE", help="the tables, for spreadsheets")
     out.add_argument("--markdown", metavar="FILE", help="the tables, for a README")
     out.add_argument("--plots", metavar="FOLDER", help="figures as PNG and SVG")
@@ -212,7 +212,7 @@ def backbones(args: Namespace, device: str) -> Measurement:
 
 
 def growth(args: Namespace, device: str) -> Measurement:
-    # Position tables are made for one size, and resampled for the others.
+    # Position tables are built for one size and resampled for the others.
     builds = {
         kind: partial(cases.build_block, args.growth, kind, DETECTION_SIZE)
         for kind in ("windowed", "global")
@@ -267,8 +267,8 @@ def loading(args: Namespace, device: str) -> Measurement:
 def compare(parser: CommandParser) -> None:
     """Train a detector from several backbones, with several seeds, and compare the AP.
 
-    Started again with the same --output, a comparison that was stopped continues. A run of another
-    config, or from a checkpoint that has changed since, is trained anew.
+    Run it again with the same --output to continue a comparison that was stopped. Runs whose config
+    or checkpoint has changed since are trained again.
 
     Example:
       crossmae-det compare --config-file demo/mask_rcnn.py --output output/compare \\
@@ -280,8 +280,8 @@ def compare(parser: CommandParser) -> None:
         nargs="+",
         required=True,
         metavar="NAME=CHECKPOINT",
-        help="initial weights, random where nothing follows the =; the last is the reference that"
-        " the others are compared with",
+        help="initial weights, random if nothing follows the =; the others are compared with the"
+        " last one",
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs per backbone (default: 3)")
     parser.add_argument("--output", required=True, help="folder for the runs and comparison.json")
@@ -324,7 +324,7 @@ def zoo(parser: ArgumentParser) -> None:
     """List the shipped configs and the published checkpoints.
 
     Parameters and GFLOPs are those of the whole model at the image size of the config. The AP is
-    published by others, see MODEL_ZOO.md: one value for each kind of pretraining.
+    published by others (see MODEL_ZOO.md), one value for each pretraining method.
     """
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
     page = parser.add_argument_group("the page MODEL_ZOO.md, for developers")

@@ -1,7 +1,7 @@
-"""The command doctor: what an issue report needs to say about the environment.
+"""The command doctor: the facts about the environment that an issue report needs.
 
-The module imports the standard library only. Every section imports what it reports on, so that a
-missing or broken library costs one line, not the report.
+The module imports the standard library only. Every section imports the libraries that it reports
+on, so that a missing or broken one costs one line, not the report.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import crossmae_det
 from crossmae_det.tools.install_detectron2 import InstallError, existing_detectron2
 
-# Instruction sets that decide about speed on x86 and ARM, and the variables that limit threads.
+# Instruction sets that determine the speed on x86 and ARM, and variables that limit threads.
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 OPENCV = (
@@ -165,7 +165,7 @@ def gpu(problems: list[str]) -> Lines:
 
 
 def choices(problems: list[str]) -> Lines:
-    """What ``auto`` stands for on this machine: device, precision, attention backends."""
+    """The choices of ``auto`` on this machine: device, precision, attention backends."""
     import torch
 
     from crossmae_det.layers import attention_backends as backends
@@ -190,7 +190,7 @@ def choices(problems: list[str]) -> Lines:
 
 
 def datasets(problems: list[str]) -> Lines:
-    """Where datasets are looked for, and which known ones are there."""
+    """The folder of datasets, and the known datasets in it."""
     root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     source = "DETECTRON2_DATASETS" if "DETECTRON2_DATASETS" in os.environ else "default"
     state = source if os.path.isdir(root) else f"{source}, missing"

@@ -65,7 +65,7 @@ def predict(parser: CommandParser) -> None:
 
 
 def _pretrained(args: Namespace) -> tuple[DictConfig, MaskedImageModel]:
-    """Config and trained model of a pretraining config."""
+    """The config that the arguments name, and its trained model."""
     cfg = get_config(args.config_file, args.opts, trained=True)
     model = load_pretrained(cfg)
     if not isinstance(model, MaskedImageModel):
@@ -153,7 +153,7 @@ def knn(parser: CommandParser) -> None:
     parser.add_argument(
         "--train", required=True, help="folder of the training images, one sub-folder per class"
     )
-    parser.add_argument("--test", required=True, help="folder of the test images, likewise")
+    parser.add_argument("--test", required=True, help="folder of test images, in the same layout")
     parser.add_argument("--neighbors", type=int, default=20, help="neighbors (default: 20)")
     parser.add_argument(
         "--skip-undecodable",
@@ -208,7 +208,7 @@ def convert(parser: ArgumentParser) -> None:
         "--weights", choices=["model", "ema"], default="model", help="which weights of a run"
     )
     add_loading_arguments(parser)
-    parser.add_argument("--json", metavar="FILE", help="also write the facts or report as JSON")
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON")
     args = parser.parse_args()
     if args.inspect == bool(args.output) or args.inspect == bool(args.to):
         parser.error("give OUTPUT and --to, or --inspect")

@@ -40,8 +40,8 @@ def train(parser: ArgumentParser) -> None:
 def evaluate(parser: ArgumentParser) -> None:
     """Evaluate a trained detector: the same as train --eval-only.
 
-    For config.yaml of a run, the weights are its best checkpoint, or its last; for other configs
-    train.init_checkpoint=PATH names them. Results are written to train.output_dir/inference.
+    With the config.yaml of a run, the weights are its best checkpoint, or its last one; with other
+    configs, set train.init_checkpoint=PATH. Results are written to train.output_dir/inference.
     """
     parser = _training_parser(parser, EVALUATION_EXAMPLES)
     for action in parser._actions:
