@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -383,20 +383,33 @@ def _json_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
+def format_table(results: Mapping[str, Any]) -> str:
     """The summary metrics as a Markdown table: a row for each task, a column for each metric.
 
     Args:
-        results: ``{task: {metric: value}}``; per-class metrics are left out.
+        results: ``{task: {metric: value}}``, nested to any depth: ``{"ema": {"bbox": ...}}`` is the
+            row ``ema bbox``. Per-class metrics are left out.
 
     Returns:
         Numbers with two decimals, ``-`` for NaN and missing ones; "no results" without any metric.
     """
-    columns = dict.fromkeys(key for key in itertools.chain(*results.values()) if not _is_class(key))
-    if not columns:
+    found = list(_summary_rows(results))
+    if not found:
         return "no results"
-    rows = [[task, *(_cell(values.get(k)) for k in columns)] for task, values in results.items()]
+    columns = dict.fromkeys(itertools.chain(*(values for _, values in found)))
+    rows = [[title, *(_cell(values.get(key)) for key in columns)] for title, values in found]
     return _markdown(rows, ["", *columns])
+
+
+def _summary_rows(
+    results: Mapping[str, Any], title: str = ""
+) -> Iterator[tuple[str, dict[str, float | None]]]:
+    inner = {key: value for key, value in results.items() if isinstance(value, Mapping)}
+    values = {k: v for k, v in results.items() if k not in inner and not _is_class(k)}
+    if values:
+        yield title, values
+    for key, value in inner.items():
+        yield from _summary_rows(value, f"{title} {key}".lstrip())
 
 
 def format_per_class(results: Mapping[str, Mapping[str, float]], *, blocks: int = 3) -> str:

@@ -341,6 +341,13 @@ def test_table_has_a_row_per_task_and_no_classes():
     ]
 
 
+def test_table_of_nested_results():
+    values = {"bbox": {"AP": 2.0, "AP-cat": 3.0}, "segm": {"AP": None}}
+    lines = format_table({"bbox": {"AP": 1.0}, "ema": values}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert cells == [["bbox", "1.00"], ["ema bbox", "2.00"], ["ema segm", "-"]]
+
+
 def test_table_without_numbers():
     assert format_table({}) == "no results"
     assert format_table({"bbox": {}}) == "no results"
