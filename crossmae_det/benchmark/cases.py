@@ -386,8 +386,8 @@ def variations(
 
 
 def name_classes(cfg: DictConfig) -> None:
-    """Take the classes of a detector from detectron2's metadata, so that no annotations are read
-    and no built-in images drawn. The config of a run has them already."""
+    """Take the classes of a detector from detectron2's metadata, without reading annotations or
+    drawing built-in images. The config of a run has them already."""
     names = cfg.dataloader.train.dataset.names
     name = names if isinstance(names, str) else names[0]
     if name in DatasetCatalog.list():

@@ -276,8 +276,7 @@ def comparison_sections(
 def find_earlier(
     settings: Mapping[str, Any], earlier: Mapping[str, Any]
 ) -> Mapping[str, Any] | None:
-    """The record of an earlier run for a case with these settings; None if there is none, or it
-    failed."""
+    """The record of a case with these settings in an earlier run; None if missing or failed."""
     for record in earlier.get("backbones", []):
         same = all(record.get(key) == settings[key] for key in ("backbone", *SETTINGS))
         if same and not record["failure"]:

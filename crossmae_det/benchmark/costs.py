@@ -108,7 +108,7 @@ class PretrainingCost:
         return self.encoder_flops + self.decoder_flops
 
     def ratios(self, costs: Sequence["PretrainingCost"]) -> dict[str, float]:
-        """Parameters and FLOPs over those of the MAE among ``costs`` whose encoder costs the same.
+        """Parameters and FLOPs relative to the MAE among ``costs`` with the same encoder FLOPs.
 
         Returns:
             "decoder_parameters", "decoder_flops" and "total_flops"; empty without such an MAE.

@@ -334,7 +334,7 @@ class Meter:
 
 
 def _process_memory(field: str) -> int:
-    """Bytes of this process: now ("VmRSS") or at most ("VmHWM")."""
+    """Bytes of memory of this process: current ("VmRSS") or peak ("VmHWM")."""
     status = Path("/proc/self/status")
     if not status.exists():  # not Linux: the peak so far, for both
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -62,7 +62,7 @@ class Section:
 
     Attributes:
         key: its name in the JSON.
-        title: what was measured.
+        title: the subject of the measurement.
         columns: of the table; the first one names the rows.
         records: one per row, in full precision. The ``failure`` of a record, where it is not empty,
             is shown in the first column that the record has no value for.
@@ -167,7 +167,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What results depend on besides the code: CPU, threads, versions, device."""
+    """The environment that results depend on: CPU, threads, versions, device."""
     return {
         "CPU": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": os.cpu_count() or 1,

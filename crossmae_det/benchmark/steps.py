@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 
 
 def largest_linear_shapes(spec: ModelSpec, batch_size: int) -> list[Shape]:
-    """The largest linear layers in the forward pass of a batch: in a transformer, those of the MLP.
+    """The largest linear layers in the forward pass of a batch, in a transformer the MLP's.
 
     Returns:
         Different shapes, most FLOPs first; at most ``SHAPES_PER_MODEL``.

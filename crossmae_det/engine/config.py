@@ -81,8 +81,8 @@ def check_ranges(cfg: DictConfig, *, training: bool = True) -> None:
 
     Args:
         cfg: not resolved.
-        training: False checks only what a tool needs to look at a trained model: the other values
-            may follow from data that do not exist here.
+        training: False checks only what a tool needs to use a trained model: the other values may
+            be derived from data that do not exist here.
 
     Raises:
         ValueError: a value is out of range.

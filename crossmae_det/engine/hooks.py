@@ -131,7 +131,7 @@ class ModelEMA(HookBase):
         return self.averaged.module
 
     def restart(self) -> None:
-        """Start the average anew, from the model's current weights."""
+        """Restart the average from the model's current weights."""
         self.model.load_state_dict(self.source.state_dict())
         self.averaged.n_averaged.zero_()
 

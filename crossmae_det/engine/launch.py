@@ -178,10 +178,10 @@ def keep_freed_memory(device: torch.device) -> bool:
 
 
 def start_log(output_dir: str | None = None) -> None:
-    """Log to ``log.txt`` in a folder (not if it is None), and in the first process to the terminal.
+    """Log to ``log.txt`` in a folder (unless None) and, in the first process, to the terminal.
 
-    The file has all records, the terminal those from INFO on. Other processes write
-    ``log.txt.rankN`` and nothing to the terminal: warnings go into that file, too.
+    The file has all records, the terminal those from INFO on. Other processes log to
+    ``log.txt.rankN`` only, including warnings.
     """
     rank = comm.get_rank()
     for name in ("fvcore", "detectron2", "crossmae_det"):

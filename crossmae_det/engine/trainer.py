@@ -168,11 +168,11 @@ def training_step(
     Args:
         batch: a list of samples, or a tensor with the samples in its first dimension.
         forward: takes a part of the batch and returns its scalar losses.
-        optimizer: its gradients are set to those of this step, and stay.
+        optimizer: its parameters keep the gradients of this step.
         parts: number of parts the batch is split into; see :func:`split_batch`. The gradient is
             the mean over the samples, as if there were one part.
         scaler: scales the loss for fp16; None does not scale.
-        gradient_sync: context of a part's passes; its argument is True for the last part.
+        gradient_sync: returns the context of the passes of a part; called with True for the last.
         before_step: called with the unscaled gradients, before the optimizer's step.
 
     Returns:

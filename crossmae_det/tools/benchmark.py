@@ -334,7 +334,7 @@ def zoo(parser: ArgumentParser) -> None:
         "--check", action="store_true", help="exit with 1 if the page differs from the records"
     )
     action.add_argument(
-        "--measure", action="store_true", help="count all costs anew, then write the page"
+        "--measure", action="store_true", help="recount all costs, then write the page"
     )
     page.add_argument("--data", metavar="FOLDER", type=Path, default=FOLDER, help="the records")
     page.add_argument("--page", metavar="FILE", type=Path, default=PAGE, help="MODEL_ZOO.md")

@@ -69,5 +69,5 @@ def _start(args: Namespace) -> None:
 
 def job(args: Namespace) -> None:
     """What every process of ``train`` runs; importable, as processes are started by spawn."""
-    # Read anew in every process: a config file may register datasets.
+    # Every process reads the config file, which may register datasets.
     run(_read_config(args), args)

@@ -51,7 +51,7 @@ def linear(rows, inner, columns):
 
 
 def attention(queries, keys, channels):
-    """Scores, and the sum that they weigh; however many heads share the channels."""
+    """Scores and weighted sum; the number of heads does not matter."""
     return 2 * linear(queries, channels, keys)
 
 
@@ -242,7 +242,7 @@ def mask_head():
 
 @pytest.mark.parametrize(
     ("name", "box_heads"),
-    # The boxes of a Mask R-CNN are per class, those of a cascade are not.
+    # Mask R-CNN predicts boxes per class, a cascade does not.
     [(MASK_RCNN, box_head(4 * CLASSES)), (CASCADE, 3 * box_head(4))],
 )
 def test_flops_of_detectors_match_the_manual_sums(name, box_heads):

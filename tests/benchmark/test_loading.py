@@ -37,7 +37,7 @@ def test_pipelines_crop_the_same_images_alternately_on_one_thread(images, monkey
     assert (torch.get_num_threads(), cv2.getNumThreads()) == threads
     assert [call[0] for call in calls] == (["ours"] * 3 + ["usual"] * 3) * 2
     assert [call[1] for call in calls] == ["0.jpg", "2.jpg", "4.jpg"] * 4
-    # Other crops each time.
+    # Each pass makes different crops.
     assert [call[2] for call in calls if call[0] == "ours"] == [(i,) for i in range(6)]
     assert [call[2] for call in calls if call[0] == "usual"] == [(i,) for i in range(6)]
     assert [len(rate) for rate in rates] == [1, 1] and min(rates) > [0]

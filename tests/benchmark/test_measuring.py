@@ -26,13 +26,13 @@ def raise_(error):
 
 
 def kill_self():
-    """As Linux does when there is no memory left."""
+    """As Linux does when memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation(Case):
-    """Builds a model of some MiB; each call makes as many and calls ``run``."""
+    """Builds a tensor; each call of the prepared function calls ``run`` and clones the tensor."""
 
     run: Callable[[], object] = int
 
@@ -128,7 +128,7 @@ def test_a_record_has_ratios_to_the_first_case():
 
 def test_processes_that_use_cuda_are_not_forked(monkeypatch):
     assert measuring.START_METHODS["cuda"] == "spawn"
-    # This works without a GPU, too.
+    # spawn works without a GPU as well.
     monkeypatch.setitem(measuring.START_METHODS, "cpu", "spawn")
     (measurement,) = measure([case()], 1, "")
     assert not measurement.failure and len(measurement.seconds) == 1

@@ -96,7 +96,7 @@ def test_the_environment_names_the_machine():
 
 
 def plotted(tmp_path, key, values):
-    """The names of the plots of a section, each of which is an image."""
+    """Plot a section and check that every file is an image; returns their names."""
     files = plot_sections([Section(key, "", [], [], [], values)], tmp_path)
     for file in files:
         if file.suffix == ".png":
@@ -108,7 +108,7 @@ def plotted(tmp_path, key, values):
 
 
 def test_plots_of_latency_and_precision(tmp_path):
-    """AP was published of vit-base, at 1024 pixels."""
+    """vit-base has published AP, at 1024 pixels."""
     other = PUBLISHED | {"backbone": "other"}
     failed = {"backbone": "other", "image_size": 2048, "batch_size": 1, "failure": "no memory"}
     records = [

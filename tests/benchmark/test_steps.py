@@ -30,7 +30,7 @@ def pretraining_spec(kind=CrossMAE):
 
 
 class Linear(nn.Module):
-    """A product; where it is trained it can fail, and checks what it is given."""
+    """A linear layer that checks its inputs in training, or fails."""
 
     def __init__(self, precision, trouble=False):
         super().__init__()
@@ -99,7 +99,7 @@ def test_a_step_trains_and_leaves_no_gradients(kind):
 
 
 def test_gemms_have_the_shapes_of_the_largest_linear_layers():
-    # Of 16 patches 4 are visible, and the class token: the MLP of the backbone, for 3 images.
+    # 3 images of 5 tokens (4 of 16 patches, and the class token): the MLP of the encoder.
     assert largest_linear_shapes(pretraining_spec(), 3) == [Shape(15, 48, 192), Shape(15, 192, 48)]
     assert Shape(15, 48, 192).flops == 2 * 15 * 48 * 192
     rate = GemmRate([Shape(4, 3, 2), Shape(5, 6, 7), Shape(4, 3, 2)], CPU, torch.float32)
@@ -118,7 +118,7 @@ def test_the_table_of_steps():
     assert slow["time_ratio"] == Spread(1, 1, 1)
     assert fast["time_ratio"] == Spread(0.5, 0.5, 0.75)
     assert (slow["memory_ratio"], fast["memory_ratio"]) == (1, 0.5)
-    # 60 FLOPs at 40 a second are 1.5 s, of a step of 2 s.
+    # 60 FLOPs at 40 FLOP/s take 1.5 s; the step took 2 s.
     assert slow["efficiency"] == Spread(0.75, 0.75, 0.75)
     assert (slow["median_seconds"], slow["images_per_second"]) == (2, 4)
     assert slow["p90_seconds"] == pytest.approx(3.6)

@@ -54,7 +54,7 @@ def cell(row, header):
 
 
 def targets(text):
-    """What the links in a text point to."""
+    """Targets of the links in a text."""
     return [target for _, target in re.findall(LINK, text)]
 
 
@@ -196,7 +196,7 @@ def test_measuring_changes_only_the_costs(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo_page, "BASELINES", ())
     tool("--measure", "--data", data, "--page", tmp_path / "page.md")
     after = json.loads(path.read_text())
-    # With another torch than that of the records, the machine changes as well.
+    # The machine changes as well if torch is another version than in the records.
     assert {key for key in before if before[key] != after[key]} - {"machines"} == {"costs"}
     assert [row["configs"] for row in after["costs"]["pretraining"]] == [[CHEAP[0]], [CHEAP[3]]]
     for group in ("pretraining", "detection"):

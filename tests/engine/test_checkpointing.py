@@ -106,7 +106,7 @@ def test_processes_must_agree_that_there_is_a_checkpoint(tmp_path, monkeypatch):
 
 
 class Model(nn.Module):
-    """Three scalars per sample; the names of the parameters are a, b and c."""
+    """A loss of three parameters, named a, b and c; records the samples it has seen."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ def run(
     seed=0,
     **options,
 ):
-    """Train for some iterations, from a state of an earlier call or from the start."""
+    """Train for some iterations, from scratch or from the state that an earlier call returned."""
     model = Model()
     trained = [{"params": [getattr(model, name) for name in names]} for names in groups]
     for name in "abc":
@@ -237,7 +237,7 @@ def test_another_batch_size_continues_with_the_next_image(first, second, start):
     loader = iter(ResumableLoader(range(7), load_number, 1))
     images = before.model.seen + after.model.seen
     assert images == [next(loader)[0] for _ in images]
-    # And once more, with nothing changed.
+    # Resume again, without a change.
     again, last = run(2, start=rest, batch_size=second)
     assert last.start_iter == after.start_iter + 5
     images += last.model.seen
@@ -253,7 +253,7 @@ def test_settings_are_compared_by_value():
         "dataloader": {"categories": {1: "a", 7: "b"}, "list": [{"x": 1}, {"x": 2}]},
         "model": {"act": nn.GELU, "none": None, "gone": 3},
     }
-    # As it is read from a config.yaml.
+    # As read from a config.yaml.
     same = old | {"optimizer": old["optimizer"] | {"_target_": "torch.optim.AdamW"}}
     first, second = (settings(OmegaConf.create(cfg, flags=flags)) for cfg in (old, same))
     assert changes(first, second) == []

@@ -21,7 +21,7 @@ NEW_RUN = Namespace(eval_only=False, resume=False)
 
 @pytest.fixture
 def own_sets(tiny_sets, tmp_path):
-    """Copies of the two sets to change: their specs, and a function that rewrites their jsons."""
+    """Writable copies of the two sets: their specs, and a function that edits their JSON files."""
     specs = {}
     for split, spec in zip(("train", "val"), tiny_sets, strict=True):
         json_file, _, images = spec.rpartition(":")
@@ -43,7 +43,7 @@ def with_one_class_more(content):
 
 @pytest.fixture
 def saved(own_sets, tiny_overrides, tmp_path):
-    """The config.yaml that a run on the two sets leaves, and the sets."""
+    """The config.yaml of a run on the two sets, their specs, and the function that edits them."""
     specs, change = own_sets
     options = [
         f"dataloader.{s}.dataset.names={specs[n]}" for s, n in (("train", "train"), ("test", "val"))
@@ -105,7 +105,7 @@ def test_a_run_is_identified_by_its_config_data_and_initial_weights(saved, tmp_p
     assert is_run_of(tmp_path, cfg)
     assert not is_run_of(tmp_path, get_config(path, [*options, "optimizer.lr=0.01"]))
     assert not is_run_of(tmp_path / "elsewhere", cfg)
-    os.utime(start)  # trained again since
+    os.utime(start)  # newer than the run
     assert not is_run_of(tmp_path, cfg)
     os.utime(start, (0, 0))
     change("train", with_one_class_more)
@@ -209,7 +209,7 @@ def test_each_config_has_its_own_output_folder(tmp_path):
         "model, dataloader, train = _cfg.model, _cfg.dataloader, _cfg.train\n"
         "optimizer, lr_multiplier = _cfg.optimizer, _cfg.lr_multiplier\n"
     )
-    assert get_config(str(mine)).train.output_dir == folders[1]  # it was named there
+    assert get_config(str(mine)).train.output_dir == folders[1]  # set in the config it loads
     assert get_config(B_100, ["train.output_dir=here"]).train.output_dir == "here"
 
 

@@ -86,7 +86,7 @@ def test_step_schedule_after_a_linear_warmup():
 
 def test_cosine_schedule_after_a_linear_warmup():
     schedule = cosine_schedule(1000, warmup_iters=100)
-    end = 0.5 * (1 + math.cos(math.pi * 0.1))  # the warm-up meets the cosine where it then is
+    end = 0.5 * (1 + math.cos(math.pi * 0.1))  # the cosine where the warm-up ends
     assert schedule(0.05) == pytest.approx((0.001 + end) / 2, rel=1e-3)
     assert schedule(0.5) == pytest.approx(0.5)
     assert schedule(0.999) == pytest.approx(0, abs=1e-5)

@@ -17,7 +17,7 @@ from torch import distributed
 from crossmae_det.engine import keep_freed_memory, launch
 from crossmae_det.engine.launch import check_folder, claim_folder, find_run
 
-# Files of a run, and of the user.
+# Files of a run, and files of the user.
 RUN = ["last_checkpoint", "model_0000099.pth", "model_best.pth", "metrics.json"]
 OWN = ["weights.pth", "model_of_mine.pth", "photo.jpg", "config.yaml", "log.txt"]
 
@@ -43,7 +43,7 @@ def two_gpus(monkeypatch):
 
 @pytest.fixture
 def started(monkeypatch):
-    """What would be started: the arguments of start_processes, and of the group's creation."""
+    """The arguments with which processes and their group would be started."""
     calls = {}
     monkeypatch.setattr(
         launch, "start_processes", lambda main, args, **_: calls.update(main=main, args=args)
@@ -116,7 +116,7 @@ def test_a_config_without_a_key_is_rejected(tmp_path, started):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Makes files in the folder of a run; gives its config and what is in it."""
+    """Functions that create files in a run folder (returning its config), and list its files."""
 
     def make(*names, init_checkpoint=""):
         for name in names:

@@ -123,7 +123,7 @@ def test_clipping_bounds_the_gradient():
     trainer = train(1, clip_norm=0.01)
     gradients = [p.grad for p in trainer.model.parameters()]
     assert torch.nn.utils.get_total_norm(gradients) == pytest.approx(0.01, rel=1e-3)
-    assert trainer.storage.latest()["grad_norm"][0] > 0.1  # what it was before
+    assert trainer.storage.latest()["grad_norm"][0] > 0.1  # before clipping
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_images():
@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_images():
         train(9, bad=2, gradient_accumulation_steps=2)
     message = str(error.value)
     assert "iteration 2: loss_a is nan, loss_b is nan" in message
-    assert "images: 2_2.jpg, 2_3.jpg)" in message  # the part of the batch that it was in
+    assert "images: 2_2.jpg, 2_3.jpg)" in message  # only that part of the batch
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(monkeypatch):
@@ -203,7 +203,7 @@ def test_the_precision_follows_the_gpu(monkeypatch, ampere, expected):
 
 
 class HalfRead(Regression):
-    """A part of the model reaches no loss."""
+    """A model with a layer that no loss depends on."""
 
     def __init__(self):
         super().__init__()
@@ -234,7 +234,7 @@ def test_parameters_without_gradient_are_named(find_unused, tmp_path, caplog):
 
 
 class KernelInputs(TorchDispatchMode):
-    """Notes the types of what reaches the kernel of an operator, after autocast's conversions."""
+    """Records the dtypes of the inputs of an operator's kernel, after autocast's conversions."""
 
     def __init__(self, name):
         super().__init__()

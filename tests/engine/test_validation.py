@@ -30,7 +30,7 @@ from crossmae_det.pretraining import CrossMAE
 
 
 class Noisy(nn.Module):
-    """A model with everything that training draws or changes, and a loss in training mode only."""
+    """A model with all kinds of noise and training state, and losses in training mode only."""
 
     def __init__(self):
         super().__init__()
@@ -129,7 +129,7 @@ def test_validation_losses_of_a_detector(tiny_overrides):
     assert losses.keys() == {
         *("total_loss", "loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc")
     }
-    # The mean over images of what the model gives in training, but for drop path.
+    # The mean over images of the losses in training mode, without drop path.
     detector.train()
     detector.backbone.eval()
     with EventStorage(), torch.no_grad():
@@ -208,7 +208,7 @@ def hook_of(folder, **options):
 
 
 def drive(hook, series, start_iter=0, max_iter=1000, name="segm/AP"):
-    """Run the hook with an evaluation every 10 iterations; the iterations that were run."""
+    """Run the hook with an evaluation every 10 iterations; returns the number of iterations."""
     storage = SimpleNamespace(latest=dict)
     trainer = SimpleNamespace(storage=storage, start_iter=start_iter, iter=0, max_iter=max_iter)
     hook.trainer = trainer
@@ -263,11 +263,11 @@ def test_a_resumed_run_continues_to_count(tmp_path):
     assert drive(hook_of(tmp_path), [3.0, 1.0], max_iter=1000) == 29
     # It was killed in iteration 29; its last checkpoint is of iteration 24.
     assert drive(hook_of(tmp_path), [3.0, 1.0, 2.0, 9.0], start_iter=25) == 30
-    # A stopped run is finished.
+    # A stopped run stays stopped,
     hook = hook_of(tmp_path)
     assert drive(hook, [], start_iter=30) == 30
     assert hook.trainer.max_iter == 30
-    # But not for more patience.
+    # unless the patience is raised.
     series = [3.0, 1.0, 2.0, 2.5, 2.0, 9.0]
     assert drive(hook_of(tmp_path, patience=4), series, start_iter=30) == 50
 
@@ -335,7 +335,7 @@ def test_a_damaged_file_is_named(tmp_path, text):
 
 
 def judge(hook, values, start_iter=0):
-    """Run the hook after evaluations that gave ``values``, one an iteration."""
+    """Run the hook after evaluations with these metrics, one per iteration."""
     storage = SimpleNamespace(latest=dict)
     hook.trainer = SimpleNamespace(storage=storage, start_iter=start_iter, iter=0, max_iter=100)
     hook.before_train()
@@ -349,12 +349,12 @@ def test_the_best_checkpoint_survives_a_restart(tmp_path):
     checkpointer = Checkpointer(model, str(tmp_path))
     checkpointer.save("model_0000001")
     metrics = ["segm/AP", "bbox/AP"]
-    best = {"segm/AP": np.float64(5.0), "bbox/AP": 9.0}  # evaluators give numpy's numbers
+    best = {"segm/AP": np.float64(5.0), "bbox/AP": 9.0}  # evaluators return numpy scalars
     series = [{}, {"segm/AP": 3.0}, best, {"segm/AP": 4.0}]
     judge(BestCheckpointer(checkpointer, metrics), series)
     best = read_checkpoint(tmp_path / "model_best.pth")
     assert (best["best_metric"], best["iteration"], best["metric_name"]) == (5.0, 2, "segm/AP")
-    # It is not what --resume continues from.
+    # --resume does not continue from it.
     assert checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
 
     judge(BestCheckpointer(checkpointer, metrics), [{"segm/AP": 4.5}], start_iter=4)
