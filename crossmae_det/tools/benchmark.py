@@ -138,7 +138,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="backbone alone (default), with the pyramid, or in Mask R-CNN",
     )
     how.add_argument("--train", action="store_true", help="forward, backward and optimizer")
-    how.add_argument("--image-sizes", type=int, nargs="+", metavar="PIXELS", help="default: 1024")
+    how.add_argument(
+        "--image-sizes",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help=f"default: {DETECTION_SIZE}, for --growth {GROWTH_SIZES[0]} to {GROWTH_SIZES[-1]}",
+    )
     how.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N")
     several: dict[str, Any] = {"nargs": "+", "default": []}
     text = "with --pretraining: every CrossMAE with these"
