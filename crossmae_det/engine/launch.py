@@ -41,6 +41,7 @@ BAD_INPUT = 2  # exit code
 
 WAIT_FOR_FIRST = 10  # seconds
 
+GLOO_RELEASE = 0.5  # seconds
 TIMEOUT = timedelta(minutes=30)  # of an exchange between processes
 
 # Loggers whose records are in the log file only.
@@ -429,4 +430,8 @@ def _run_process(
     comm.create_local_process_group(local_size)
     comm.synchronize()  # avoids a timeout after init_process_group, as in detectron2
     main(args)
+    comm.synchronize()
     distributed.destroy_process_group()
+    # gloo's threads need the GIL to release their last tensors. A thread that asks for it while
+    # the interpreter shuts down aborts the process, after all work is done.
+    time.sleep(GLOO_RELEASE)
