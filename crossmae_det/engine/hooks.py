@@ -29,6 +29,7 @@ from crossmae_det.engine.trainer import inference_autocast, unwrap
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"  # in the folder of a run
+CURVES = "curves.png"
 
 # Of a run, as a fraction: a short run still spends most of its iterations at the full rate.
 LONGEST_WARMUP = 0.1
@@ -216,7 +217,7 @@ class MetricCurves(HookBase):
         from crossmae_det.utils.plots import plot_metrics  # matplotlib takes a second to import
 
         if comm.is_main_process() and self.trainer.iter >= self.trainer.max_iter:
-            path = os.path.join(self.output_dir, "curves.png")
+            path = os.path.join(self.output_dir, CURVES)
             plot_metrics(os.path.join(self.output_dir, METRICS), path)
             logger.info("Curves of the metrics are in %s", path)
 

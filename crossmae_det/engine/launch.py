@@ -29,8 +29,9 @@ import crossmae_det
 from crossmae_det.checkpoint.reading import split_prefix
 from crossmae_det.engine.checkpointing import POINTER
 from crossmae_det.engine.config import check_keys, log_data, resolve
-from crossmae_det.engine.hooks import METRICS
+from crossmae_det.engine.hooks import CURVES, METRICS
 from crossmae_det.engine.trainer import NonFiniteError
+from crossmae_det.engine.validation import EarlyStopping
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +51,22 @@ FILE_ONLY = ("detectron2.data.common", "detectron2.data.dataset_mapper")
 # Checkpoints of a run, and the temporary files that a kill during a save leaves behind.
 CHECKPOINT = re.compile(r"\.?model_(\d{7}|final|best|before_nonfinite)(\.\d+)?\.pth")
 
+REPORT = "init_checkpoint.json"  # how each tensor of train.init_checkpoint was used
+
+EMA_FOLDER = "inference_ema"  # results of the averaged weights, beside "inference"
+
 # What else a run and the visualizers write. The log and the config are not removed: a new run
 # appends to the log and replaces the config.
 FILES = (
     POINTER,
     METRICS,
-    "init_checkpoint.json",
-    "curves.png",
+    REPORT,
+    CURVES,
     "predictions.png",
-    "early_stopping.json",
+    EarlyStopping.FILE,
     "events.out.tfevents.*",
     "inference",
-    "inference_ema",
+    EMA_FOLDER,
     "reconstructions",
 )
 

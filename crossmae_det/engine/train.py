@@ -44,16 +44,18 @@ from crossmae_det.engine.hooks import (
     ModelEMA,
     Visualization,
 )
-from crossmae_det.engine.launch import keep_freed_memory, resolve_device, setup
+from crossmae_det.engine.launch import (
+    EMA_FOLDER,
+    REPORT,
+    keep_freed_memory,
+    resolve_device,
+    setup,
+)
 from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, inference_autocast
 from crossmae_det.engine.validation import BestCheckpointer, EarlyStopping, ValidationLoss
 from crossmae_det.utils.files import write_json
 
 logger = logging.getLogger(__name__)
-
-REPORT = "init_checkpoint.json"  # how each tensor of train.init_checkpoint was used
-
-EMA_FOLDER = "inference_ema"  # results of the averaged weights, beside "inference"
 
 
 def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
