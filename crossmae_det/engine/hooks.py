@@ -5,6 +5,9 @@ import logging
 import math
 import os
 import re
+import resource
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -205,6 +208,43 @@ class Evaluation(EvalHook):
         evaluated = self.evaluated_iter + 1 == self.trainer.iter
         if self.trainer.iter >= self.trainer.max_iter and not evaluated:
             super().after_train()
+
+
+class ResourceUse(HookBase):
+    """Logs the throughput, "images_per_second", and the peak of memory, "max_memory_gib".
+
+    The memory is that of this process: of its GPU, as torch allocates it, or else of the machine.
+
+    Args:
+        period: in iterations; the throughput is the mean since the last time, of training alone.
+    """
+
+    def __init__(self, period: int):
+        self.period = period
+        self.seconds = 0.0
+        self.iterations = 0
+
+    def before_step(self) -> None:
+        self.start = time.perf_counter()
+
+    def after_step(self) -> None:
+        self.seconds += time.perf_counter() - self.start
+        self.iterations += 1
+        last = self.trainer.iter + 1 == self.trainer.max_iter
+        if not last and (self.trainer.iter + 1) % self.period:
+            return
+        storage = self.trainer.storage
+        if self.trainer.batch_size is not None and self.seconds > 0:
+            rate = self.iterations * self.trainer.batch_size / self.seconds
+            storage.put_scalar("images_per_second", rate, smoothing_hint=False)
+        storage.put_scalar("max_memory_gib", self._memory() / 2**30, smoothing_hint=False)
+        self.seconds, self.iterations = 0.0, 0
+
+    def _memory(self) -> int:
+        if self.trainer.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.trainer.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class MetricCurves(HookBase):

@@ -30,6 +30,7 @@ from crossmae_det.checkpoint.reading import split_prefix
 from crossmae_det.engine.checkpointing import POINTER
 from crossmae_det.engine.config import check_keys, log_data, resolve
 from crossmae_det.engine.hooks import CURVES, METRICS
+from crossmae_det.engine.run_record import FILE as RECORD
 from crossmae_det.engine.trainer import NonFiniteError
 from crossmae_det.engine.validation import EarlyStopping
 
@@ -53,6 +54,9 @@ CHECKPOINT = re.compile(r"\.?model_(\d{7}|final|best|before_nonfinite)(\.\d+)?\.
 
 REPORT = "init_checkpoint.json"  # how each tensor of train.init_checkpoint was used
 
+PAGE = "report.html"  # of train.report
+RECIPE = "recipe.yaml"  # the config that the run was started with, without overrides
+
 EMA_FOLDER = "inference_ema"  # results of the averaged weights, beside "inference"
 
 # What else a run and the visualizers write. The log and the config are not removed: a new run
@@ -62,6 +66,9 @@ FILES = (
     METRICS,
     REPORT,
     CURVES,
+    RECORD,
+    RECIPE,
+    PAGE,
     "predictions.png",
     EarlyStopping.FILE,
     "events.out.tfevents.*",

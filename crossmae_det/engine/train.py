@@ -42,6 +42,7 @@ from crossmae_det.engine.hooks import (
     MetricCurves,
     MetricsWriter,
     ModelEMA,
+    ResourceUse,
     Visualization,
 )
 from crossmae_det.engine.launch import (
@@ -51,6 +52,7 @@ from crossmae_det.engine.launch import (
     resolve_device,
     setup,
 )
+from crossmae_det.engine.run_record import ReportUpdates, recorded
 from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, inference_autocast
 from crossmae_det.engine.validation import BestCheckpointer, EarlyStopping, ValidationLoss
 from crossmae_det.utils.files import write_json
@@ -90,7 +92,13 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     names = ("prefix", "allow_missing", "allow_unexpected")
     allowed: dict[str, Any] = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if not args.eval_only:
-        return train(cfg, model, resume=args.resume, allowed=allowed, original=original)
+        source = {
+            "config_file": getattr(args, "config_file", ""),
+            "overrides": list(getattr(args, "opts", ())),
+        }
+        return train(
+            cfg, model, resume=args.resume, allowed=allowed, original=original, source=source
+        )
     checkpoint = cfg.train.init_checkpoint
     logger.info("Evaluating the weights of %s", checkpoint)
     logger.info(load(model, checkpoint, content=content, whole=True, **allowed))
@@ -174,6 +182,7 @@ def train(
     resume: bool,
     allowed: Mapping[str, Any],
     original: DictConfig,
+    source: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Train the model of a resolved config and evaluate it along the way; see :func:`run`.
 
@@ -183,6 +192,7 @@ def train(
         resume: continue the run in the folder, if there is one.
         allowed: options of :func:`crossmae_det.checkpoint.load` for ``train.init_checkpoint``.
         original: the config with its references, which is saved in the folder.
+        source: "config_file" and "overrides" that the config is from, for the record of the run.
     """
     options = cfg.train
     main = comm.is_main_process()
@@ -218,6 +228,7 @@ def train(
         max_to_keep=options.checkpointer.max_to_keep if main else None,
     )
     schedule = LRMultiplier(optimizer, build(cfg.lr_multiplier, "lr_multiplier"), options.max_iter)
+    report = instantiate(options.report) if options.get("report") else None
     results: dict[str, Any] = {}
 
     def evaluate_now() -> dict[str, Any]:
@@ -232,6 +243,7 @@ def train(
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
+            ResourceUse(options.log_period),
             ema,
             LayerLearningRates(),
             LearningRateSchedule(scheduler=schedule),
@@ -250,6 +262,7 @@ def train(
             if main
             else None,
             MetricCurves(options.output_dir),
+            ReportUpdates(report, options.output_dir, options.eval_period) if report else None,
         ]
     )
     start_iter = 0
@@ -267,8 +280,17 @@ def train(
                 write_json(os.path.join(options.output_dir, REPORT), report.to_dict(), indent=2)
     if main and start_iter < options.max_iter:  # a complete run keeps the config of its training
         save(original, cfg, os.path.join(options.output_dir, FILE))
+    start = {
+        "iteration": start_iter,
+        "max_iter": options.max_iter,
+        "batch_size": trainer.batch_size,
+        "seed": options.seed,
+        "precision": precision or "float32",
+        **source,
+    }
     try:
-        trainer.train(start_iter, options.max_iter)
+        with recorded(options.output_dir, report, device, start):
+            trainer.train(start_iter, options.max_iter)
     except NonFiniteError as error:
         # The optimizer has not stepped: these are the weights before this iteration.
         trainer.iter -= 1

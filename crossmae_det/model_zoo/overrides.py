@@ -80,6 +80,7 @@ NULLABLE = {
     "train.output_dir",
     "train.init_checkpoint",
     "train.visualizer",
+    "train.report",
     "train.epochs",
 }
 
