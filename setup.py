@@ -57,7 +57,7 @@ setup(
         "matplotlib>=3.6",
         f"{OPENCV}>=4.6",
         "pycocotools>=2.0.6",
-        "faster-coco-eval>=1.6",
+        "hotcoco>=1.3,<2",
         "shapely>=2.0",  # detectron2 crops polygon masks with it
         "fvcore>=0.1.5,<0.1.6",
         "iopath>=0.1.7,<0.2",

@@ -28,7 +28,7 @@ OPENCV_BUILDS = (
     "opencv-contrib-python-headless",
 )
 # Imported at the end, in one process; a torchvision built for another torch fails here.
-MODULES = "torch, torchvision, timm, cv2, pycocotools.mask, faster_coco_eval, detectron2.model_zoo"
+MODULES = "torch, torchvision, timm, cv2, pycocotools.mask, hotcoco, detectron2.model_zoo"
 
 
 class SetupError(Exception):

@@ -4,7 +4,8 @@ from crossmae_det.detection import shapes
 from crossmae_det.detection.backbone import SimpleFeaturePyramid, ViTBackbone, vit_backbone
 from crossmae_det.detection.coco import DatasetInfo, describe, get_dataset_dicts, resolve_name
 from crossmae_det.detection.coco_records import category_indices
-from crossmae_det.detection.evaluator import COCOEvaluator, format_table, write_results
+from crossmae_det.detection.evaluation_results import format_table, write_results
+from crossmae_det.detection.evaluator import COCOEvaluator
 from crossmae_det.detection.lr_decay import layer_decay_param_groups
 from crossmae_det.detection.mapper import DetectionMapper, ResizeToFit, TrainLoader
 from crossmae_det.detection.mask_head import PartiallySupervisedMaskHead

@@ -29,7 +29,7 @@ OPENCV = (
     *("opencv-contrib-python", "opencv-contrib-python-headless"),
 )
 # Compiled libraries: an import shows whether they fit together.
-IMPORTS = ("torch", "torchvision", "timm", "cv2", "pycocotools.mask", "faster_coco_eval")
+IMPORTS = ("torch", "torchvision", "timm", "cv2", "pycocotools.mask", "hotcoco")
 # When an attention backend is chosen automatically.
 REASONS = {
     "chunked": "more query-key pairs than fit into the cache",

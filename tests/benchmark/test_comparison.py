@@ -20,7 +20,7 @@ from crossmae_det.benchmark.comparison import (
     summarize,
 )
 from crossmae_det.benchmark.measuring import OUT_OF_MEMORY, measure
-from crossmae_det.detection.evaluator import write_results
+from crossmae_det.detection import write_results
 from crossmae_det.modeling import ViT
 
 RUNS = {

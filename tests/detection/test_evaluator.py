@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from crossmae_det.detection import COCOEvaluator, format_table, write_results
-from crossmae_det.detection.evaluator import format_per_class
+from crossmae_det.detection.evaluation_results import format_per_class
 
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -75,7 +76,7 @@ def test_backends_agree_on_random_detections(register_json):
     for seed in range(3):
         name = register_json(make_dataset(seed), f"test_coco_evaluation_{seed}")
         inputs, outputs = perturbed(DatasetCatalog.get(name), seed)
-        fast = run(name, inputs, outputs, backend="faster-coco-eval")
+        fast = run(name, inputs, outputs, backend="hotcoco")
         assert_same(fast, run(name, inputs, outputs, backend="pycocotools"))
         assert fast["segm"]["AP-class3"] > 0
 
@@ -88,7 +89,7 @@ def test_backends_agree_on_real_annotations(register_json, shared_data):
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in wanted]
     name = register_json(content, "test_coco_evaluation_real")
     inputs, outputs = perturbed(DatasetCatalog.get(name))
-    fast = run(name, inputs, outputs, backend="faster-coco-eval")
+    fast = run(name, inputs, outputs, backend="hotcoco")
     assert_same(fast, run(name, inputs, outputs, backend="pycocotools"))
     assert 10 < fast["bbox"]["AP"] < 90
 
@@ -267,15 +268,15 @@ def test_auto_prefers_the_fast_backend_and_logs_it_once(register_json, caplog, m
     name = register_json(make_dataset())
     logger._LOG_COUNTER.clear()
     with caplog.at_level(logging.INFO):
-        assert COCOEvaluator(name)._backend == "faster-coco-eval"
+        assert COCOEvaluator(name)._backend == "hotcoco"
         COCOEvaluator(name)
-    assert caplog.text.count("COCO evaluation uses faster-coco-eval") == 1
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert caplog.text.count("COCO evaluation uses hotcoco") == 1
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
     with caplog.at_level(logging.INFO):
         assert COCOEvaluator(name)._backend == "pycocotools"
     assert caplog.text.count("COCO evaluation uses pycocotools") == 1
-    with pytest.raises(ValueError, match="pip install faster-coco-eval"):
-        COCOEvaluator(name, backend="faster-coco-eval")
+    with pytest.raises(ValueError, match="pip install hotcoco"):
+        COCOEvaluator(name, backend="hotcoco")
     with pytest.raises(ValueError, match="'fast'"):
         COCOEvaluator(name, backend="fast")
 
@@ -285,7 +286,7 @@ def test_prints_nothing_and_logs_the_tables(register_json, caplog, capsys):
     inputs, outputs = perturbed(DatasetCatalog.get(name))
     capsys.readouterr()
     with caplog.at_level(logging.INFO):
-        for backend in ("faster-coco-eval", "pycocotools"):
+        for backend in ("hotcoco", "pycocotools"):
             run(name, inputs, outputs, backend=backend)
     assert capsys.readouterr().out == ""
     assert "on 8 of the 8 images" in caplog.text
@@ -319,7 +320,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def broken(*_args, **_kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(json, "dump", broken)
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="no space left"):
         write_results(path, {"bbox": {"AP": 2.0}}, context={})
     assert path.read_text() == old

@@ -10,7 +10,7 @@ from crossmae_det.detection import COCOEvaluator
 
 HEIGHT, WIDTH = 96, 120
 CATEGORY_IDS = (3, 7, 9)  # 9 never has ground truth
-both_backends = pytest.mark.parametrize("backend", ["faster-coco-eval", "pycocotools"])
+both_backends = pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
 
 
 def rectangle(x, y, w, h):
