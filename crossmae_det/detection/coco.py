@@ -1,4 +1,5 @@
-"""Datasets named by one string: a name registered in detectron2, or ``JSON:IMAGE_FOLDER``.
+"""Datasets named by one string: a name registered in detectron2, ``JSON:IMAGE_FOLDER``, or a layout
+and a path, such as ``yolo:data.yaml`` (see `formats.spec`).
 
 `describe` tells configs the number of images, the classes and whether there are masks, without
 reading an image. `get_dataset_dicts` returns the checked records for loaders.
@@ -16,7 +17,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 from torch.utils.data import Dataset, IterableDataset
 
-from crossmae_det.detection import shapes
+from crossmae_det.detection import formats, shapes
 from crossmae_det.detection.coco_annotations import id_order
 from crossmae_det.detection.coco_json import CocoInfo, inspect, load
 from crossmae_det.detection.coco_records import (
@@ -50,7 +51,9 @@ _NUM_IMAGES = {
     "coco_2017_val_100": 100,
 }
 
-_registered: dict[str, CocoInfo] = {}  # the JSON:IMAGE_FOLDER strings that resolve_name registered
+_registered: dict[str, CocoInfo] = {}  # the strings that resolve_name registered
+
+_STRINGS = "give a registered name, JSON:IMAGE_FOLDER, or a layout, as in yolo:data.yaml"
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,23 @@ class DatasetInfo:
 
 
 def resolve_name(spec: str) -> str:
-    """Return the name under which detectron2 knows a dataset, registering ``JSON:IMAGE_FOLDER``.
+    """Return the name under which detectron2 knows a dataset, registering the strings of files.
 
     Args:
-        spec: a name registered in ``DatasetCatalog``, or ``"instances.json:image_folder"``, which
-            is registered under that string, with the metadata that detectron2's evaluators and
-            visualizers need. ``DatasetCatalog.get`` loads its records.
+        spec: a name registered in ``DatasetCatalog``, ``"instances.json:image_folder"``, or a
+            string of another layout, such as ``"yolo:data.yaml:val"``. A string of files is
+            registered under itself, with the metadata that detectron2's evaluators and visualizers
+            need. ``DatasetCatalog.get`` loads its records.
 
     Raises:
-        ValueError: ``spec`` is neither, or the json is not in COCO format.
-        FileNotFoundError: the json or the image folder does not exist.
+        ValueError: ``spec`` is none of them, or the files cannot be read in their layout.
+        FileNotFoundError: a file or the image folder does not exist.
     """
     if spec in DatasetCatalog and spec not in _registered:
         return spec
-    json_file, image_root = _split(spec)
-    info = inspect(json_file)
-    if not os.path.isdir(image_root):
+    source, image_root = _source(spec)
+    info = inspect(source)
+    if image_root and not os.path.isdir(image_root):
         raise FileNotFoundError(f"{image_root}: no such image folder: check the dataset {spec!r}")
     if _registered.get(spec) == info:
         return spec
@@ -92,15 +96,17 @@ def resolve_name(spec: str) -> str:
         DatasetCatalog.remove(spec)
         MetadataCatalog.remove(spec)
     _registered[spec] = info
+    root = info.image_root or image_root
     indices = {id_: index for index, id_ in enumerate(info.categories)}
-    DatasetCatalog.register(spec, lambda: _load_registered(json_file, image_root, indices))
+    DatasetCatalog.register(spec, lambda: _load_registered(source, root, indices))
     MetadataCatalog.get(spec).set(
-        json_file=json_file,
-        image_root=image_root,
+        image_root=root,
         evaluator_type="coco",
         thing_classes=list(info.categories.values()),
         thing_dataset_id_to_contiguous_id=indices,
     )
+    if info.image_root is None:  # in other layouts there is no json for detectron2's evaluators
+        MetadataCatalog.get(spec).json_file = source
     return spec
 
 
@@ -128,14 +134,14 @@ def describe(
     metadata = MetadataCatalog.get(name)
     known = metadata.get("num_images", _NUM_IMAGES.get(name))
     info = None
-    if not _is_coco(name):
+    if not is_coco(name):
         records = _call_loader(name)
         if filter_empty and "annotations" in records[0]:
             records = Summary().filter_empty(records)
         annotations = (a for record in records for a in record.get("annotations", []))
         has_masks = any(a.get("segmentation") for a in annotations if not a.get("iscrowd", 0))
         num_images = len(records)
-    elif known is not None and not os.path.isfile(_json_file(name)):
+    elif known is not None and name not in _registered and not os.path.isfile(_json_file(name)):
         num_images, has_masks = known, True
     else:
         info = inspect_registered(name)
@@ -176,7 +182,7 @@ def get_dataset_dicts(
             datasets in the order given, counted after `filter_empty`.
         invalid_annotations: for annotations whose box or mask has no area or is outside of the
             image: "error", or "skip" to leave them out with a warning. None is "error" for
-            ``JSON:IMAGE_FOLDER`` and "skip" for registered names: COCO's own files have a few.
+            strings of files and "skip" for registered names: COCO's own files have a few.
         crowd: "ignore" trains nothing on crowd regions (``iscrowd: 1``), as COCO intends;
             "keep" makes them ordinary objects, for exports that set it on every mask.
         skip_undecodable: whether training skips images that cannot be used: they are then logged
@@ -192,7 +198,7 @@ def get_dataset_dicts(
     """
     specs = [names] if isinstance(names, str) else list(names or ())
     if not specs:
-        raise ValueError("no dataset is given: give a registered name or JSON:IMAGE_FOLDER")
+        raise ValueError(f"no dataset is given: {_STRINGS}")
     if invalid_annotations not in (None, "error", "skip"):
         raise ValueError(
             f"invalid_annotations={invalid_annotations!r}: choose error, skip or null (None)"
@@ -241,8 +247,10 @@ def inspect_registered(name: str) -> CocoInfo:
     Raises:
         ValueError, FileNotFoundError: as `coco_json.inspect`.
     """
+    if name in _registered:
+        return inspect(_registered[name].path)
     path = _json_file(name)
-    if not os.path.isfile(path) and name not in _registered:
+    if not os.path.isfile(path):
         with contextlib.suppress(FileNotFoundError):  # a loader may write its files when called
             DatasetCatalog.get(name)
         if not os.path.isfile(path):
@@ -250,7 +258,7 @@ def inspect_registered(name: str) -> CocoInfo:
                 f"{path}: the annotations of {name} are missing: set DETECTRON2_DATASETS to the "
                 "folder that has them, or give the dataset as JSON:IMAGE_FOLDER"
             )
-    return inspect(path, needs_annotations=name in _registered)
+    return inspect(path, needs_annotations=False)
 
 
 def _json_file(name: str) -> str:
@@ -258,10 +266,20 @@ def _json_file(name: str) -> str:
     return PathManager.get_local_path(path) if "://" in path else path
 
 
+def _source(text: str) -> tuple[str, str]:
+    """What `coco_json.inspect` reads, and the image folder; "" if the layout states it."""
+    if not isinstance(text, str):
+        raise ValueError(f"dataset {text!r}: {_STRINGS}")
+    if (pair := formats.coco_string(text)) is not None:
+        return _split(pair)
+    spec = formats.parse(text)
+    if spec is None:
+        return _split(text)
+    return formats.find_json(spec) if spec.layout == "coco" else (text, "")
+
+
 def _split(spec: str) -> tuple[str, str]:
     """Split JSON:IMAGE_FOLDER; either path may contain further colons."""
-    if not isinstance(spec, str):
-        raise ValueError(f"dataset {spec!r}: give a registered name or JSON:IMAGE_FOLDER")
     pairs = [(spec[:i], spec[i + 1 :]) for i, character in enumerate(spec) if character == ":"]
     pairs = [
         (os.path.expanduser(json_file), os.path.expanduser(image_root))
@@ -273,16 +291,17 @@ def _split(spec: str) -> tuple[str, str]:
         return next((pair for pair in pairs if os.path.isfile(pair[0])), pairs[0])
     if spec.lower().rstrip(":").endswith(".json"):
         raise ValueError(f"dataset {spec!r}: add the image folder, as in {spec.rstrip(':')}:FOLDER")
+    if suggestion := formats.suggestion(spec):
+        raise ValueError(f"dataset {spec!r}: name its layout, as in {suggestion}")
     similar = difflib.get_close_matches(spec, list(DatasetCatalog), n=1)
     hint = f" (did you mean {similar[0]}?)" if similar else ""
-    raise ValueError(
-        f"dataset {spec!r} is not registered in detectron2{hint}: "
-        "give a registered name or JSON:IMAGE_FOLDER"
-    )
+    raise ValueError(f"dataset {spec!r} is not registered in detectron2{hint}: {_STRINGS}")
 
 
-def _is_coco(name: str) -> bool:
-    """Whether a dataset is a COCO json, which `inspect` can read."""
+def is_coco(name: str) -> bool:
+    """Whether a dataset has a COCO json or is in another layout, which `coco_json` reads."""
+    if name in _registered:
+        return True
     metadata = MetadataCatalog.get(name)
     has_files = metadata.get("json_file") and metadata.get("image_root")
     return bool(has_files) and metadata.get("evaluator_type", "coco") == "coco"
@@ -330,7 +349,7 @@ def _load(
     image_root = os.fspath(metadata.get("image_root", ""))
     is_remote = "://" in image_root
     file, own, faults = None, None, {}
-    if _is_coco(name):
+    if is_coco(name):
         info = inspect_registered(name)
         own = dataset_categories(name, info)
         file = load(info.path, needs_annotations=False)

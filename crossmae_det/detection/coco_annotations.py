@@ -10,7 +10,7 @@ to the image.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,11 +42,15 @@ class AnnotationError(ValueError):
 class ValueReader:
     """Reads single values, and counts the repairs of each kind.
 
+    Args:
+        sources: where each annotation is from, by its id less one, if it is from no COCO json.
+
     Attributes:
         place: what is being read, such as ``("annotation", 12)``; kept for the first of each kind.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sources: Sequence[str] = ()) -> None:
+        self.sources = sources
         self.place: tuple[str, Any] = ("", None)
         self._repairs: dict[str, tuple[int, tuple[str, Any]]] = {}
 
@@ -57,9 +61,14 @@ class ValueReader:
     def repairs(self) -> tuple[str, ...]:
         """A line for each kind: "numbers written as text, read as numbers: 3 (first: image 7)"."""
         return tuple(
-            f"{kind}: {count} (first: {name} {id_!r})"
-            for kind, (count, (name, id_)) in self._repairs.items()
+            f"{kind}: {count} (first: {self._name(*place)})"
+            for kind, (count, place) in self._repairs.items()
         )
+
+    def _name(self, kind: str, id_: Any) -> str:
+        if self.sources and kind == "annotation":
+            return self.sources[id_ - 1]
+        return f"{kind} {id_!r}"
 
     def number(self, value: Any) -> int | float | None:
         """A finite number, possibly written as text; None for anything else."""
@@ -137,7 +146,8 @@ def clean_annotation(
     area = annotation["area"] = reader.number(annotation.get("area"))
     if area is None or area <= 0:  # no visible object covers 0 pixels
         annotation["area"] = None
-        reader.repair("annotations without area, computed from the mask or else the box")
+        if not reader.sources:  # other layouts have no areas
+            reader.repair("annotations without area, computed from the mask or else the box")
 
     mask, has_area = clean_mask(annotation.get("segmentation"), *size, reader)
     if mask:

@@ -4,17 +4,21 @@
 ``"iscrowd": null``, a degenerate polygon beside good ones) and counts the repairs. A contradiction
 is a one-line error that names the file and the id. So the json cannot cause a failure later, hours
 into training or inside COCO's evaluation.
+
+Datasets in another layout, such as ``yolo:data.yaml``, take the same way: `formats` reads them into
+the form of a json, and their errors name the file and the line that an object is from.
 """
 
 import gc
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from crossmae_det.detection import formats
 from crossmae_det.detection.coco_annotations import AnnotationError, ValueReader, clean_annotation
 from crossmae_det.utils.messages import shorten
 
@@ -38,7 +42,7 @@ class CocoInfo:
     """A COCO json without its content.
 
     Attributes:
-        path: the file.
+        path: the file; of another layout, the string that names the dataset.
         version: changes when the file does.
         num_images: number of entries in ``images``.
         num_annotations: number of entries in ``annotations``; None without that key.
@@ -47,7 +51,8 @@ class CocoInfo:
         crowds_have_masks: whether any crowd region has one.
         num_with_objects: images with an annotation to train on, crowd regions excluded.
         num_with_crowds: images with an annotation to train on, crowd regions included.
-        repairs: what was repaired, one line for each kind.
+        repairs: what was repaired or left out, one line for each kind.
+        image_root: the folder of the images, which only other layouts than a json state.
     """
 
     path: str
@@ -60,6 +65,7 @@ class CocoInfo:
     num_with_objects: int
     num_with_crowds: int
     repairs: tuple[str, ...]
+    image_root: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,19 +82,27 @@ class CocoFile:
             is a mask, ``segmentation``, see `coco_annotations.clean_mask`. Other keys are as in
             the file.
         faults: index into ``annotations`` -> why nothing can be trained on it.
+        sources: of another layout, where each annotation is from: a file and a line or an object.
     """
 
     info: CocoInfo
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
     faults: dict[int, str]
+    sources: Sequence[str] = ()
+
+    def name_of(self, index: int) -> str:
+        """The name of an annotation for messages, by its index."""
+        if self.sources:
+            return self.sources[index]
+        return f"{self.info.path}: annotation {self.annotations[index]['id']}"
 
 
 def inspect(json_file: str, *, needs_annotations: bool = True) -> CocoInfo:
     """Describe a COCO json. It is read and checked completely, and again only when it changes.
 
     Args:
-        json_file: path of the json.
+        json_file: path of the json, or a dataset string that `formats.parse` knows.
         needs_annotations: False accepts a file without ``annotations``, such as COCO's test sets.
 
     Raises:
@@ -134,6 +148,8 @@ def collector_paused() -> Iterator[None]:
 
 
 def _key(json_file: str) -> tuple[str, Version]:
+    if (spec := formats.parse(json_file)) is not None:
+        return formats.version(spec)
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{json_file}: no such annotation file: check the path")
     stat = os.stat(json_file)
@@ -142,7 +158,11 @@ def _key(json_file: str) -> tuple[str, Version]:
 
 def _read(path: str, key: tuple[str, Version]) -> CocoFile:
     with collector_paused():
-        file = _clean(path, key[1], _parse(path))
+        if (spec := formats.parse(path)) is None:
+            file = _clean(path, key[1], _parse(path))
+        else:
+            content = formats.read(spec)
+            file = _clean(path, key[1], content.as_coco(), content)
     _descriptions[key] = file.info
     if key[1][1] <= _KEPT_BYTES:
         _contents[key] = file
@@ -170,9 +190,12 @@ def _parse(path: str) -> dict[str, Any]:
     return data
 
 
-def _clean(path: str, version: Version, data: dict[str, Any]) -> CocoFile:
-    """Clean the content of a json; annotations in place."""
-    reader = ValueReader()
+def _clean(
+    path: str, version: Version, data: dict[str, Any], content: formats.Content | None = None
+) -> CocoFile:
+    """Clean the content of a json; annotations in place. ``content``: where it is from."""
+    sources = content.sources if content else ()
+    reader = ValueReader(sources)
     categories = _clean_categories(path, data["categories"], reader)
     images = _clean_images(path, data["images"], reader)
     sizes = {image["id"]: (image["height"], image["width"]) for image in images}
@@ -187,6 +210,8 @@ def _clean(path: str, version: Version, data: dict[str, Any]) -> CocoFile:
         try:
             fault = clean_annotation(annotation, sizes, categories, reader)
         except AnnotationError as error:
+            if sources:
+                raise ValueError(f"{sources[index]} {error}") from error
             id_ = annotation.get("id")
             name = f"number {index} of the list" if id_ is None else shorten(id_)
             raise ValueError(f"{path}: annotation {name} {error}") from error
@@ -213,9 +238,10 @@ def _clean(path: str, version: Version, data: dict[str, Any]) -> CocoFile:
         crowds_have_masks=masks[1],
         num_with_objects=len(with_objects),
         num_with_crowds=len(with_crowds),
-        repairs=reader.repairs(),
+        repairs=(*(content.notes if content else ()), *reader.repairs()),
+        image_root=content.image_root if content else None,
     )
-    return CocoFile(info, images, annotations, faults)
+    return CocoFile(info, images, annotations, faults, sources)
 
 
 def _clean_categories(path: str, entries: list[dict], reader: ValueReader) -> dict[int, str]:

@@ -137,14 +137,15 @@ def find_faults(file: CocoFile, *, invalid_annotations: str, crowd: str) -> dict
     }
     if faults:
         index, fault = next(iter(faults.items()))
-        path, first = file.info.path, f"annotation {file.annotations[index]['id']}: {fault}"
+        path, first = file.info.path, f"{file.name_of(index)}: {fault}"
         if invalid_annotations == "error":
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             raise ValueError(
-                f"{path}: cannot train on {first}{more}: correct it, or set "
+                f"{first}{more}: nothing can be trained on it: correct it, or set "
                 "dataloader.train.dataset.invalid_annotations=skip to leave such annotations out "
                 "(dataloader.test for a test set)"
             )
+        first = first.removeprefix(f"{path}: ")
         logger.warning("%s: left out %d annotations (first: %s)", path, len(faults), first)
     return faults
 

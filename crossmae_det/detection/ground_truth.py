@@ -7,7 +7,7 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
 
-from crossmae_det.detection.coco import inspect_registered, resolve_name
+from crossmae_det.detection.coco import inspect_registered, is_coco, resolve_name
 from crossmae_det.detection.coco_annotations import mask_area
 from crossmae_det.detection.coco_json import CocoFile, CocoInfo, load
 from crossmae_det.detection.coco_records import category_indices, dataset_categories
@@ -141,7 +141,8 @@ def _class_indices(name: str, info: CocoInfo, own: Mapping[int, str]) -> dict[in
 def _load(dataset_name: str, converted: str | None) -> CocoFile:
     """Read the json of a dataset, writing it first if the dataset has none."""
     resolve_name(dataset_name)
-    if MetadataCatalog.get(dataset_name).get("json_file") is None:
+    metadata = MetadataCatalog.get(dataset_name)
+    if not is_coco(dataset_name) and metadata.get("json_file") is None:
         _convert(dataset_name, converted)
     return load(inspect_registered(dataset_name).path, needs_annotations=False)
 

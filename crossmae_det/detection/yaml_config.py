@@ -14,6 +14,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from crossmae_det.detection import formats
+
 IMAGE_SIZE = 1024  # ViTDet's, where INPUT.IMAGE_SIZE is None
 
 
@@ -223,7 +225,8 @@ def to_lazy(cfg: CfgNode, get_config: Callable[[str], DictConfig]) -> DictConfig
     lazy.dataloader.train.dataset.names = list(cfg.DATASETS.TRAIN)
     lazy.dataloader.train.mapper.min_size = cfg.MODEL.VIT.PATCH_SIZE
     if tuple(cfg.DATASETS.TEST) != DEFAULT_TEST:
-        lazy.dataloader.test.dataset.names = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else None
+        test = formats.for_evaluation(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+        lazy.dataloader.test.dataset.names = test
     if cfg.SOLVER.STEPS:
         milestones = [step / lazy.train.max_iter for step in cfg.SOLVER.STEPS]
         lazy.lr_multiplier.milestones = milestones

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.nn.parallel import DistributedDataParallel
 
+from crossmae_det.detection.formats import for_evaluation
 from crossmae_det.detection.yaml_config import KEYS as YAML_KEYS
 
 # Last parts of the names that other tools have for our keys.
@@ -74,9 +75,11 @@ PAIRS = re.compile(r"(size|pad)$")
 # Text that may also be a list of several.
 NAMES = re.compile(r"\.names$")
 
+TEST_NAMES = "dataloader.test.dataset.names"
+
 # Keys that null turns off or resets, although their value is not null.
 NULLABLE = {
-    "dataloader.test.dataset.names",
+    TEST_NAMES,
     "train.output_dir",
     "train.init_checkpoint",
     "train.visualizer",
@@ -114,9 +117,12 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         value = _parse(name, raw)
         if value is None and not adds and not key.nullable:
             evaluates = name in ("dataloader.test", "dataloader.evaluator")
-            hint = "; to train without evaluation: dataloader.test.dataset.names=null"
+            hint = f"; to train without evaluation: {TEST_NAMES}=null"
             raise ValueError(f"{name}={raw}: must not be null{hint if evaluates else ''}")
-        OmegaConf.update(cfg, name, _convert(key, value, raw), merge=True, force_add=adds)
+        value = _convert(key, value, raw)
+        if name == TEST_NAMES:
+            value = _test_names(value)
+        OmegaConf.update(cfg, name, value, merge=True, force_add=adds)
         given.add(name)
         if adds:
             added.append(name)
@@ -317,6 +323,13 @@ def _convert(key: _Key, value: Any, raw: str) -> Any:
     shown = str(key.value).replace(" ", "")
     example = "" if key.value is None else f", as in {key.name}={shown}"
     raise ValueError(f"{key.name}={raw}: must be {wanted}{example}")
+
+
+def _test_names(value: Any) -> Any:
+    """The test set; of a dataset with splits that names none, its validation split."""
+    if isinstance(value, list):
+        return [for_evaluation(name) for name in value]
+    return for_evaluation(value) if isinstance(value, str) else value
 
 
 def _is_read(cfg: DictConfig, name: str) -> bool:

@@ -14,7 +14,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 from timm.layers import to_2tuple
 
-from crossmae_det.detection import DatasetInfo, category_indices, describe
+from crossmae_det.detection import DatasetInfo, category_indices, describe, formats
+from crossmae_det.detection.formats.spec import find_split
 
 Names = str | Sequence[str]
 
@@ -110,6 +111,11 @@ def categories(
     Raises:
         ValueError: a dataset lacks a class of the first, or has an additional one.
     """
+    for name in _list(test_names):
+        spec = formats.parse(name)
+        split = formats.with_split(name, "val") if spec and not spec.split else None
+        if split is not None:  # overrides and yaml configs have named it by now
+            raise ValueError(f"{name!r} has splits: name the one to evaluate on, as in {split}")
     first, *others = _list(train_names) + _list(test_names)
     result = _info(first, _root_).categories
     for name in others:
@@ -125,10 +131,13 @@ def default_val(train_names: Names, val_name: str, *, _root_: DictConfig) -> str
         val_name: the recipe's validation set, registered in detectron2.
 
     Returns:
+        The validation split of a training set that has one, such as ``yolo:data.yaml``. Else
         ``val_name`` for the recipe's own training set, and for others with the same classes if the
         annotations of ``val_name`` are there; else None, to train without evaluation.
     """
     train = _list(train_names)
+    if len(train) == 1 and (own := _own_val(train[0], _root_)) is not None:
+        return own
     if all(name in DatasetCatalog and name.startswith("coco_") for name in train):
         return val_name
     if not _is_present(val_name):
@@ -219,11 +228,31 @@ def _recorded(name: str, root: DictConfig) -> dict[str, Any] | None:
 
 def _is_present(name: str) -> bool:
     """Whether the annotations of a detection dataset can be read."""
+    if (layout := formats.parse(name)) is not None:
+        return formats.is_present(layout)
     if name in DatasetCatalog:
         path = MetadataCatalog.get(name).get("json_file")
         return path is None or "://" in path or os.path.isfile(path)
     spec = re.match(r"(.+?\.json):", name, re.IGNORECASE)
     return spec is not None and os.path.isfile(os.path.expanduser(spec[1]))
+
+
+def _own_val(name: str, root: DictConfig) -> str | None:
+    """The validation split of a training set; without its files, the one that a run kept."""
+    train = formats.parse(name)
+    if train is None:
+        return None
+    if formats.is_present(train):
+        names = [formats.with_split(name, "val")]
+    else:
+        names = list(OmegaConf.select(root, "dataloader.recorded") or {})
+    for other in filter(None, names):
+        val = formats.parse(other)
+        if val is None or (val.layout, val.path) != (train.layout, train.path):
+            continue
+        if val.split and find_split([val.split], "val") and val.split != train.split:
+            return other
+    return None
 
 
 def _info(name: str, root: DictConfig, **options: Any) -> DatasetInfo:
