@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from timm.layers import to_2tuple
 
 from crossmae_det.detection import DatasetInfo, category_indices, describe, formats
-from crossmae_det.detection.formats.spec import find_split
 
 Names = str | Sequence[str]
 
@@ -84,12 +83,17 @@ def image_set(name: str) -> str:
             else is returned as it is.
 
     Raises:
-        ValueError: a registered dataset without a COCO json and an image folder.
+        ValueError: a registered dataset without a COCO json and an image folder, or a dataset in a
+            layout of `crossmae_det.detection.formats`.
         FileNotFoundError: a registered dataset whose json is absent.
     """
     if name in IMAGE_FOLDERS:
         root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
         return os.path.join(root, IMAGE_FOLDERS[name][0])
+    if (pair := formats.coco_string(name)) is not None:
+        return pair
+    if formats.parse(name) is not None:
+        raise ValueError(f"dataset '{name}' has labels: name the folder of its images instead")
     if name not in DatasetCatalog:
         return name
     metadata = MetadataCatalog.get(name)
@@ -250,7 +254,7 @@ def _own_val(name: str, root: DictConfig) -> str | None:
         val = formats.parse(other)
         if val is None or (val.layout, val.path) != (train.layout, train.path):
             continue
-        if val.split and find_split([val.split], "val") and val.split != train.split:
+        if val.split and formats.find_split([val.split], "val") and val.split != train.split:
             return other
     return None
 

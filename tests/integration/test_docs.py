@@ -10,6 +10,7 @@ pages use. An HTML comment directly before a block exempts it:
 A Python block whose first line is ``# NAME.py`` is also written to that file.
 """
 
+import json
 import re
 import runpy
 import shlex
@@ -164,6 +165,20 @@ def shortened(arguments):
     return [*arguments, *tiny, *data]
 
 
+def write_yolo_labels(root, split):
+    """The boxes of a COCO json as rows of YOLO's label files."""
+    content = json.loads((root / f"{split}.json").read_text())
+    index = {c["id"]: i for i, c in enumerate(content["categories"])}
+    (root / "labels" / split).mkdir(parents=True)
+    for image in content["images"]:
+        rows = []
+        for a in (a for a in content["annotations"] if a["image_id"] == image["id"]):
+            x, y, w, h = (value / 64 for value in a["bbox"])
+            rows.append(f"{index[a['category_id']]} {x + w / 2} {y + h / 2} {w} {h}\n")
+        name = Path(image["file_name"]).with_suffix(".txt")
+        (root / "labels" / split / name).write_text("".join(rows))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """The files that the pages name: images, annotations, a video, weights."""
@@ -177,6 +192,9 @@ def data(tmp_path_factory):
             folder.mkdir(parents=True, exist_ok=True)
             for copy in range(3):  # k-NN wants 20
                 shutil.copy(path, folder / f"{index}_{copy}.jpg")
+        write_yolo_labels(root, split)
+    classes = [c["name"] for c in json.loads((root / "train.json").read_text())["categories"]]
+    (root / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames: {classes}\n")
     shutil.copy(root / "val.json", root / "more.json")
     shutil.copytree(root / "images/val", root / "images/more")
     shutil.rmtree(built)

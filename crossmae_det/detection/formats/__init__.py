@@ -14,13 +14,14 @@ from crossmae_det.detection.formats.reading import (
     version,
     with_split,
 )
-from crossmae_det.detection.formats.spec import Spec, coco_string, parse, suggestion
+from crossmae_det.detection.formats.spec import Spec, coco_string, find_split, parse, suggestion
 
 __all__ = [
     "Content",
     "Spec",
     "coco_string",
     "find_json",
+    "find_split",
     "for_evaluation",
     "is_present",
     "parse",

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from crossmae_det.utils.image_files import is_image_file
 from crossmae_det.utils.image_reading import UndecodableImageError, image_size
 from crossmae_det.utils.messages import list_names
 
-# Threads that read image headers: on network storage, the time goes into waiting.
+# Threads that read image headers, and how many each reads at a time. On network storage, the time
+# goes into waiting.
 _THREADS = 16
+_HEADERS = 32
 
 # Files that list the classes of a folder, one a line.
 CLASS_FILES = ("labels.txt", "classes.txt", "labelmap.txt")
@@ -306,8 +309,9 @@ def image_sizes(paths: Sequence[str]) -> list[tuple[int, int]]:
     """
     # Reading a header changes the filters of warnings, which threads share: they are restored here.
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+        chunks = [paths[i : i + _HEADERS] for i in range(0, len(paths), _HEADERS)]
         try:
-            return list(pool.map(image_size, paths, chunksize=16))
+            return list(chain.from_iterable(pool.map(lambda c: list(map(image_size, c)), chunks)))
         except UndecodableImageError as error:
             pool.shutdown(cancel_futures=True)
             raise UndecodableImageError(

@@ -81,6 +81,8 @@ def read(spec: Spec) -> Content:
     collector.uses(*[class_file] * bool(class_file))
     files = find_files(spec.path, collector)
     xmls = {os.path.splitext(n)[0]: n for n in files if n.lower().endswith(".xml")}
+    if os.path.isdir(os.path.join(spec.path, _ANNOTATIONS)):
+        xmls = {stem: n for stem, n in xmls.items() if n.startswith(_ANNOTATIONS + os.sep)}
     if not xmls:
         raise FileNotFoundError(f"{spec.path}: there is no XML file in this folder: check the path")
     collector.uses(*(os.path.join(spec.path, name) for name in xmls.values()))

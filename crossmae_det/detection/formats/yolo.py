@@ -5,6 +5,7 @@ The label file of ``images/a/b.jpg`` is ``labels/a/b.txt``. A row is ``class cx 
 height. Both may be mixed. An image without a label file has no objects.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +30,7 @@ _SPLIT_KEYS = ("train", "val", "valid", "validation", "test")
 _CLASSES = "classes.txt"  # instead of a yaml, as Label Studio exports it
 
 # A fraction further outside of [0, 1] is an error: most likely it is in pixels.
-_TOLERANCE = 0.05
+_LEAST, _MOST = -0.05, 1.05
 
 
 def splits(spec: Spec) -> list[str]:
@@ -283,21 +284,26 @@ def _read_labels(
         if data.keypoints and len(values) == 4 + data.keypoints:
             values = values[:4]
             collector.count("objects with keypoints, of which the box is read", source)
-        for value in values:
-            if not -_TOLERANCE <= value <= 1 + _TOLERANCE:
-                raise ValueError(
-                    f"{source}: the coordinate {value:g} is not in [0, 1]: write fractions of the "
-                    "width and the height of the image"
-                )
+        # NaN may pass min and max, but not a sum.
+        within = values and min(values) >= _LEAST and max(values) <= _MOST
+        if values and not (within and math.isfinite(sum(values))):
+            bad = next(value for value in values if not _LEAST <= value <= _MOST)
+            raise ValueError(
+                f"{source}: the coordinate {bad:g} is not in [0, 1]: write fractions of the width "
+                "and the height of the image"
+            )
         name = data.names[int(index)]
         if len(values) == 4:
             cx, cy, w, h = values
             box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
             collector.add(image_id, name, source, box=box)
         elif len(values) >= 6 and len(values) % 2 == 0:
-            scales = (width, height)
-            polygon = [value * scales[i % 2] for i, value in enumerate(values)]
-            collector.add(image_id, name, source, mask=[polygon])
+            xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
+            polygon = [0.0] * len(values)
+            polygon[::2], polygon[1::2] = xs, ys
+            x, y = min(xs), min(ys)
+            box = [x, y, max(xs) - x, max(ys) - y]
+            collector.add(image_id, name, source, box=box, mask=[polygon])
         else:
             raise ValueError(
                 f"{source}: has {len(words)} numbers: write class cx cy w h, or class and at least "
