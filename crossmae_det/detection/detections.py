@@ -8,7 +8,7 @@ Legend: D detections, H height and W width of the image in pixels.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -63,7 +63,7 @@ class ImageDetections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def to_json(self, image_id: int | str | None, category_ids: Sequence[int]) -> str:
+    def to_json(self, image_id: int | str | None, category_ids: Sequence[int]) -> bytes:
         """The detections in COCO's result format, without the brackets of the list.
 
         Args:
@@ -74,7 +74,7 @@ class ImageDetections:
             ValueError: a box or a score is not finite.
         """
         if not len(self):
-            return ""
+            return b""
         if not (np.isfinite(self.boxes).all() and np.isfinite(self.scores).all()):
             raise ValueError(
                 f"image {image_id!r} has a detection with a box or a score that is not finite: "
@@ -87,7 +87,7 @@ class ImageDetections:
         ]
         for record, mask in zip(records, self.masks or (), strict=bool(self.masks)):
             record["segmentation"] = mask
-        return json.dumps(records)[1:-1]
+        return json.dumps(records)[1:-1].encode()
 
 
 def encode_masks(masks: torch.Tensor) -> tuple[list[Mask], np.ndarray]:
@@ -132,20 +132,18 @@ class Detections:
     areas: np.ndarray | None = None
 
     @classmethod
-    def join(
-        cls, images: Iterable[tuple[int, ImageDetections]], *, masks: bool = False
-    ) -> "Detections":
-        """The detections of all images, in their order.
+    def join(cls, images: Iterable[tuple[int, ImageDetections]]) -> "Detections":
+        """The detections of all images, in their order; with masks if all images have them.
 
         Args:
             images: number from 1, and detections, of each image.
-            masks: include the masks, which every image with detections must have.
         """
         parts = [(number, part) for number, part in images if len(part)]
         if not parts:
             none = np.zeros(0, np.int64)
             return cls(none, np.zeros((0, 4)), np.zeros(0), none)
         numbers, found = zip(*parts, strict=True)
+        masks = all(part.masks is not None for part in found)
         return cls(
             images=np.repeat(np.array(numbers, np.int64), [len(part) for part in found]),
             boxes=np.concatenate([part.boxes for part in found]),
@@ -161,6 +159,10 @@ class Detections:
     def has_nan(self) -> bool:
         """Whether any score is not a number."""
         return bool(np.isnan(self.scores).any())
+
+    def without_masks(self) -> "Detections":
+        """The same detections as boxes."""
+        return replace(self, masks=None, areas=None)
 
     def select(self, chosen: np.ndarray) -> "Detections":
         """Some of the detections; ``chosen`` is (D,) bool."""

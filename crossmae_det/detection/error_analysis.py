@@ -77,8 +77,10 @@ def analyze(
           detections are left out.
     """
     names = [category["name"] for category in ground_truth["categories"]]
-    truth = hotcoco_truth(ground_truth)
-    full = evaluation.hotcoco or run_hotcoco(task, truth, detections, max_dets)
+    full = evaluation.hotcoco
+    if full is None:
+        full = run_hotcoco(task, hotcoco_truth(ground_truth), detections, max_dets)
+    truth = full.coco_gt
     sure = detections.select(detections.scores >= SCORE_THRESHOLD)
     diagnostics = run_hotcoco(task, truth, sure, max_dets).image_diagnostics(iou_thr=IOU_THRESHOLD)
     return {

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
 from detectron2.utils import comm
@@ -101,9 +102,6 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._backend = resolve_backend(backend)
         self._max_dets = max_dets_per_image
         self._context = dict(context or {})
-        self._analysis = analysis and has_hotcoco()
-        if analysis and not self._analysis:
-            logger.info("No analysis of the AP: hotcoco is not installed")
         # detectron2's constructor would read the json again; these are the attributes it sets.
         self._tasks = tuple(tasks) if tasks else None
         self._distributed = distributed
@@ -117,6 +115,11 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             converted=self._path(f"{self._dataset_name}_coco_format.json"),
         )
         self._do_evaluation = self._truth.has_annotations
+        self._health = None
+        if analysis and not has_hotcoco():
+            logger.info("No analysis of the AP: hotcoco is not installed")
+        elif analysis and self._do_evaluation:
+            self._health = check_dataset(self._truth.file)
         self.reset()
 
     def process(
@@ -131,17 +134,22 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                 ``pred_masks`` (D, H, W) bool.
         """
         for image, output in zip(inputs, outputs, strict=True):
+            found, proposals = output.get("instances"), output.get("proposals")
+            if found is None and proposals is None:
+                continue
             image_id = ValueReader().identifier(image["image_id"])
-            prediction: dict[str, Any] = {"image_id": image_id}
-            if "instances" in output:
-                found = ImageDetections.from_instances(output["instances"])
-                prediction["instances"] = found
-                if self._output_dir and self._unknown_class([found]) is None:
-                    prediction["json"] = found.to_json(image_id, self._truth.category_ids)
-            if "proposals" in output:
-                prediction["proposals"] = output["proposals"].to(self._cpu_device)
-            if len(prediction) > 1:
-                self._predictions.append(prediction)
+            self.add(image_id, None if found is None else ImageDetections.from_instances(found))
+            if proposals is not None:
+                self._predictions[-1]["proposals"] = proposals.to(self._cpu_device)
+
+    def add(self, image_id: int | str | None, detections: ImageDetections | None) -> None:
+        """Add the detections of an image; None if it has been processed for its proposals."""
+        prediction: dict[str, Any] = {"image_id": image_id}
+        if detections is not None:
+            prediction["instances"] = detections
+            if self._output_dir and self._unknown_class(detections.classes) is None:
+                prediction["json"] = detections.to_json(image_id, self._truth.category_ids)
+        self._predictions.append(prediction)
 
     def evaluate(self, img_ids: Iterable[Any] | None = None) -> dict[str, dict[str, float]]:
         """Compute the metrics over the images that were processed.
@@ -200,7 +208,12 @@ class COCOEvaluator(Detectron2COCOEvaluator):
                 "evaluate on the dataset that the loader reads"
             )
         found = {id_: p["instances"] for id_, p in by_image.items() if "instances" in p}
-        if (unknown := self._unknown_class(found.values())) is not None:
+        # Numbers from 1: both backends treat a match with id 0 as none, one needs integer ids.
+        # Images that are not evaluated have higher ones.
+        numbers = {id_: number for number, id_ in enumerate([*image_ids, *found], start=1)}
+        numbers |= {id_: number for number, id_ in enumerate(image_ids, start=1)}
+        detections = Detections.join((numbers[id_], image) for id_, image in found.items())
+        if (unknown := self._unknown_class(detections.classes)) is not None:
             raise ValueError(
                 f"the model predicts class {unknown}, but '{self._dataset_name}' has "
                 f"{len(self._truth.names)} classes: build the model with as many classes as the "
@@ -211,12 +224,14 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         if not self._do_evaluation:
             logger.info("'%s' has no annotations to evaluate against", self._dataset_name)
             return
+        if len(image_ids) < len(set(numbers.values())):
+            detections = detections.select(detections.images <= len(image_ids))
         has_masks = any(image.masks is not None for image in found.values())
-        results, analysis = {}, {}
-        for task in self._tasks_to_evaluate(has_masks):
-            results[task], explanation = self._evaluate_task(task, found, image_ids)
-            if explanation is not None:
-                analysis[task] = explanation
+        tasks = {
+            task: _Task(self._truth, task, detections, image_ids, self._max_dets)
+            for task in self._tasks_to_evaluate(has_masks)
+        }
+        results = {name: task.evaluate(self._backend) for name, task in tasks.items()}
         self._results.update(results)
         logger.info(
             "COCO AP on %d of the %d images of '%s':\n%s",
@@ -227,9 +242,10 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         )
         logger.info("COCO AP per class:\n%s", format_per_class(results))
         more = {}
-        if self._analysis:
+        if self._health is not None and not detections.has_nan():
+            analysis = {name: task.analyze() for name, task in tasks.items()}
             logger.info("AP50 that each type of error costs (TIDE):\n%s", format_errors(analysis))
-            more = {"analysis": analysis, "dataset_health": check_dataset(self._truth.file)}
+            more = {"analysis": analysis, "dataset_health": self._health}
         if path := self._path(RESULTS_FILE):
             context = {
                 **self._context,
@@ -241,18 +257,15 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             write_results(path, results, context=context, **more)
             logger.info("Wrote the results to %s", path)
 
-    def _unknown_class(self, images: Iterable[ImageDetections]) -> int | None:
+    def _unknown_class(self, classes: np.ndarray) -> int | None:
         """A predicted class that the dataset does not have."""
-        count = len(self._truth.names)
-        for image in images:
-            if len(image) and not 0 <= image.classes.min() <= image.classes.max() < count:
-                return int(image.classes.max())
-        return None
+        unknown = classes[(classes < 0) | (classes >= len(self._truth.names))]
+        return int(unknown.max()) if len(unknown) else None
 
     def _write_detections(self, path: str, predictions: Iterable[Mapping[str, Any]]) -> None:
         parts = [text for p in predictions if (text := p.get("json"))]
         with atomic_path(path) as temporary:
-            temporary.write_text("[" + ", ".join(parts) + "]\n", encoding="utf-8")
+            temporary.write_bytes(b"[" + b", ".join(parts) + b"]\n")
         logger.info("Wrote the detections to %s", path)
 
     def _tasks_to_evaluate(self, has_masks: bool) -> tuple[str, ...]:
@@ -264,20 +277,52 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             raise ValueError(f"tasks includes segm, but {owner} no masks: evaluate bbox only")
         return tuple(task for task in TASKS if task in self._tasks)
 
-    def _evaluate_task(
-        self, task: str, found: Mapping[Any, ImageDetections], image_ids: Sequence[Any]
-    ) -> tuple[dict[str, float], dict[str, Any] | None]:
-        # Numbers from 1: both backends treat a match with id 0 as none, one needs integer ids.
-        numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
-        chosen = [(numbers[id_], image) for id_, image in found.items() if id_ in numbers]
-        detections = Detections.join(chosen, masks=task == "segm")
-        truth = self._truth.dataset(numbers, task)
-        evaluation = evaluate(self._backend, task, truth, detections, self._max_dets)
-        results = summarize(evaluation, self._truth.names, self._max_dets)
-        if not self._analysis or detections.has_nan():
-            return results, None
-        if self._backend == "pycocotools":
-            truth = self._truth.dataset(numbers, task)
-        return results, analyze(
-            task, evaluation, truth, detections, image_ids=image_ids, max_dets=self._max_dets
+
+class _Task:
+    """The evaluation of boxes or of masks.
+
+    Args:
+        truth: the dataset.
+        task: "bbox" or "segm".
+        detections: of the images to evaluate.
+        image_ids: ids of these images, in the order of their numbers.
+        max_dets: number of detections per image and class that count.
+    """
+
+    def __init__(
+        self,
+        truth: GroundTruth,
+        task: str,
+        detections: Detections,
+        image_ids: Sequence[Any],
+        max_dets: int,
+    ):
+        if task == "segm" and len(detections) and detections.masks is None:
+            raise ValueError("some images have detections without masks: evaluate bbox only")
+        self._truth = truth
+        self._task = task
+        self._detections = detections if task == "segm" else detections.without_masks()
+        self._image_ids = image_ids
+        self._max_dets = max_dets
+        self._annotations = self._dataset()
+
+    def _dataset(self) -> dict[str, Any]:
+        numbers = {image_id: number for number, image_id in enumerate(self._image_ids, start=1)}
+        return self._truth.dataset(numbers, self._task)
+
+    def evaluate(self, backend: str) -> dict[str, float]:
+        settings = (self._task, self._annotations, self._detections, self._max_dets)
+        self._evaluation = evaluate(backend, *settings)
+        return summarize(self._evaluation, self._truth.names, self._max_dets)
+
+    def analyze(self) -> dict[str, Any]:
+        if self._evaluation.hotcoco is None:  # pycocotools has changed them
+            self._annotations = self._dataset()
+        return analyze(
+            self._task,
+            self._evaluation,
+            self._annotations,
+            self._detections,
+            image_ids=self._image_ids,
+            max_dets=self._max_dets,
         )

@@ -25,6 +25,7 @@ from crossmae_det.benchmark.comparison import (
     read_metrics,
     summarize,
 )
+from crossmae_det.benchmark.evaluation import check_numbers, evaluation_times
 from crossmae_det.benchmark.loading import crop_loading, detection_loading
 from crossmae_det.benchmark.measuring import check_repeats
 from crossmae_det.benchmark.report import DETECTION_SIZE, plot_sections
@@ -52,7 +53,7 @@ Measurement = Callable[[], Iterable[bench.Section]]
 
 
 def benchmark(parser: ArgumentParser) -> None:
-    """Measure FLOPs, time and memory of backbones, pretraining steps and data loaders.
+    """Measure FLOPs, time and memory of backbones, pretraining steps, data loaders and evaluation.
 
     Examples:
       crossmae-det benchmark --backbones detectron2-vit-base vit-base --image-sizes 512 1024
@@ -60,6 +61,7 @@ def benchmark(parser: ArgumentParser) -> None:
       crossmae-det benchmark --growth base
       crossmae-det benchmark --pretraining --step
       crossmae-det benchmark --data coco_2017_val
+      crossmae-det benchmark --evaluation 2000 100
     """
     _add_arguments(parser)
     args = parser.parse_args()
@@ -78,6 +80,7 @@ def benchmark(parser: ArgumentParser) -> None:
         (args.growth, growth),
         (args.pretraining, pretraining),
         (args.data, loading),
+        (args.evaluation, evaluation),
     )
     # Everything is checked before the first measurement: all of them may take hours.
     prepared = [prepare(args, device.type) for asked, prepare in modes if asked is not None]
@@ -130,6 +133,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="images/s of one core, compared with torchvision; for a detection dataset also of"
         " large-scale jitter",
     )
+    what.add_argument(
+        "--evaluation",
+        nargs=2,
+        type=int,
+        metavar=("IMAGES", "DETECTIONS"),
+        help="COCO evaluation of made-up images with so many detections each, compared with"
+        " pycocotools",
+    )
     how = parser.add_argument_group("how to measure")
     how.add_argument(
         "--part",
@@ -165,8 +176,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _check_arguments(parser: ArgumentParser, args: Namespace) -> None:
-    if all(mode is None for mode in (args.backbones, args.growth, args.pretraining, args.data)):
-        parser.error("nothing to measure: add --backbones, --growth, --pretraining or --data")
+    modes = (args.backbones, args.growth, args.pretraining, args.data, args.evaluation)
+    if all(mode is None for mode in modes):
+        parser.error(
+            "nothing to measure: add --backbones, --growth, --pretraining, --data or --evaluation"
+        )
     if args.pretraining is None:
         if args.step or args.prediction_ratios or args.decoder_depths:
             parser.error("--step, --prediction-ratios and --decoder-depths need --pretraining")
@@ -268,6 +282,12 @@ def loading(args: Namespace, device: str) -> Measurement:
         yield from detection_loading(args.data, args.image_sizes[0], args.repeats)
 
     return measure
+
+
+def evaluation(args: Namespace, device: str) -> Measurement:
+    images, detections = args.evaluation
+    check_numbers(images, detections)
+    return lambda: evaluation_times(images, detections, args.repeats)
 
 
 def compare(parser: CommandParser) -> None:
