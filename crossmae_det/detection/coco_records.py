@@ -12,6 +12,7 @@ from typing import Any
 from detectron2.data import MetadataCatalog, print_instances_class_histogram
 from detectron2.structures import BoxMode
 
+from crossmae_det.detection import formats
 from crossmae_det.detection.coco_annotations import area_fault, id_order
 from crossmae_det.detection.coco_json import CocoFile, CocoInfo, collector_paused
 from crossmae_det.utils.image_files import locate
@@ -75,10 +76,14 @@ def category_indices(
     if lacks or adds:
         differences = [("lacks", lacks), ("adds", adds)]
         text = " and ".join(f"{verb} {list_names(names)}" for verb, names in differences if names)
+        layout = formats.parse(source)
+        listed = ""
+        if layout is not None and layout.layout in formats.INFERRED_CLASSES:
+            listed = f"list every class in {os.path.join(layout.path, 'labels.txt')}, "
         raise ValueError(
             f"{source}: its categories differ from those of {reference}: "
-            f"it {text}: use data with the same category names (ids may differ), or train a model "
-            "for these"
+            f"it {text}: {listed}use data with the same category names (ids may differ), or train "
+            "a model for these"
         )
     return {id_: indices[name] for id_, name in own.items()}
 

@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from dataset_layouts import LAYOUTS, NAMES, by_image, scenes, write
+from dataset_layouts import LAYOUTS, NAMES, by_image, mask_of, scenes, write
 from shorthand import one_line
 
-from crossmae_det.detection import describe, get_dataset_dicts, resolve_name
+from crossmae_det.detection import coco_json, describe, get_dataset_dicts, resolve_name
 from crossmae_det.detection.formats import for_evaluation, parse, reading, with_split
 
 
@@ -40,16 +40,9 @@ def test_every_layout_gives_the_same_dataset(tmp_path, layout):
                 xs, ys = polygon[::2], polygon[1::2]
                 expected_box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
                 np.testing.assert_allclose(box, expected_box, atol=0.01)
-                area = mask_of_object(polygon, size)
-                assert (mask == area).all()
+                assert (mask == (mask_of(polygon, size) > 0)).all()
         assert describe(f"{spec}:{split}").has_masks
     assert files_of(folder) == before  # nothing is written beside the data
-
-
-def mask_of_object(polygon, size):
-    from dataset_layouts import mask_of
-
-    return mask_of(polygon, size) > 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -190,8 +183,6 @@ def test_slow_datasets_are_cached_outside_of_the_data(tmp_path, monkeypatch):
 
     def forget():
         reading._known.clear()
-        from crossmae_det.detection import coco_json
-
         coco_json._descriptions.clear(), coco_json._contents.clear()
 
     with monkeypatch.context() as patch:

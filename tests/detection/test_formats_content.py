@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+import torch
 from dataset_layouts import (
     box_of,
     labelme_shape,
@@ -18,6 +20,8 @@ from dataset_layouts import (
     write_png,
     write_voc,
 )
+from detectron2.data import MetadataCatalog
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from shorthand import one_line
 
@@ -371,6 +375,15 @@ def test_cvat_shapes_that_cannot_be_read(tmp_path, shape, words):
     assert all(word in message for word in words), message
 
 
+def test_cvat_frames_of_videos_have_no_suffix(tmp_path):
+    spec = cvat(tmp_path, ['<box label="cat" xtl="1" ytl="2" xbr="11" ybr="9"/>'])
+    path = tmp_path / "annotations.xml"
+    path.write_text(path.read_text().replace("a.png", "frame_000001"))
+    (tmp_path / "images/a.png").rename(tmp_path / "images/frame_000001.png")
+    (record,) = get_dataset_dicts(spec)
+    assert record["file_name"] == f"{tmp_path}/images/frame_000001.png"
+
+
 def test_cvat_for_video_is_rejected(tmp_path):
     spec = cvat(tmp_path, [])
     (tmp_path / "annotations.xml").write_text("<annotations>\n<track/></annotations>")
@@ -451,6 +464,24 @@ def test_labelme_shapes_that_cannot_be_read(tmp_path, shape, words):
     message = error_of(labelme(tmp_path, [labelme_shape("cat", square(1, 1)), shape]))
     assert message.startswith(f"{tmp_path}/a.json"), message
     assert all(word in message for word in words), message
+
+
+def test_labelme_two_files_of_one_image_are_rejected(tmp_path):
+    spec = labelme(tmp_path, [labelme_shape("cat", square(1, 1))])
+    (tmp_path / "b.json").write_text((tmp_path / "a.json").read_text())
+    message = error_of(spec)
+    assert f"{tmp_path}/a.json" in message and f"{tmp_path}/b.json" in message
+
+
+def test_labelme_folders_with_other_classes_are_told_to_list_them(tmp_path):
+    specs = []
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        specs.append(labelme(tmp_path / name, [labelme_shape(name, square(1, 1))]))
+    assert f"{tmp_path}/dog/labels.txt" in error_of(specs)
+    for name in ("cat", "dog"):
+        (tmp_path / name / "labels.txt").write_text("cat\ndog\n")
+    assert len(get_dataset_dicts(specs)) == 2
 
 
 def test_labelme_files_that_are_broken(tmp_path):
@@ -540,9 +571,6 @@ def test_black_and_white_masks_are_logged(tmp_path, caplog):
 
 @pytest.mark.parametrize("layout", sorted(reading.READERS))
 def test_perfect_predictions_have_full_ap(tmp_path, layout):
-    import torch
-    from detectron2.structures import Boxes, Instances
-
     spec = write(layout, tmp_path) + ":val"
     evaluator = COCOEvaluator(spec, output_dir=str(tmp_path / "out"), distributed=False)
     names = list(describe(spec).categories.values())
@@ -559,4 +587,8 @@ def test_perfect_predictions_have_full_ap(tmp_path, layout):
         instances.pred_masks = torch.from_numpy(masks)
         evaluator.process([record], [{"instances": instances}])
     results = evaluator.evaluate()
+    detections = json.loads((tmp_path / "out/coco_instances_results.json").read_text())
+    if layout != "coco":  # the id of an image is its path
+        root = MetadataCatalog.get(spec).image_root
+        assert all(os.path.isfile(os.path.join(root, d["image_id"])) for d in detections)
     assert results["bbox"]["AP"] == pytest.approx(100) == results["segm"]["AP"]

@@ -6,6 +6,7 @@ import json
 import os
 
 import numpy as np
+import pycocotools.mask as mask_util
 from PIL import Image
 
 NAMES = ["ring", "box", "two words"]  # not in alphabetical order
@@ -42,8 +43,6 @@ def box_of(polygon):
 
 def mask_of(polygon, size):
     """As pycocotools rasterizes: the lower and right edges are outside."""
-    import pycocotools.mask as mask_util
-
     return mask_util.decode(mask_util.frPyObjects([polygon], *size))[..., 0]
 
 
@@ -216,8 +215,6 @@ def by_image(records, classes):
             if isinstance(mask, list):
                 mask = sum(mask_of(polygon, size) for polygon in mask) > 0
             elif mask is not None:
-                import pycocotools.mask as mask_util
-
                 mask = mask_util.decode(mask) > 0
             objects.append((classes[annotation["category_id"]], annotation["bbox"], mask))
         name = os.path.splitext(os.path.basename(record["file_name"]))[0]

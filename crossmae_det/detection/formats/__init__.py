@@ -14,9 +14,17 @@ from crossmae_det.detection.formats.reading import (
     version,
     with_split,
 )
-from crossmae_det.detection.formats.spec import Spec, coco_string, find_split, parse, suggestion
+from crossmae_det.detection.formats.spec import (
+    INFERRED_CLASSES,
+    Spec,
+    coco_string,
+    find_split,
+    parse,
+    suggestion,
+)
 
 __all__ = [
+    "INFERRED_CLASSES",
     "Content",
     "Spec",
     "coco_string",

@@ -33,7 +33,8 @@ class Content:
 
     Attributes:
         image_root: the folder that the paths of the images are relative to.
-        images, annotations: as in a COCO json; annotations are numbered from 1 in their order.
+        images, annotations: as in a COCO json. The id of an image is its path, so that it can be
+            found in the results; annotations are numbered from 1 in their order.
         categories: name -> id. Of inferred classes, the ids follow the order of the names.
         sources: where each annotation is from, in their order: a file and a line or an object.
         files: files and folders of the dataset; it changes only if one of them does.
@@ -85,19 +86,36 @@ class Collector:
             self._ids = {name: index for index, name in enumerate(classes, start=first_id)}
         self._class_source = class_source
         self._found: set[str] = set()
+        self._images: dict[str, str] = {}  # id -> source
         self._counts: dict[str, tuple[int, str]] = {}
 
     def uses(self, *paths: str) -> None:
         """Note files and folders that the dataset depends on."""
         self.content.files.extend(paths)
 
-    def image(self, file_name: str, height: int, width: int) -> int:
-        """Add an image; returns its id. Sizes are in pixels."""
-        images = self.content.images
-        images.append(
-            {"id": len(images) + 1, "file_name": file_name, "height": height, "width": width}
+    def image(self, file_name: str, height: int, width: int, source: str) -> str:
+        """Add an image.
+
+        Args:
+            file_name: its path relative to the folder of the images.
+            height, width: in pixels.
+            source: the file that describes it.
+
+        Returns:
+            Its id.
+
+        Raises:
+            ValueError: the image was added before.
+        """
+        id_ = file_name.replace(os.sep, "/")
+        if (other := self._images.setdefault(id_, source)) is not source:
+            raise ValueError(
+                f"{source}: describes the image {file_name}, as {other} does: remove one of them"
+            )
+        self.content.images.append(
+            {"id": id_, "file_name": file_name, "height": height, "width": width}
         )
-        return len(images)
+        return id_
 
     def see_class(self, name: Any, source: str) -> str:
         """Note that a class exists, in this split or in another one.
@@ -118,7 +136,7 @@ class Collector:
 
     def add(
         self,
-        image_id: int,
+        image_id: str,
         name: str,
         source: str,
         *,

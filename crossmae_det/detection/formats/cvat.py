@@ -16,13 +16,16 @@ import numpy as np
 from crossmae_det.detection.formats.content import (
     Collector,
     Content,
+    by_stem,
     ellipse_polygon,
     encode,
     existing_folder,
+    find_files,
     merge_masks,
 )
 from crossmae_det.detection.formats.spec import Spec, choose_split
 from crossmae_det.detection.formats.xml_reading import Element, children_of_root
+from crossmae_det.utils.image_files import is_image_file
 from crossmae_det.utils.messages import shorten
 
 _SKIPPED = ("polyline", "points", "cuboid", "skeleton", "tag")
@@ -47,6 +50,7 @@ def read(spec: Spec) -> Content:
         FileNotFoundError: the XML file or the image folder does not exist.
         ValueError: the file cannot be read; one line that names the file and the line.
     """
+    _frames.cache_clear()  # images may have been added
     split = choose_split(spec, splits(spec))
     root = _image_root(spec)
     collector = Collector(root)
@@ -106,11 +110,13 @@ def _read_image(element: Element, path: str, split: str, root: str, collector: C
     if min(height, width) < 1:
         raise ValueError(f"{source}: the image {name} has no pixels: correct width and height")
     keep = not split or subset == split
-    image_id = 0
+    image_id = ""
     if keep:
         if subset and os.path.isfile(os.path.join(root, subset, name)):
             name = os.path.join(subset, name)
-        image_id = collector.image(name, height, width)
+        if not is_image_file(name):  # a frame of a video
+            name = _frames(root).get(name, name)
+        image_id = collector.image(name, height, width, source)
     groups: dict[tuple[str, str], tuple[str, list[list | dict]]] = {}
     for number, shape in enumerate(element.children):
         source = f"{path}, line {shape.line}: <{shape.tag}> of image {name}"
@@ -132,6 +138,12 @@ def _read_image(element: Element, path: str, split: str, root: str, collector: C
         groups.setdefault(key, (source, []))[1].append(mask)
     for (label, _), (source, masks) in groups.items():
         collector.add(image_id, label, source, mask=merge_masks(masks, height, width))
+
+
+@lru_cache(maxsize=1)
+def _frames(root: str) -> dict[str, str]:
+    """Path of an image without suffix -> its path; CVAT names frames of videos without one."""
+    return by_stem(find_files(root, Collector(root)))
 
 
 def _number(element: Element, name: str, path: str) -> float:

@@ -120,8 +120,8 @@ def _add(
         sizes[index] = found
     for (name, data), image, size in zip(entries, names, sizes, strict=True):
         height, width = size  # type: ignore[misc]
-        image_id = collector.image(image, height, width)
         path = os.path.join(folder, name)
+        image_id = collector.image(image, height, width, path)
         groups: dict[tuple[str, Any], tuple[str, list[Part]]] = {}
         for number, shape in enumerate(data["shapes"], start=1):
             label = shape.get("label")

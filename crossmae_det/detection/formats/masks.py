@@ -82,10 +82,9 @@ def read(spec: Spec) -> Content:
     paths = [os.path.join(folder, name) for name in images.values()]
     collector.uses(*paths, *(os.path.join(folder, mask.file) for mask in masks))
     for (stem, name), (height, width) in zip(images.items(), image_sizes(paths), strict=True):
-        relative = os.path.relpath(os.path.join(folder, name), spec.path)
-        image_id = collector.image(relative, height, width)
+        path = os.path.join(folder, name)
+        image_id = collector.image(os.path.relpath(path, spec.path), height, width, path)
         if not by_image[stem]:
-            path = os.path.join(folder, name)
             collector.count("images without a mask, read as without objects", path)
         for mask in by_image[stem]:
             _add(os.path.join(folder, mask.file), mask, (height, width), image_id, collector)
@@ -173,7 +172,7 @@ def _is_mask(path: str) -> bool:
 
 
 def _add(
-    path: str, mask: _Mask, size: tuple[int, int], image_id: int, collector: Collector
+    path: str, mask: _Mask, size: tuple[int, int], image_id: str, collector: Collector
 ) -> None:
     """Add the objects of a mask file."""
     values = _read_values(path)

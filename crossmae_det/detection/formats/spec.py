@@ -20,6 +20,9 @@ from dataclasses import dataclass
 
 LAYOUTS = ("yolo", "voc", "cvat", "labelme", "masks", "coco")
 
+# Those whose classes are inferred from their objects, unless labels.txt lists them.
+INFERRED_CLASSES = ("voc", "labelme", "masks")
+
 # Names that tools give to the splits, in lower case.
 ALIASES = {
     "train": ("train", "training"),

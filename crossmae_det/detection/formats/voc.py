@@ -56,6 +56,7 @@ class _Object:
 class _Annotation:
     """The content of an XML file; ``size`` is (height, width), None where it is not given."""
 
+    path: str
     file_name: str
     size: tuple[int, int] | None
     objects: list[_Object]
@@ -168,7 +169,7 @@ def _add(
     for name, annotation in annotations.items():
         height, width = annotation.size or sizes[name]
         file_name = os.path.relpath(os.path.join(folder, paths[name]), root)
-        image_id = collector.image(file_name, height, width)
+        image_id = collector.image(file_name, height, width, annotation.path)
         masks = _read_masks(folder, name, annotation, (height, width), files, collector)
         for index, item in enumerate(annotation.objects):
             collector.add(
@@ -229,7 +230,7 @@ def _read_xml(path: str, collector: Collector) -> _Annotation:
             box_ = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]  # type: ignore[operator]
             difficult = element.text_of("difficult") in ("1", "true", "True")
             objects.append(_Object(name, box_, difficult, source))
-    return _Annotation(file_name, size, objects)
+    return _Annotation(path, file_name, size, objects)
 
 
 def _number(element: Element, tag: str, path: str) -> float | None:

@@ -67,7 +67,7 @@ def read(spec: Spec) -> Content:
     sizes = image_sizes(images)
     collector.uses(*images, *sorted({os.path.dirname(path) for path in (*images, *present)}))
     for image, label, (height, width) in zip(images, labels, sizes, strict=True):
-        image_id = collector.image(_relative(image, description.folder), height, width)
+        image_id = collector.image(_relative(image, description.folder), height, width, image)
         if label in present:
             collector.uses(label)
             _read_labels(label, image_id, height, width, description, collector)
@@ -262,7 +262,7 @@ def _existing(paths: list[str]) -> set[str]:
 
 
 def _read_labels(
-    path: str, image_id: int, height: int, width: int, data: _Description, collector: Collector
+    path: str, image_id: str, height: int, width: int, data: _Description, collector: Collector
 ) -> None:
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not (words := line.split()):
