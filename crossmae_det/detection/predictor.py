@@ -25,8 +25,8 @@ from tqdm import tqdm
 from crossmae_det.detection.mapper import AugInput
 from crossmae_det.detection.visualizer import draw_predictions
 from crossmae_det.engine.launch import resolve_device
+from crossmae_det.engine.precision import amp_dtype, inference_autocast
 from crossmae_det.engine.train import load_pretrained
-from crossmae_det.engine.trainer import amp_dtype, inference_autocast
 from crossmae_det.utils import atomic_path
 from crossmae_det.utils.files import write_image, write_json
 from crossmae_det.utils.image_files import IMAGE_SUFFIXES, is_image_file, walk_images

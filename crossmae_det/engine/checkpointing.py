@@ -297,9 +297,13 @@ class Checkpointer(FvcoreCheckpointer):
 
         Raises:
             OSError: the file cannot be written; the checkpoints before it are intact.
+            NonFiniteError: the last step of the trainer that is saved has failed.
         """
         if not self.save_dir:
             return
+        for item in self.checkpointables.values():
+            if hasattr(item, "settle"):  # a trainer, whose last step may not be confirmed
+                item.settle()
         data = {"model": self.model.state_dict()}
         data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
         data = gather(data) | position_grid(self.model)

@@ -24,10 +24,11 @@ from fvcore.common.param_scheduler import (
     ParamScheduler,
 )
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from crossmae_det.engine.trainer import inference_autocast, unwrap
+from crossmae_det.engine.precision import inference_autocast
+from crossmae_det.engine.trainer import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ class ModelEMA(HookBase):
         if not 0 <= decay < 1:
             raise ValueError(f"train.ema.decay={decay}: must lie in [0, 1)")
         self.source = model
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.averaged = AveragedModel(model)
+        self._average = get_ema_multi_avg_fn(decay)
         self.averaged.requires_grad_(False)
 
     @property
@@ -140,7 +142,20 @@ class ModelEMA(HookBase):
         self.averaged.n_averaged.zero_()
 
     def after_step(self) -> None:
-        self.averaged.update_parameters(self.source)
+        self.trainer.when_confirmed(self._update)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """``AveragedModel.update_parameters`` without its copy of the count to the device."""
+        averaged: list[Tensor] = [*self.model.parameters()]
+        source: list[Tensor] = [*self.source.parameters()]
+        if self.averaged.n_averaged:
+            self._average(averaged, source, self.averaged.n_averaged)
+        else:
+            torch._foreach_copy_(averaged, source)
+        for buffer, current in zip(self.model.buffers(), self.source.buffers(), strict=True):
+            buffer.copy_(current)
+        self.averaged.n_averaged += 1
 
 
 class LayerLearningRates(HookBase):
@@ -201,6 +216,7 @@ class Evaluation(EvalHook):
         self.evaluated_iter = -1
 
     def _do_eval(self) -> None:
+        self.trainer.settle()
         super()._do_eval()
         self.evaluated_iter = self.trainer.iter
 
@@ -295,6 +311,7 @@ class Visualization(HookBase):
 
     def _visualize(self, iteration: int) -> None:
         self.visualized_iter = iteration
+        self.trainer.settle()
         model = unwrap(self.trainer.model)
         precision = inference_autocast(model, self.trainer.amp_dtype)
         with inference_context(model), torch.no_grad(), precision:

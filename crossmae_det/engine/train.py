@@ -52,12 +52,16 @@ from crossmae_det.engine.launch import (
     resolve_device,
     setup,
 )
+from crossmae_det.engine.precision import amp_dtype, inference_autocast
 from crossmae_det.engine.run_record import ReportUpdates, recorded
-from crossmae_det.engine.trainer import NonFiniteError, Trainer, amp_dtype, inference_autocast
+from crossmae_det.engine.trainer import NonFiniteError, Trainer
 from crossmae_det.engine.validation import BestCheckpointer, EarlyStopping, ValidationLoss
 from crossmae_det.utils.files import write_json
 
 logger = logging.getLogger(__name__)
+
+# Optimizers that are fused on a GPU by default.
+FUSED = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
@@ -141,7 +145,7 @@ def evaluate(
     cfg: DictConfig, model: nn.Module, *, name: str = "inference", **context: Any
 ) -> dict[str, Any]:
     """Evaluate a model on the test set, in the precision of
-    :func:`~crossmae_det.engine.trainer.inference_autocast`.
+    :func:`~crossmae_det.engine.precision.inference_autocast`.
 
     Args:
         cfg: the config.
@@ -165,9 +169,17 @@ def evaluate(
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a config over the parameters of ``model``."""
+    """The optimizer of a config over the parameters of ``model``.
+
+    On a GPU it is fused where it can be, and the config has neither ``fused`` nor ``foreach``: see
+    :func:`~crossmae_det.engine.trainer.skips_on_device`.
+    """
     cfg.params.model = model
     optimizer = build(cfg, "optimizer")
+    unset = cfg.get("fused") is None and cfg.get("foreach") is None
+    if next(model.parameters()).is_cuda and type(optimizer) in FUSED and unset:
+        cfg.fused = True
+        optimizer = build(cfg, "optimizer")
     for group in optimizer.param_groups:
         for name, value in group.items():
             if isinstance(value, ListConfig):  # a checkpoint holds plain values only
@@ -211,6 +223,7 @@ def train(
         amp_dtype=precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         clip_norm=options.clip_grad.max_norm if options.clip_grad.enabled else None,
+        log_period=options.log_period,
     )
     ema = ModelEMA(model, options.ema.decay) if options.ema.enabled else None
     checkpointer = Checkpointer(
@@ -292,7 +305,7 @@ def train(
         with recorded(options.output_dir, report, device, start):
             trainer.train(start_iter, options.max_iter)
     except NonFiniteError as error:
-        # The optimizer has not stepped: these are the weights before this iteration.
+        # That iteration's update was skipped: these are the weights before it.
         trainer.iter -= 1
         name = "model_before_nonfinite"
         checkpointer.save(name, tag=False, iteration=trainer.iter)

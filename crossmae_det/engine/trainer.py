@@ -2,12 +2,13 @@
 
 It adds mixed precision on every device, gradient accumulation and clipping, a stop at losses or
 gradients that are not finite, and random numbers that depend on the seed and the iteration alone.
+On a GPU, the host does not wait for a step that it has queued until it has queued the next one.
 """
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,112 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crossmae_det.engine.checkpointing import match_optimizer_state, parameter_names
 from crossmae_det.engine.fsdp import distribute_state
+from crossmae_det.engine.precision import autocast
+from crossmae_det.engine.step_record import Part, StepRecord, image_names
 
 logger = logging.getLogger(__name__)
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Instruction sets that multiply bf16 matrices: of AMD and Intel, and of ARM.
-BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 class NonFiniteError(FloatingPointError):
     """A loss or the gradient is not finite; the message says where."""
-
-
-def amp_dtype(options: Mapping[str, Any], device: torch.device) -> str | None:
-    """The mixed precision that the ``train`` key of a config selects, for :func:`autocast`.
-
-    "auto" is the fastest one on the device: on a GPU "bf16", or "fp16" before Ampere; on a CPU
-    "bf16" if it has instructions for it, else None: emulated bf16 is ten times slower than float32.
-    """
-    if not options["amp"]["enabled"]:
-        return None
-    if options["amp"]["dtype"] != "auto":
-        return options["amp"]["dtype"]
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # Before torch 2.9 there is no such function, and "auto" is float32 on a CPU.
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if any(capabilities.get(name) for name in BF16_INSTRUCTIONS) else None
-
-
-def autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractContextManager:
-    """Mixed precision on ``device``: "bf16", "fp16", or None for none.
-
-    Raises:
-        ValueError: another name.
-    """
-    if dtype is None:
-        return contextlib.nullcontext()
-    if dtype not in AMP_DTYPES:
-        raise ValueError(f"train.amp.dtype='{dtype}': must be one of auto, {', '.join(AMP_DTYPES)}")
-    return torch.autocast(device.type, dtype=AMP_DTYPES[dtype])
-
-
-@contextlib.contextmanager
-def inference_autocast(model: nn.Module, dtype: str | None) -> Iterator[None]:
-    """Mixed precision for inference: evaluation, prediction and visualizations.
-
-    A model with a ``backbone`` runs it in mixed precision, where nearly all of the time goes, and
-    everything after it in float32: with the 8 significant bits of bf16, scores would tie, and
-    detectron2 pastes a mask on a sampling grid of the mask's own type. Other models run in mixed
-    precision as a whole.
-
-    Args:
-        model: the model itself, not a wrapper of it.
-        dtype: "bf16", "fp16", or None for float32.
-
-    Raises:
-        ValueError: another dtype.
-    """
-    device = next(model.parameters()).device
-    backbone = getattr(model, "backbone", None)
-    if dtype is None or not isinstance(backbone, nn.Module):
-        with autocast(device, dtype):
-            yield
-        return
-    autocast(device, dtype)  # rejects an unknown dtype now
-    model.backbone = _MixedPrecision(backbone, dtype)
-    try:
-        yield
-    finally:
-        model.backbone = backbone
-
-
-class _MixedPrecision(nn.Module):
-    """Runs a module in mixed precision and returns float32; its attributes are the module's.
-
-    A temporary stand-in: a forward method or hooks set on the module itself would become a part of
-    its compiled graph, and compile it again in every evaluation.
-    """
-
-    def __init__(self, module: nn.Module, dtype: str):
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with autocast(next(self.module.parameters()).device, self.dtype):
-            output = self.module(*args, **kwargs)
-        return _float32(output)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
-
-
-def _float32(value: Any) -> Any:
-    """The floating-point tensors of a tensor, a dict, a list or a tuple in float32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _float32(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_float32(item) for item in value)
-    return value
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -161,7 +64,7 @@ def training_step(
     parts: int = 1,
     scaler: torch.amp.GradScaler | None = None,
     gradient_sync: Callable[[bool], contextlib.AbstractContextManager] | None = None,
-    before_step: Callable[[], None] | None = None,
+    before_step: Callable[[Mapping[str, Tensor]], Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """One optimizer step: forward and backward of each part of a batch, then the update.
 
@@ -173,7 +76,9 @@ def training_step(
             the mean over the samples, as if there were one part.
         scaler: scales the loss for fp16; None does not scale.
         gradient_sync: returns the context of the passes of a part; called with True for the last.
-        before_step: called with the unscaled gradients, before the optimizer's step.
+        before_step: called with the losses of the batch, when the gradients are unscaled and the
+            optimizer has not stepped. It may return a scalar on the device, 1 to have a fused
+            optimizer change nothing, else 0; such a step does not wait for the device.
 
     Returns:
         The losses by name, detached: the mean over the samples.
@@ -191,15 +96,38 @@ def training_step(
         for name, loss in part_losses.items():
             losses[name] = losses.get(name, 0) + share * loss.detach()
     scaler.unscale_(optimizer)
-    if before_step:
-        before_step()
-    scaler.step(optimizer)
+    skip = before_step(losses) if before_step else None
+    if skip is None:
+        scaler.step(optimizer)
+    else:
+        # As GradScaler does it: fused kernels read this attribute.
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
     scaler.update()
     return losses
 
 
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer can skip an update by a flag on the device, which no one waits for.
+
+    Fused Adam and AdamW can. Other fused optimizers have the flag, too, but SGD keeps uninitialized
+    momentum if its first update is skipped.
+    """
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
 class Trainer(SimpleTrainer):
     """Trains a model whose iteration i depends on the seed and on i alone.
+
+    On a GPU, with an optimizer for which :func:`skips_on_device`, a step's losses and gradient norm
+    are read after the next step is queued. A step with one that is not finite still changes
+    nothing: its update is skipped on the device, and the run stops before the next update. Until
+    :meth:`settle`, what a step has changed is not confirmed; hooks that save or measure the model
+    call it first, and pass what they do after every step to :meth:`when_confirmed`.
 
     Iteration i draws its random numbers from (seed, i, rank) and asks the loader for batch i: an
     interrupted run continues exactly as if it had not been interrupted. A run that is resumed with
@@ -216,6 +144,8 @@ class Trainer(SimpleTrainer):
         amp_dtype: "bf16", "fp16" or None.
         gradient_accumulation_steps: number of parts a batch is processed in, to save memory.
         clip_norm: largest norm of the gradient; None does not clip.
+        log_period: iterations between two calls of :meth:`settle`, which write the metrics; 1 suits
+            hooks that do not call it.
 
     Raises:
         ValueError: ``amp_dtype`` or ``clip_norm`` out of range.
@@ -231,6 +161,7 @@ class Trainer(SimpleTrainer):
         amp_dtype: str | None = None,
         gradient_accumulation_steps: int = 1,
         clip_norm: float | None = None,
+        log_period: int = 1,
     ):
         super().__init__(model, data_loader, optimizer)
         if clip_norm is not None and clip_norm <= 0:
@@ -239,12 +170,24 @@ class Trainer(SimpleTrainer):
         self.amp_dtype = amp_dtype
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.clip_norm = clip_norm
+        self.log_period = log_period
         self.batch_size: int | None = getattr(data_loader, "total_batch_size", None)
         # Images that the run has seen beyond iteration x batch size, from other batch sizes.
         self.image_offset = 0
         self.device = next(model.parameters()).device
         autocast(self.device, amp_dtype)  # rejects an unknown dtype now
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == "fp16")
+        # On a CPU, a result is there at once.
+        self.reads_later = self.device.type == "cuda" and skips_on_device(optimizer)
+        self._unread: StepRecord | None = None  # of the step that is queued
+        # Restores what that step changes even if its update is skipped.
+        self._undo: Callable[[], None] = lambda: None
+        self._actions: list[Callable[[], None]] = []  # to run when it is confirmed
+        self._confirmed: list[StepRecord] = []  # whose metrics are not written
+        # Processes exchange errors of a forward pass on the host, beside the work of the GPUs.
+        self._host_group: Any = None
+        if comm.get_world_size() > 1 and torch.distributed.get_backend() != "gloo":
+            self._host_group = torch.distributed.new_group(backend="gloo")
 
     def train(self, start_iter: int, max_iter: int) -> None:
         """Run iterations ``start_iter`` to ``max_iter`` - 1 with the hooks around them.
@@ -266,6 +209,12 @@ class Trainer(SimpleTrainer):
                     self.run_step()
                     self.after_step()
                     self.iter += 1
+                self.settle()
+            except BaseException as error:
+                # Processes stop together at what is not finite, and at nothing else.
+                if comm.get_world_size() == 1 or isinstance(error, NonFiniteError):
+                    self._write_confirmed()
+                raise
             finally:
                 self.after_train()
 
@@ -275,16 +224,42 @@ class Trainer(SimpleTrainer):
         data_time = time.perf_counter() - start
         seed_sequence = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()])
         seed_all_rng(int(seed_sequence.generate_state(1)[0]))
-        losses = training_step(
+        parts: list[Part] = []
+        training_step(
             batch,
-            self._forward,
+            lambda part: self._forward(part, parts),
             self.optimizer,
             parts=self.gradient_accumulation_steps,
             scaler=self.grad_scaler,
             gradient_sync=self._gradient_sync,
-            before_step=lambda: self._check_and_clip(batch),
+            before_step=lambda losses: self._before_update(batch, data_time, parts, losses),
         )
-        self._write_metrics(losses, data_time)
+        done = self.iter + 1
+        if done % self.log_period == 0 or done >= self.max_iter:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the last step is done and confirmed, and write the metrics up to it.
+
+        Call it in every process, before the model, what is beside it or a metric of it is used.
+
+        Raises:
+            NonFiniteError: a loss or the gradient of that step was not finite. The model, the
+                optimizer, the average and ``iter`` are those before it.
+        """
+        self._confirm()
+        self._write_confirmed()
+
+    def when_confirmed(self, action: Callable[[], None]) -> None:
+        """Run an action that needs the weights of this step, once these are known to be final.
+
+        That is now, or before the next update: the weights are those of this step. If the step is
+        found to have failed, the action does not run.
+        """
+        if self._unread is None:
+            action()
+        else:
+            self._actions.append(action)
 
     def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients once per batch, with its last part."""
@@ -294,43 +269,119 @@ class Trainer(SimpleTrainer):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
-    def _forward(self, part: Any) -> dict[str, Tensor]:
-        """The losses of a part of a batch, all finite."""
+    def _forward(self, part: Any, parts: list[Part]) -> dict[str, Tensor]:
+        """The losses of a part of a batch, which is added to ``parts``."""
         losses: dict[str, Tensor] = {}
-        reason = ""
+        error = ""
         try:
             with autocast(self.device, self.amp_dtype):
                 losses = self.model(part)
-            failed = ~torch.stack([loss.detach() for loss in losses.values()]).isfinite()
-        except FloatingPointError as error:  # detectron2 found NaN in predicted boxes
-            failed = torch.ones(1, device=self.device)
-            reason = str(error)
-
-        def describe() -> str:
-            bad = [f"{key} is {loss.item()}" for key, loss in losses.items() if not loss.isfinite()]
-            return f"{reason or ', '.join(bad)} (images: {_names(part)})"
-
-        self._stop_if(failed, describe)
+        except FloatingPointError as raised:  # detectron2 found NaN in predicted boxes
+            error = f"{raised} (images: {image_names(part)})"
+        if errors := self._all_errors(error):
+            self._confirm()  # the step before may have failed already
+            raise self._failure(self.iter, errors)
+        detached = {name: loss.detach() for name, loss in losses.items()}
+        parts.append(Part(detached, image_names(part)))
         return losses
 
-    def _check_and_clip(self, batch: Any) -> None:
-        """Check, log and clip the gradients of a batch before the optimizer uses them."""
+    def _all_errors(self, error: str) -> str:
+        """The messages of all processes, the same in each; "" if none has one."""
+        if comm.get_world_size() == 1:
+            return error
+        flag = torch.tensor(int(bool(error)))
+        torch.distributed.all_reduce(flag, group=self._host_group)
+        return "; ".join(filter(None, comm.all_gather(error))) if flag else ""
+
+    def _before_update(
+        self, batch: Any, data_time: float, parts: list[Part], losses: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """Record, check and clip the gradients of a batch before the optimizer uses them.
+
+        Returns:
+            What :func:`training_step` skips the update by; None if it is checked already.
+        """
         self.after_backward()
         if self.iter == self.start_iter:
             self._check_gradients()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm(gradients)
         norm = total.full_tensor() if isinstance(total, DTensor) else total
-        # fp16 overflows now and then by design: the scaler then skips the step and scales less.
-        # A scale below 1 that still overflows is not the cause.
-        if not self.grad_scaler.is_enabled() or self.grad_scaler.get_scale() < 1:
-            self._stop_if(
-                ~norm.isfinite(),
-                lambda: f"the gradient's norm is {norm.item()} (images: {_names(batch)})",
-            )
-        self.storage.put_scalar("grad_norm", norm.item())
+        fp16 = self.grad_scaler.is_enabled()
+        record = StepRecord(
+            iteration=self.iter,
+            data_time=data_time,
+            parts=parts,
+            losses=losses,
+            norm=norm,
+            images=image_names(batch),
+            loss_scale=self.grad_scaler.scale(torch.ones_like(norm)) if fp16 else None,
+        )
+        self._confirm()  # the step before this one, while the device is busy with this one
+        self._unread = record
+        if not self.reads_later:
+            self._confirm()
+        else:
+            self._undo = self._undo_of_step()
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, total)
+        return record.skip if self.reads_later else None
+
+    def _confirm(self) -> None:
+        """Read what the last step measured; see :meth:`settle` for the errors."""
+        record, self._unread = self._unread, None
+        actions, self._actions = self._actions, []
+        if record is None:
+            return
+        if message := record.failure():
+            self._undo()
+            raise self._failure(record.iteration, message)
+        self._confirmed.append(record)
+        for action in actions:
+            action()
+
+    def _undo_of_step(self) -> Callable[[], None]:
+        """What restores the learning rates and the gradient scaler as they are now."""
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        scaler = self.grad_scaler
+        tensors: list[Any] = []
+        if scaler.is_enabled():
+            # Its state_dict would wait for the device.
+            tensors = [scaler._scale, scaler._growth_tracker]
+        copies = [tensor.clone() for tensor in tensors]
+
+        def undo() -> None:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)
+
+        return undo
+
+    def _failure(self, iteration: int, message: str) -> NonFiniteError:
+        """The error for an iteration, which becomes the current one again."""
+        self.iter = iteration
+        return NonFiniteError(f"training stopped at iteration {iteration}: {message}")
+
+    def _write_confirmed(self) -> None:
+        """Put the metrics of the confirmed steps into the storage: the means over all processes."""
+        records, self._confirmed = self._confirmed, []
+        if not records:
+            return
+        rows = comm.gather([(record.data_time, record.losses) for record in records])
+        for index, record in enumerate(records):
+            iteration = record.iteration
+            self.storage.put_scalar("grad_norm", record.norm, cur_iter=iteration)
+            self.storage.put_scalar("rank_data_time", record.data_time, cur_iter=iteration)
+            if not comm.is_main_process():
+                continue
+            times, losses = zip(*(row[index] for row in rows), strict=True)
+            means = {name: np.mean([part[name] for part in losses]) for name in losses[0]}
+            self.storage.put_scalar("data_time", np.max(times), cur_iter=iteration)
+            self.storage.put_scalar("total_loss", sum(means.values()), cur_iter=iteration)
+            if len(means) > 1:
+                self.storage.put_scalars(cur_iter=iteration, **means)
 
     def _check_gradients(self) -> None:
         """Warn about parameters without gradient, or raise an error if the next step would fail.
@@ -353,22 +404,6 @@ class Trainer(SimpleTrainer):
                 " train.ddp.find_unused_parameters=True"
             )
         logger.warning("%s: they are not trained", what)
-
-    def _stop_if(self, failed: Tensor, describe: Callable[[], str]) -> None:
-        """Raise NonFiniteError in every process if an entry of ``failed`` is true in one of them.
-
-        It synchronizes with the device once.
-        """
-        flag = failed.any().float()
-        if comm.get_world_size() == 1:
-            message = describe() if flag else ""
-        else:
-            here = flag.clone()
-            torch.distributed.all_reduce(flag)
-            messages = comm.all_gather(describe() if here else "") if flag else []
-            message = "; ".join(filter(None, messages))
-        if message:
-            raise NonFiniteError(f"training stopped at iteration {self.iter}: {message}")
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, images seen, hooks, optimizer with parameter names, gradient scaler."""
@@ -403,10 +438,3 @@ class Trainer(SimpleTrainer):
         super().load_state_dict(state)
         if state_dict["grad_scaler"]:  # empty if the run was not in fp16
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-
-
-def _names(samples: Any) -> str:
-    """The images of a batch for a message: file names if the samples have them."""
-    if isinstance(samples, list) and all(isinstance(sample, dict) for sample in samples):
-        return ", ".join(str(sample.get("file_name", "unnamed")) for sample in samples)
-    return f"a batch of {len(samples)}"

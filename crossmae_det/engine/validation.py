@@ -22,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from crossmae_det.checkpoint import read_checkpoint
 from crossmae_det.engine.checkpointing import Checkpointer
-from crossmae_det.engine.trainer import autocast, unwrap
+from crossmae_det.engine.precision import autocast
+from crossmae_det.engine.trainer import unwrap
 from crossmae_det.utils.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class ValidationLoss(HookBase):
             self._measure(last)
 
     def _measure(self, iteration: int) -> None:
+        self.trainer.settle()
         model = unwrap(self.trainer.model)
         losses = losses_on(model, self.data_loader, self.amp_dtype, seed=self.seed)
         self.measured_iter = iteration

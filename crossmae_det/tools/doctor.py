@@ -175,7 +175,7 @@ def choices(problems: list[str]) -> Lines:
     yield "device", device.type
     yield "attention backends", f"{', '.join(usable)} run on {device.type}"
     crossmae_det.register()
-    from crossmae_det.engine.trainer import amp_dtype
+    from crossmae_det.engine.precision import amp_dtype
 
     precision = amp_dtype({"amp": {"enabled": True, "dtype": "auto"}}, device)
     has_bf16 = f"bf16 instructions: {'yes' if precision == 'bf16' else 'no'}"

@@ -19,8 +19,8 @@ from crossmae_det.detection import COCOEvaluator
 from crossmae_det.detection.predictor import Predictor
 from crossmae_det.detection.visualizer import PredictionVisualizer
 from crossmae_det.engine.hooks import Visualization
+from crossmae_det.engine.precision import inference_autocast
 from crossmae_det.engine.train import evaluate
-from crossmae_det.engine.trainer import inference_autocast
 from crossmae_det.model_zoo import get_config
 from crossmae_det.utils import save_checkpoint
 
@@ -173,7 +173,9 @@ def test_predictor_and_visualizer_in_bf16_postprocess_float32(tiny_overrides, tm
         str(tmp_path), [batch], cfg.dataloader.test.dataset.names, count=1, score_threshold=0.5
     )
     hook = Visualization(visualizer)
-    hook.trainer = SimpleNamespace(model=model, iter=1, max_iter=1, amp_dtype="bf16", storage=None)
+    hook.trainer = SimpleNamespace(
+        model=model, iter=1, max_iter=1, amp_dtype="bf16", storage=None, settle=int
+    )
     hook.after_train()
     assert set(types(raw)) == {torch.float32}
     torch.testing.assert_close(raw[0][0].scores, first)

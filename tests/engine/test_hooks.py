@@ -24,6 +24,7 @@ from crossmae_det.utils.plots import read_metrics
 def test_ema_matches_the_recursion_and_restarts_from_the_weights():
     model = nn.Linear(2, 2)
     ema = ModelEMA(model, decay=0.9)
+    ema.trainer = SimpleNamespace(when_confirmed=lambda action: action())
     expected = None
     for step in range(4):
         with torch.no_grad():
@@ -46,7 +47,7 @@ def test_a_decay_out_of_range_is_rejected():
 def test_a_run_that_failed_in_its_last_iteration_is_not_evaluated(iteration, evaluations):
     calls = []
     hook = Evaluation(0, lambda: calls.append(1))
-    hook.trainer = SimpleNamespace(iter=iteration, max_iter=10)
+    hook.trainer = SimpleNamespace(iter=iteration, max_iter=10, settle=int)
     hook.after_train()
     assert len(calls) == evaluations
 

@@ -154,7 +154,7 @@ def test_validation_losses_of_a_pretraining_model():
 )
 def test_iterations_with_a_validation(model, batches, period, max_iter, expected):
     hook = ValidationLoss(batches, period, None)
-    trainer = hook.trainer = SimpleNamespace(model=model, max_iter=max_iter, iter=0)
+    trainer = hook.trainer = SimpleNamespace(model=model, max_iter=max_iter, iter=0, settle=int)
     measured = []
     trainer.storage = SimpleNamespace(
         put_scalars=lambda **values: measured.append((hook.measured_iter, values))
@@ -169,7 +169,7 @@ def test_iterations_with_a_validation(model, batches, period, max_iter, expected
 
 def test_no_validation_after_a_failed_run(model, batches):
     hook = ValidationLoss(batches, 0, None)
-    hook.trainer = SimpleNamespace(model=model, max_iter=5, iter=4)
+    hook.trainer = SimpleNamespace(model=model, max_iter=5, iter=4, settle=int)
     hook.after_train()
     assert hook.measured_iter == -1
 
