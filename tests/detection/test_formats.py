@@ -172,6 +172,17 @@ def test_a_dataset_is_read_once_until_it_changes(tmp_path, monkeypatch):
     assert describe(spec).num_images == len(scenes("train")) + 1
 
 
+def test_large_datasets_are_not_looked_at_all_the_time(tmp_path, monkeypatch):
+    spec = write("yolo", tmp_path)
+    monkeypatch.setattr(reading, "_MANY_FILES", 3)
+    label = next((tmp_path / "labels/train").iterdir())
+    count = len(get_dataset_dicts(spec))
+    label.unlink()
+    assert len(get_dataset_dicts(spec)) == count
+    monkeypatch.setattr(reading, "_PAUSE_SECONDS", 0)
+    assert len(get_dataset_dicts(spec)) == count - 1
+
+
 def test_slow_datasets_are_cached_outside_of_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "CACHE_SECONDS", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -153,6 +153,12 @@ def test_yolo_paths_of_other_places(tmp_path, monkeypatch):
     assert "train is images/trian" in message and f"{tmp_path}/images/trian" in message
 
 
+def test_yolo_classes_may_be_numbered_in_text(tmp_path):
+    spec = yolo(tmp_path, "1 .5 .5 .5 .5\n", "names: {'1': dog, '0': 7}\n")
+    assert objects(spec) == [("dog", [15, 10, 30, 20], None)]
+    assert describe(spec).categories == {0: "7", 1: "dog"}
+
+
 def test_yolo_without_any_label_file(tmp_path):
     spec = yolo(tmp_path, "")
     (tmp_path / "labels/train/a.txt").unlink()
@@ -265,6 +271,12 @@ def test_voc_files_that_are_none(tmp_path, text, word):
 def test_voc_missing_files_are_named(tmp_path):
     spec = write_voc(tmp_path)
     names = list(scenes("train"))
+    images = tmp_path / "ImageSets/Main/train.txt"
+    images.write_text("\n".join(f"{name}.png" for name in names))
+    assert describe(spec).num_images == 4
+    images.write_text("\n")
+    assert error_of(spec).startswith(str(images))
+    images.write_text("\n".join(names))
     (tmp_path / "JPEGImages" / f"{names[0]}.png").unlink()
     assert names[0] in error_of(spec, FileNotFoundError)
     (tmp_path / "Annotations" / f"{names[1]}.xml").unlink()

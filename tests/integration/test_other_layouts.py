@@ -7,6 +7,7 @@ import yaml
 from dataset_layouts import NAMES, write
 from tool_calls import call_tool
 
+from crossmae_det.detection.predictor import Predictor
 from crossmae_det.model_zoo import get_config
 
 CONFIG = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
@@ -45,6 +46,19 @@ def test_a_run_of_one_string(tmp_path, tiny_overrides, command):
     (tmp_path / "data").rename(tmp_path / "moved")
     cfg = get_config(run, trained=True)  # the classes are known without the data
     assert sorted(cfg.dataloader.categories.values()) == sorted(NAMES)
+    assert list(Predictor(cfg).metadata.thing_classes) == NAMES
+
+
+def test_a_broken_label_file_ends_the_command_in_one_line(tmp_path, capsys, command):
+    spec = write("yolo", tmp_path / "data")
+    path = next((tmp_path / "data/labels/val").iterdir())
+    path.write_text("0 0.5 0.5 0.1\n")
+    options = [f"dataloader.train.dataset.names={spec}", f"train.output_dir={tmp_path}/output"]
+    with pytest.raises(SystemExit) as stop:
+        command("lazyconfig_train_net", "--config-file", CONFIG, *options)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and "Traceback" not in captured.out + captured.err
+    assert f"error: {path}, line 1" in captured.err.strip().splitlines()[-1]
 
 
 def test_test_sets_are_validation_splits(tmp_path):

@@ -245,7 +245,7 @@ def read_text(path: str) -> str:
     """The content of a text file in UTF-8, with or without byte order mark.
 
     Raises:
-        FileNotFoundError: it does not exist.
+        OSError: it does not exist or cannot be read.
         ValueError: it is not in UTF-8.
     """
     try:
@@ -253,6 +253,8 @@ def read_text(path: str) -> str:
             return file.read()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file: check the path") from error
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror}): check the file") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text in UTF-8 ({error}): save it again") from error
 

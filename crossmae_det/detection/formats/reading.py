@@ -35,21 +35,20 @@ READERS: dict[str, ModuleType] = {
 # Reading that takes longer than this is not repeated by the next process.
 CACHE_SECONDS = 2.0
 
-# Looking for changes: if it takes longer than this, the next look is this many times that later.
-_QUICK_SECONDS = 0.02
-_PAUSE = 50
+# A dataset of more files than this is not looked at for changes again within so many seconds.
+_MANY_FILES = 2_000
+_PAUSE_SECONDS = 30.0
 
 _CACHE_FORMAT = 1  # changes when readers do
 
 
 @dataclass
 class _Known:
-    """What is kept of a dataset: its files, its version, and the last look at the files."""
+    """What is kept of a dataset: its files, its version, and when the files were looked at."""
 
     files: list[str]
     version: Version
-    looked: float = 0.0  # when
-    seconds: float = 0.0  # how long it took
+    looked: float
 
 
 _known: dict[str, _Known] = {}
@@ -154,18 +153,17 @@ def _keep(key: str, content: Content) -> _Known:
     for annotation in content.annotations:
         mask = annotation.get("segmentation", [])
         size += 100 + (10 * sum(map(len, mask)) if isinstance(mask, list) else len(mask["counts"]))
-    _known[key] = known = _Known(content.files, (_fingerprint(content.files), size))
+    version = _fingerprint(content.files), size
+    _known[key] = known = _Known(content.files, version, time.monotonic())
     return known
 
 
 def _is_unchanged(known: _Known) -> bool:
-    start = time.monotonic()
-    if known.seconds > _QUICK_SECONDS and start - known.looked < _PAUSE * known.seconds:
+    now = time.monotonic()
+    if len(known.files) > _MANY_FILES and now - known.looked < _PAUSE_SECONDS:
         return True
-    fingerprint = _fingerprint(known.files)
-    known.looked = time.monotonic()
-    known.seconds = known.looked - start
-    return fingerprint == known.version[0]
+    known.looked = now
+    return _fingerprint(known.files) == known.version[0]
 
 
 def _fingerprint(files: list[str]) -> int:

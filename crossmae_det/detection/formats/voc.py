@@ -29,6 +29,7 @@ from crossmae_det.detection.formats.content import (
 )
 from crossmae_det.detection.formats.spec import Spec, choose_split, split_folders
 from crossmae_det.detection.formats.xml_reading import Element, children_of_root
+from crossmae_det.utils.image_files import is_image_file
 from crossmae_det.utils.image_reading import naming_errors
 from crossmae_det.utils.messages import shorten
 
@@ -91,6 +92,8 @@ def read(spec: Spec) -> Content:
     if sets:
         collector.uses(sets[split])
         names = [os.path.join(_ANNOTATIONS, name) for name in _listed(sets[split], xmls)]
+        if not names:
+            raise ValueError(f"{sets[split]}: lists no image: write one a line")
         if missing := [name for name in names if name not in xmls]:
             raise FileNotFoundError(
                 f"{spec.path}: {sets[split]} lists {len(missing)} images without an XML file, the "
@@ -140,7 +143,7 @@ def _image_sets(folder: str) -> dict[str, str]:
 
 
 def _listed(path: str, xmls: dict[str, str]) -> list[str]:
-    """The names in a list of images; the numbers that lists of one class have are left out."""
+    """The names in a list of images, without suffixes and the numbers of lists of one class."""
     names = []
     for line in read_text(path).splitlines():
         if not (name := line.strip()):
@@ -148,6 +151,7 @@ def _listed(path: str, xmls: dict[str, str]) -> list[str]:
         if os.path.join(_ANNOTATIONS, name) not in xmls:
             head, _, tail = name.rpartition(" ")
             name = head.strip() if head and tail in ("-1", "0", "1") else name
+            name = os.path.splitext(name)[0] if is_image_file(name) else name
         names.append(name)
     return list(dict.fromkeys(names))
 

@@ -203,7 +203,8 @@ def _find_yaml(spec: Spec) -> str:
 def _class_names(data: Mapping[str, Any], path: str) -> list[str]:
     names, number = data.get("names"), data.get("nc")
     if isinstance(names, Mapping):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+        names = {int(k) if str(k).isdecimal() else k: name for k, name in names.items()}
+        if names.keys() != set(range(len(names))):
             raise ValueError(
                 f"{path}: the keys of names are {list_names(names)}: number the classes from 0"
             )
