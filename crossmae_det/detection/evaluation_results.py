@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from tabulate import tabulate
 from crossmae_det.detection.coco_backends import PER_CLASS_PREFIX
 from crossmae_det.detection.error_analysis import ERROR_TYPES
 from crossmae_det.utils.files import atomic_path
+
+_CONTAINERS = (dict, list, tuple, Mapping)
 
 
 def write_results(
@@ -42,23 +44,33 @@ def write_results(
 
 
 def _json_lines(value: Any, indent: str) -> Iterator[str]:
-    """``value`` as JSON, an entry a line, but each list of numbers on one line."""
+    """``value`` as JSON, an entry a line. Lists of numbers, and small dicts deep inside of the
+    analysis, take one line."""
     is_mapping = isinstance(value, Mapping)
-    inner: Collection[Any] = value.values() if is_mapping else value
-    if not isinstance(value, Mapping | list | tuple) or not inner:
+    if not _is_container(value) or not value:
         yield json.dumps(_json_value(value), allow_nan=False, default=str)
-    elif not is_mapping and not any(isinstance(item, Mapping | list | tuple) for item in inner):
-        items = [_json_value(item) for item in value]
-        yield json.dumps(items, allow_nan=False, default=str)
-    else:
-        keys = [f"{json.dumps(str(key))}: " for key in value] if is_mapping else [""] * len(value)
-        yield "{" if is_mapping else "["
-        separator = "\n"
-        for key, item in zip(keys, inner, strict=True):
-            yield f"{separator}{indent}  {key}"
-            yield from _json_lines(item, indent + "  ")
-            separator = ",\n"
-        yield f"\n{indent}" + ("}" if is_mapping else "]")
+        return
+    inner = value.values() if is_mapping else value
+    if (not is_mapping or len(indent) >= 8) and not any(map(_is_container, inner)):
+        items = map(_json_value, inner)
+        yield json.dumps(
+            dict(zip(value, items, strict=True)) if is_mapping else list(items),
+            allow_nan=False,
+            default=str,
+        )
+        return
+    keys = [f"{json.dumps(str(key))}: " for key in value] if is_mapping else [""] * len(value)
+    yield "{" if is_mapping else "["
+    separator = "\n"
+    for key, item in zip(keys, inner, strict=True):
+        yield f"{separator}{indent}  {key}"
+        yield from _json_lines(item, indent + "  ")
+        separator = ",\n"
+    yield f"\n{indent}" + ("}" if is_mapping else "]")
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, _CONTAINERS)
 
 
 def _json_value(value: Any) -> Any:

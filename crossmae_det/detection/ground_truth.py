@@ -64,6 +64,7 @@ class GroundTruth:
             name if names.index(name) == index else f"{name} ({self.category_ids[index]})"
             for index, name in enumerate(names)
         ]
+        self._by_image = self._annotations_by_image()
         self.has_annotations = info.num_annotations is not None
         self.has_masks = info.has_masks or info.crowds_have_masks
         if ignored := len(info.categories) - len(self._indices):
@@ -80,30 +81,49 @@ class GroundTruth:
 
         Args:
             numbers: image id -> id to use in the result, for the images to include.
-            task: "bbox", or "segm", which leaves out annotations without a mask.
+            task: "bbox", without masks, or "segm", without annotations that have no mask.
 
         Returns:
             "images", "annotations" and "categories", the last two numbered from 1.
         """
-        images = {i["id"]: i for i in self.file.images if i["id"] in numbers}
+        images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         without_mask = 0
+        for image, own in zip(self.file.images, self._by_image, strict=True):
+            number = numbers.get(image["id"])
+            if number is None:
+                continue
+            images.append({**image, "id": number})
+            for annotation in own:
+                made = {**annotation, "id": len(annotations) + 1, "image_id": number}
+                if task == "bbox":
+                    made.pop("segmentation", None)
+                elif "segmentation" not in made:
+                    without_mask += 1
+                    continue
+                annotations.append(made)
+        if without_mask:
+            logger.warning("Mask AP leaves out %d annotations without a mask", without_mask)
+        return {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i, "name": name} for i, name in enumerate(self.names, start=1)],
+        }
+
+    def _annotations_by_image(self) -> list[list[dict[str, Any]]]:
+        """The annotations of each image, without ids, for every evaluation to copy."""
+        sizes = {image["id"]: (image["height"], image["width"]) for image in self.file.images}
+        found: dict[Any, list[dict[str, Any]]] = {id_: [] for id_ in sizes}
         for annotation in self.file.annotations:
-            image = images.get(annotation["image_id"])
             index = self._indices.get(annotation["category_id"])
-            if image is None or index is None:
+            if index is None:
                 continue
             mask, area = annotation.get("segmentation"), annotation["area"]
-            if task == "segm" and not mask:
-                without_mask += 1
-                continue
             if area is None and mask:
-                area = mask_area(mask, image["height"], image["width"])
+                area = mask_area(mask, *sizes[annotation["image_id"]])
             elif area is None:
                 area = float(annotation["bbox"][2] * annotation["bbox"][3])
             made = {
-                "id": len(annotations) + 1,
-                "image_id": numbers[image["id"]],
                 "category_id": index + 1,
                 "bbox": annotation["bbox"],
                 "iscrowd": 0 if self._crowd == "keep" else annotation["iscrowd"],
@@ -111,14 +131,8 @@ class GroundTruth:
             }
             if mask:
                 made["segmentation"] = mask
-            annotations.append(made)
-        if without_mask:
-            logger.warning("Mask AP leaves out %d annotations without a mask", without_mask)
-        return {
-            "images": [{**image, "id": numbers[id_]} for id_, image in images.items()],
-            "annotations": annotations,
-            "categories": [{"id": i, "name": name} for i, name in enumerate(self.names, start=1)],
-        }
+            found[annotation["image_id"]].append(made)
+        return list(found.values())
 
 
 def _class_indices(name: str, info: CocoInfo, own: Mapping[int, str]) -> dict[int, int]:
