@@ -2,6 +2,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.utils.logger import _cached_log_stream, setup_logger
 
 from crossmae_det.detection import shapes
@@ -10,6 +11,11 @@ from crossmae_det.detection import shapes
 pytest.register_assert_rewrite("detections", "shorthand")
 
 REPO = Path(__file__).parents[1]
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(autouse=True)

@@ -44,9 +44,8 @@ def relative(difference, reference):
     return (difference.norm() / reference.norm()).item()
 
 
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 WHERE = [("cpu", name) for name in BACKENDS if name != "flex"] + [
-    pytest.param("cuda", name, marks=NEEDS_CUDA) for name in BACKENDS if name != "chunked"
+    pytest.param("cuda", name, marks=pytest.mark.cuda) for name in BACKENDS if name != "chunked"
 ]
 
 

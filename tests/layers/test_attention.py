@@ -14,9 +14,7 @@ on_each_device = pytest.mark.parametrize(
     "device",
     [
         "cpu",
-        pytest.param(
-            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-        ),
+        pytest.param("cuda", marks=pytest.mark.cuda),
     ],
 )
 # Windows of 3 divide the first, one side of the next two, neither side of the last two; the last

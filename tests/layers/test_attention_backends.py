@@ -19,11 +19,10 @@ from crossmae_det.layers.attention_backends import (
 
 CPU = ("auto", "eager", "sdpa", "folded", "chunked")
 CUDA = ("auto", "eager", "sdpa", "folded", "flex")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 everywhere = pytest.mark.parametrize(
     ("device", "backend"),
     [("cpu", name) for name in CPU]
-    + [pytest.param("cuda", name, marks=needs_cuda) for name in CUDA],
+    + [pytest.param("cuda", name, marks=pytest.mark.cuda) for name in CUDA],
 )
 # Everything but compilation, which tests/modeling/test_compile.py covers.
 CONTRACT = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -211,7 +210,7 @@ def test_unknown_names_and_backends_of_other_devices_are_rejected():
         by_backend("flex", (2, 2))(*random_inputs((2, 2)))
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_the_cpu_backend_is_rejected_on_cuda():
     inputs = [x.cuda() for x in random_inputs((2, 2))]
     with pytest.raises(ValueError, match=r"'chunked'.* cpu .*cuda"):

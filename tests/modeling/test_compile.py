@@ -10,10 +10,9 @@ from crossmae_det.modeling import ViT
 # In patches of 8 pixels: windows of 3 divide the first, one side of the next two, no side of the
 # others.
 SIZES = [(48, 48), (64, 72), (48, 64), (56, 80), (80, 40), (88, 104), (104, 64), (40, 112)]
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CPU = [("cpu", "eager", name) for name in BACKENDS if name != "flex"]
 CUDA = [
-    pytest.param("cuda", "inductor", name, marks=needs_cuda)
+    pytest.param("cuda", "inductor", name, marks=pytest.mark.cuda)
     for name in BACKENDS
     if name != "chunked"
 ]
@@ -65,7 +64,8 @@ def test_one_graph_gives_the_same_values_and_gradients(device, compiler, backend
 
 
 @pytest.mark.parametrize(
-    ("device", "compiler"), [("cpu", "eager"), pytest.param("cuda", "inductor", marks=needs_cuda)]
+    ("device", "compiler"),
+    [("cpu", "eager"), pytest.param("cuda", "inductor", marks=pytest.mark.cuda)],
 )
 def test_changing_sizes_are_compiled_a_few_times_only(device, compiler):
     plain, model = twins(device)
