@@ -16,10 +16,10 @@ READY := $(VENV)/.ready
 UNFINISHED := $(VENV)/.unfinished
 CHECK_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("setup: Python 3.10 or newer is required, and " + sys.executable + " is " + sys.version.split()[0] + ": select another: make setup PYTHON=python3.12")'
 
-.PHONY: help setup demo compare benchmark docs test lint format clean
+.PHONY: help setup demo compare benchmark benchmark-gpu docs test lint format clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s%s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## set up the virtual environment, once
 	@echo "setup: $(VENV) is ready"
@@ -54,6 +54,9 @@ benchmark: $(READY)  ## compare the backbone with detectron2's in five minutes, 
 	$(RUN) tools/benchmark.py --backbones detectron2-vit-base vit-base --image-sizes 512 1024 --repeats 3 \
 	    --json output/benchmark/backbones.json --csv output/benchmark/backbones.csv \
 	    --markdown output/benchmark/backbones.md --plots output/benchmark
+
+benchmark-gpu: $(READY)  ## measure everything on a GPU in ten minutes, into output/benchmark_gpu
+	$(RUN) -m crossmae_det benchmark-gpu --output output/benchmark_gpu
 
 $(BACKBONE): | $(READY)
 	$(PRETRAIN)

@@ -27,6 +27,7 @@ COMMANDS = {
     "knn": ("inference", "k-NN accuracy of a frozen encoder on labeled images"),
     "convert": ("inference", "convert a checkpoint to another format, or show what it holds"),
     "benchmark": ("benchmark", "measure FLOPs, time and memory of backbones, steps and loaders"),
+    "benchmark-gpu": ("benchmark_gpu", "measure everything on a GPU in ten minutes, with a report"),
     "compare": ("benchmark", "train a detector from several backbones over several seeds"),
     "zoo": ("benchmark", "list the shipped configs and the published checkpoints"),
     "install-detectron2": ("install_detectron2", "install detectron2 without a compiler"),

@@ -182,7 +182,7 @@ def build(name: str, part: str, image_size: int, overrides: Sequence[str] = ()) 
             loaded; or a config of a detector, also as ``CONFIG=CHECKPOINT``.
         part: "alone", "pyramid" (the simple one for plain ViTs, FPN for others) or "detector".
         image_size: side of the images in pixels.
-        overrides: overrides of the config.
+        overrides: overrides of the config, for a named backbone of the detector around it.
 
     Returns:
         "alone" and "pyramid": a module from (N, 3, H, W) to a dict of maps. "detector":
@@ -195,7 +195,7 @@ def build(name: str, part: str, image_size: int, overrides: Sequence[str] = ()) 
     if is_config(name):
         return _build_config(name, part, image_size, overrides)
     if part == "detector":
-        cfg = get_config(DETECTOR)
+        cfg = get_config(DETECTOR, overrides)
         name_classes(cfg)
         out_channels = PYRAMID["out_channels"]
         cfg.model.backbone = LazyCall(_pyramid)(

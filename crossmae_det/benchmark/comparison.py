@@ -88,9 +88,10 @@ class BackboneCase(Case):
 
     def prepare(self) -> Callable[[], None]:
         torch.manual_seed(0)
-        model = self.build().to(self.device).train(self.train)
+        with torch.device(self.device):  # initialized there: a CPU takes seconds for a ViT-L
+            model = self.build().to(self.device).train(self.train)
         if self.compiled:
-            (model.backbone if self.part == "detector" else model).compile()
+            (model.backbone if self.part == "detector" else model).compile(dynamic=False)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True) if self.train else None
 

@@ -1,16 +1,12 @@
 """Interleaved measurements of time and peak memory, each case in a process of its own."""
 
-import multiprocessing
 import re
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.benchmark import timer
 from tqdm import tqdm
+
+from crossmae_det.benchmark.workers import Worker, WorkerError
 
 T = TypeVar("T")
 
@@ -29,14 +27,6 @@ MEMORY_NOTES = {
     "cpu": "MiB: peak of the process (high-water mark), over what it had before the model.",
     "cuda": "MiB: peak of CUDA's allocator.",
 }
-
-OUT_OF_MEMORY = "out of memory"
-
-# Part of torch's message when a CPU has no memory left.
-CPU_ALLOCATOR = "can't allocate memory"
-
-# A process that uses CUDA must not be forked, not even from one that has only looked for a GPU.
-START_METHODS = {"cpu": "forkserver", "cuda": "spawn"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +117,10 @@ class Case:
         """Build everything, and return the function to measure."""
         raise NotImplementedError
 
+    def count_flops(self) -> int:
+        """FLOPs of a call of that function, for its efficiency; 0 where it is not of interest."""
+        return 0
+
     def autocast(self) -> torch.autocast:
         dtype = PRECISIONS[self.precision]
         return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
@@ -203,9 +197,9 @@ def measure(
     """
     check_repeats(repeats)
     measurements = [Measurement(case) for case in cases]
-    workers = [_Worker(measurement) for measurement in measurements]
+    workers = [_CaseWorker(measurement) for measurement in measurements]
 
-    def one_round(worker: _Worker) -> tuple[float, float]:
+    def one_round(worker: _CaseWorker) -> tuple[float, float]:
         if worker.measurement.failure or reference is None:
             return worker.ask("seconds"), 0.0
         before = reference()
@@ -224,7 +218,7 @@ def measure(
     return measurements
 
 
-class _Worker:
+class _CaseWorker:
     """A process that runs one case on request.
 
     Args:
@@ -234,16 +228,8 @@ class _Worker:
     def __init__(self, measurement: Measurement):
         self.measurement = measurement
         case = measurement.case
-        # Not forked from this process, whose threads and memory the child would inherit.
-        method = START_METHODS[case.device]
-        context: Any = multiprocessing.get_context(method)
-        if method == "forkserver":  # imports once for all
-            build = case.build.func if isinstance(case.build, partial) else case.build
-            context.set_forkserver_preload([__name__, build.__module__])
-        self._connection, remote = context.Pipe()
-        self.process = context.Process(target=_serve, args=(remote, case), daemon=True)
-        self.process.start()
-        remote.close()
+        build = case.build.func if isinstance(case.build, partial) else case.build
+        self._worker = Worker(partial(Meter, case), case.device, [__name__, build.__module__])
 
     def ask(self, request: str) -> Any:
         """Call a method of the :class:`Meter` in the process and return its result.
@@ -254,40 +240,14 @@ class _Worker:
         if self.measurement.failure:
             return 0
         try:
-            self._connection.send(request)
-            answer = self._connection.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            # Linux kills a process when memory runs out.
-            killed = self.process.exitcode == -signal.SIGKILL
-            answer = OUT_OF_MEMORY if killed else f"ended with {self.process.exitcode}"
-        if not isinstance(answer, str):
-            return answer
-        self.measurement.failure = answer
-        self.stop()
-        return 0
+            return self._worker.ask(request)
+        except WorkerError as error:
+            self.measurement.failure = str(error)
+            self.stop()
+            return 0
 
     def stop(self) -> None:
-        self._connection.close()
-        self.process.join(timeout=10)
-        if self.process.is_alive():
-            self.process.kill()
-
-
-def _serve(connection: Connection, case: Case) -> None:
-    meter: Meter | None = None
-    with suppress(EOFError):
-        while True:
-            request = connection.recv()
-            try:
-                meter = meter or Meter(case)
-                answer = getattr(meter, request)()
-            except (torch.OutOfMemoryError, MemoryError):
-                answer = OUT_OF_MEMORY
-            except Exception as error:  # reported as a row beside the results of the others
-                text = str(error).strip() or type(error).__name__
-                answer = OUT_OF_MEMORY if CPU_ALLOCATOR in text else text.splitlines()[0]
-            connection.send(answer)
+        self._worker.stop()
 
 
 class Meter:

@@ -122,12 +122,20 @@ class Report:
         ]
         return "\n\n".join([*parts, f"{self.command}\n{machine(self.environment)}"])
 
-    def write_markdown(self, path: str | os.PathLike[str]) -> None:
-        """Write the tables as Markdown, for a README."""
-        parts = [
-            f"**{section.title}**\n\n{section.table('pipe')}\n\n{' '.join(section.notes)}"
-            for section in self.sections
-        ]
+    def write_markdown(
+        self, path: str | os.PathLike[str], images: Mapping[str, str] | None = None
+    ) -> None:
+        """Write the tables as Markdown, for a README.
+
+        Args:
+            path: the file to write.
+            images: key of a section -> address of the image that follows its table.
+        """
+        parts = []
+        for section in self.sections:
+            parts += [f"**{section.title}**", section.table("pipe"), " ".join(section.notes)]
+            if images and section.key in images:
+                parts.append(f"![{section.title}]({images[section.key]})")
         text = "\n\n".join([*parts, f"`{self.command}` on {machine(self.environment)}.\n"])
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -168,7 +176,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """The environment that results depend on: CPU, threads, versions, device."""
-    return {
+    result: dict[str, str | int] = {
         "CPU": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
@@ -177,6 +185,18 @@ def environment(device: torch.device) -> dict[str, str | int]:
         **{name: version(name) for name in ("torchvision", "detectron2", "timm")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        result["GPU memory"] = f"{memory / 2**30:.0f} GiB"
+        result |= {"CUDA": torch.version.cuda or "none", "driver": _driver_version()}
+    return result
+
+
+def _driver_version() -> str:
+    """Version of NVIDIA's driver, such as "580.65.06"; "unknown" outside of Linux."""
+    file = Path("/proc/driver/nvidia/version")
+    match = re.search(r"Module\b.*?\s(\d+\.[\d.]+)\s", file.read_text()) if file.exists() else None
+    return match[1] if match else "unknown"
 
 
 def machine(environment: Mapping[str, Any]) -> str:
@@ -246,6 +266,15 @@ def plot_sections(sections: Iterable[Section], folder: str | os.PathLike[str]) -
         figures["latency"] = _plot_latency(records)
     if precision:
         figures["precision"] = _plot_precision(precision)
+    return save_figures(figures, folder)
+
+
+def save_figures(figures: Mapping[str, Figure], folder: str | os.PathLike[str]) -> list[Path]:
+    """Write figures by name, as PNG and SVG; returns the files.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     files = []
     for name, figure in figures.items():
         for suffix in PLOT_FORMATS:
@@ -257,7 +286,7 @@ def plot_sections(sections: Iterable[Section], folder: str | os.PathLike[str]) -
 
 def _plot_latency(records: Sequence[Mapping[str, Any]]) -> Figure:
     """Latency of an image and peak memory, against the image size."""
-    figure, (time, memory) = _figure(2)
+    figure, (time, memory) = new_figure(2)
     curves: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["image_size"]):
         curves.setdefault((record["backbone"], record["batch_size"]), []).append(record)
@@ -272,7 +301,7 @@ def _plot_latency(records: Sequence[Mapping[str, Any]]) -> Figure:
     step = "training step" if first["train"] else "forward pass"
     where = f"{step}, {first['precision']}, {first['device']}"
     for axes, title, unit in (time, "Latency of an image", "ms"), (memory, "Peak memory", "MiB"):
-        _decorate(axes, f"{title}: {where}", "image size (pixels)", unit)
+        decorate(axes, f"{title}: {where}", "image size (pixels)", unit)
         axes.set_ylim(bottom=0)
         _mark_sizes(axes, {record["image_size"] for record in records})
     _add_legend(time)
@@ -281,7 +310,7 @@ def _plot_latency(records: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _plot_precision(points: Sequence[tuple[PublishedAP, float]]) -> Figure:
     """Published AP of backbones, against the GFLOPs of a forward pass."""
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = new_figure(1)
     for known, gflops in dict(points).items():
         axes.plot(gflops, known.box_ap, "o")
         axes.annotate(
@@ -294,18 +323,18 @@ def _plot_precision(points: Sequence[tuple[PublishedAP, float]]) -> Figure:
         )
     axes.margins(0.35)
     title = "Published box AP on COCO against cost"
-    _decorate(axes, title, "GFLOPs of a forward pass", "box AP (%)")
+    decorate(axes, title, "GFLOPs of a forward pass", "box AP (%)")
     return figure
 
 
 def _plot_growth(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Time and memory of blocks, against the image size; both axes are logarithmic."""
-    figure, panels = _figure(2)
+    figure, panels = new_figure(2)
     for axes, title, unit, key, exponent, scale in (
         (panels[0], "Time of one block", "ms", "median_seconds", "time_exponent", 1e3),
         (panels[1], "Peak memory of one block", "MiB", "peak_bytes", "memory_exponent", 2**-20),
     ):
-        _decorate(axes, title, "image size (pixels)", unit)
+        decorate(axes, title, "image size (pixels)", unit)
         axes.set(xscale="log", yscale="log")
         sizes: set[int] = set()
         for kind, curve in curves.items():
@@ -321,7 +350,8 @@ def _plot_growth(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
+def new_figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with panels side by side."""
     figure = Figure(figsize=(6.6 * panels, 4.8), dpi=110, layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
@@ -334,7 +364,8 @@ def _mark_sizes(axes: Axes, sizes: Iterable[int]) -> None:
     axes.tick_params(axis="x", labelsize=8)
 
 
-def _decorate(axes: Axes, title: str, x: str, y: str) -> None:
+def decorate(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title, labels of the axes, and a grid."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)

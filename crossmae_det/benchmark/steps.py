@@ -24,6 +24,8 @@ from crossmae_det.engine.trainer import training_step
 # GEMMs of each shape in a measurement. All of them count, as all GEMMs of a step do: on a shared
 # machine, the time of the fastest one is luck.
 ATTEMPTS = 3
+# On a GPU they take a fraction of a millisecond.
+CUDA_ATTEMPTS = 50
 
 SHAPES_PER_MODEL = 2
 
@@ -75,6 +77,7 @@ class GemmRate:
 
     def __init__(self, shapes: Iterable[Shape], device: torch.device, dtype: torch.dtype):
         self.shapes = list(dict.fromkeys(shapes))
+        self.attempts = CUDA_ATTEMPTS if device.type == "cuda" else ATTEMPTS
         self._operands = [
             (
                 torch.randn(shape.rows, shape.inner, device=device, dtype=dtype),
@@ -87,10 +90,10 @@ class GemmRate:
     def __call__(self) -> float:
         """FLOPs of all GEMMs over their seconds."""
         start = timer()
-        for _ in range(ATTEMPTS):
+        for _ in range(self.attempts):
             for x, weight, out in self._operands:
                 torch.mm(x, weight, out=out)
-        return ATTEMPTS * sum(shape.flops for shape in self.shapes) / (timer() - start)
+        return self.attempts * sum(shape.flops for shape in self.shapes) / (timer() - start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +102,29 @@ class TrainingStepCase(Case):
 
     Attributes:
         build: returns the :class:`ModelSpec`.
-        flops: FLOPs of forward and backward pass.
+        flops: FLOPs of forward and backward pass; 0 counts them where they are needed.
+        compiled: compile the model.
     """
 
     build: Callable[[], ModelSpec]
-    flops: int
+    flops: int = 0
+    compiled: bool = False
 
     def prepare(self) -> Callable[[], None]:
         torch.manual_seed(0)
         spec = self.build()
-        model = spec.build().to(self.device).train()
+        with torch.device(self.device):  # initialized there: a CPU takes seconds for a ViT-L
+            model = spec.build().to(self.device).train()
+        if self.compiled:
+            # Static: models that are compiled in one process differ in their ratios.
+            model.compile(dynamic=False)
         images = spec.images(self.batch_size, "cpu")
         if self.device == "cuda":
             images = images.pin_memory()  # as the loader does
         return partial(self.step, model, spec.optimizer(model), images)
+
+    def count_flops(self) -> int:
+        return self.flops or step_flops(self.build(), self.batch_size)
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
         """One training step. The gradients are freed at the end, while other models run."""
@@ -163,17 +175,17 @@ def time_steps(
     ]
     shapes = [shape for spec in specs for shape in largest_linear_shapes(spec, batch_size)]
     gemm_rate = GemmRate(shapes, device, PRECISIONS[precision])
-    return step_section(measure(cases, repeats, "training steps", gemm_rate), gemm_rate.shapes)
+    return step_section(measure(cases, repeats, "training steps", gemm_rate), gemm_rate)
 
 
 def step_section(
-    measurements: Sequence[Measurement[TrainingStepCase]], shapes: Sequence[Shape]
+    measurements: Sequence[Measurement[TrainingStepCase]], gemm_rate: GemmRate
 ) -> Section:
     """Training steps as a table.
 
     Args:
         measurements: their references are FLOP/s of GEMMs; the first one is the baseline.
-        shapes: of the GEMMs.
+        gemm_rate: what measured them.
     """
     first = measurements[0]
     case = first.case
@@ -196,11 +208,12 @@ def step_section(
         MEMORY_NOTES[case.device],
     ]
     rates = [rate for measurement in measurements for rate in measurement.references]
-    names = [str(shape) for shape in shapes]
+    names = [str(shape) for shape in gemm_rate.shapes]
     if rates:
         notes += [
             f"GEMMs in {case.precision}: {Spread.of([rate / 1e9 for rate in rates]):.1f} GFLOP/s,"
-            f" measured before and after each step: {ATTEMPTS} each of {', '.join(names)}.",
+            f" measured before and after each step: {gemm_rate.attempts} each of"
+            f" {', '.join(names)}.",
             "Efficiency: time of the step's GFLOPs at that rate, over the time of the step.",
         ]
     return Section(

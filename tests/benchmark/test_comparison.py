@@ -19,7 +19,8 @@ from crossmae_det.benchmark.comparison import (
     read_metrics,
     summarize,
 )
-from crossmae_det.benchmark.measuring import OUT_OF_MEMORY, measure
+from crossmae_det.benchmark.measuring import measure
+from crossmae_det.benchmark.workers import OUT_OF_MEMORY
 from crossmae_det.detection import write_results
 from crossmae_det.modeling import ViT
 
@@ -137,7 +138,7 @@ def test_invalid_sizes_are_rejected(sizes, batches, message):
         check_sizes(sizes, batches)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_backbone_is_measured_on_cuda():
     (measurement,) = measure([replace(case(train=True), device="cuda")], 1, "")
     assert not measurement.failure and measurement.peak_bytes > 0

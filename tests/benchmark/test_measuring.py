@@ -9,9 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from crossmae_det.benchmark import measuring
+from crossmae_det.benchmark import workers
 from crossmae_det.benchmark.measuring import (
-    OUT_OF_MEMORY,
     Case,
     Measurement,
     Spread,
@@ -19,6 +18,7 @@ from crossmae_det.benchmark.measuring import (
     measure,
     ratios,
 )
+from crossmae_det.benchmark.workers import OUT_OF_MEMORY
 
 
 def raise_(error):
@@ -127,8 +127,8 @@ def test_a_record_has_ratios_to_the_first_case():
 
 
 def test_processes_that_use_cuda_are_not_forked(monkeypatch):
-    assert measuring.START_METHODS["cuda"] == "spawn"
+    assert workers.START_METHODS["cuda"] == "spawn"
     # spawn works without a GPU as well.
-    monkeypatch.setitem(measuring.START_METHODS, "cpu", "spawn")
+    monkeypatch.setitem(workers.START_METHODS, "cpu", "spawn")
     (measurement,) = measure([case()], 1, "")
     assert not measurement.failure and len(measurement.seconds) == 1

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from crossmae_det.benchmark import PRECISIONS, Measurement, ModelSpec, Spread, time_steps
-from crossmae_det.benchmark.measuring import OUT_OF_MEMORY
 from crossmae_det.benchmark.steps import (
     GemmRate,
     Shape,
@@ -15,6 +14,7 @@ from crossmae_det.benchmark.steps import (
     largest_linear_shapes,
     step_section,
 )
+from crossmae_det.benchmark.workers import OUT_OF_MEMORY
 from crossmae_det.modeling import ViT
 from crossmae_det.pretraining import MAE, CrossMAE
 
@@ -113,7 +113,7 @@ def test_the_table_of_steps():
         Measurement(step_case("slow", linear, 60), [2.0, 4.0, 2.0], rates, 2**21),
         Measurement(step_case("fast", linear, 30), [1.0, 2.0, 1.5], rates, 2**20),
     ]
-    section = step_section(measured, [Shape(4, 3, 2)])
+    section = step_section(measured, GemmRate([Shape(4, 3, 2)], CPU, torch.float32))
     slow, fast = section.values["steps"]
     assert slow["time_ratio"] == Spread(1, 1, 1)
     assert fast["time_ratio"] == Spread(0.5, 0.5, 0.75)

@@ -1,4 +1,4 @@
-"""The benchmark command. Nothing here depends on how long anything took."""
+"""The commands that measure. Nothing here depends on how long anything took."""
 
 import json
 import os
@@ -9,8 +9,9 @@ from functools import partial
 import cv2
 import numpy as np
 import pytest
-from tool_calls import call_tool
+from tool_calls import call_tool, command
 
+from crossmae_det.__main__ import main
 from crossmae_det.benchmark.report import JSON_VERSION
 
 MAE = "pretraining/mae_vit_b_800ep.py"
@@ -177,6 +178,48 @@ def test_backbones_in_one_command(repo, tmp_path):
     assert "time x detectron2-vit-tiny" in process.stdout
     assert "section,backbone,pixels" in (tmp_path / "a.csv").read_text()
     assert {path.name for path in (tmp_path / "plots").iterdir()} >= {"latency.png", "latency.svg"}
+
+
+def test_everything_on_a_gpu_in_small_on_a_cpu(tmp_path):
+    groups = ["parity", "backbones-tiny"]
+    done = command(
+        *("benchmark-gpu", "--device", "cpu", "--minutes", "30", "--output", tmp_path / "gpu"),
+        *("--groups", *groups),
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "gpu" / "benchmark_gpu.json").read_text())
+    assert results["command"].startswith("crossmae-det benchmark-gpu --device cpu")
+    assert set(results) == {"version", "command", "environment", *groups}
+    assert all(record["failure"] == "" for group in groups for record in results[group])
+    for record in results["parity"]:
+        assert 0 < record["gradient_mean"] < 0.05
+    first, *others = (each for each in results["backbones-tiny"] if each["mode"] == "step")
+    assert first["case"] == "detectron2-vit-tiny" and "speed_ratio" not in first
+    assert [each["case"] for each in others] == [f"vit-tiny{at}" for at in ("", "@sdpa", "@eager")]
+    assert all(each["speed_ratio"]["low"] > 0 for each in others)
+    names = {path.name for path in (tmp_path / "gpu").iterdir()}
+    assert names >= {"benchmark_gpu.md", "backbones-tiny.png", "backbones-tiny.svg"}
+    assert "backbones-tiny: vit-tiny step: median ms" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--device", "abacus"), ("abacus",)),
+        (("--device", "cpu", "--minutes", "0.1"), ("--minutes 0.1", "at least 1")),
+        (("--device", "cpu", "--groups", "parity", "all"), ("'all'", "pretraining-s")),
+        ((), ("GPU",)),
+    ],
+)
+def test_invalid_options_of_the_gpu_benchmark(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        main(["benchmark-gpu", *arguments, "--output", str(tmp_path / "gpu")])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in line for word in words)
+    assert not (tmp_path / "gpu").exists()
 
 
 def test_invalid_backbones_are_an_error_of_one_line(error, tmp_path):
