@@ -39,10 +39,16 @@ TIME_COLUMNS = (
     Column("MiB", "peak_bytes", ".0f", 2**-20),
     Column("time x baseline (range)", "time_ratio"),
     Column("memory x", "memory_ratio", ".2f"),
+    Column("kernels", "kernel_count"),
+    Column("busy", "busy", ".2f"),
 )
 
 ROUNDS = "Each case and its baseline, the {}, were measured alternately in one process."
-CUDA_MEMORY = "MiB: peak of CUDA's allocator for this model; not measured on a CPU."
+COMMON_NOTES = (
+    "MiB: peak of CUDA's allocator for this model; not measured on a CPU.",
+    "Kernels: of one call, by torch's profiler, and the part of the time that the device is busy"
+    " with them; the JSON lists the longest. On a CPU: operators.",
+)
 
 
 @dataclass(frozen=True)
@@ -154,10 +160,10 @@ def plan(scale: Scale, device: str) -> list[Group]:
     letters = list(scale.pretraining)
     groups = [
         parity_group(scale, device),
-        backbone_group(scale, first, device, share=0.24),
-        detector_group(scale, first, device, share=0.12),
-        *(pretraining_group(scale, letter, device, share=0.17) for letter in letters),
-        *(backbone_group(scale, size, device, share=0.12) for size in others),
+        backbone_group(scale, first, device, share=0.22),
+        detector_group(scale, first, device, share=0.11),
+        *(pretraining_group(scale, letter, device, share=0.16) for letter in letters),
+        *(backbone_group(scale, size, device, share=0.11) for size in others),
     ]
     if device == "cuda":
         groups.append(test_group())
@@ -172,7 +178,7 @@ def test_group() -> Group:
         entries=[Entry({"tests": "pytest -m cuda"})],
         build=TestRun,
         seconds=float("inf"),
-        share=0.1,
+        share=0.16,
         columns=[
             Column("tests", "tests"),
             Column("passed", "passed"),
@@ -280,7 +286,7 @@ def backbone_group(scale: Scale, size: str, device: str, share: float) -> Group:
         columns=[Column("backbone", "case"), Column("measured", "mode"), *TIME_COLUMNS],
         notes=[
             f"Step: forward, backward and fused AdamW. {ROUNDS.format('ViT of detectron2')}",
-            CUDA_MEMORY,
+            *COMMON_NOTES,
         ],
         sort_by="mode",
         **pairs.options(scale.seconds, share),
@@ -328,7 +334,7 @@ def detector_group(scale: Scale, size: str, device: str, share: float) -> Group:
             "The whole detector, in a training step (forward, backward and fused AdamW) and in a"
             " forward pass, with random weights on noise; compiled: the backbone with its pyramid."
             f" {ROUNDS.format('detector around the ViT of detectron2')}",
-            CUDA_MEMORY,
+            *COMMON_NOTES,
             FEW_OBJECTS,
         ],
         sort_by="mode",
@@ -387,7 +393,7 @@ def pretraining_group(scale: Scale, size: str, device: str, share: float) -> Gro
             f" {ROUNDS.format('MAE, compiled for compiled ones')}",
             "Rate: FLOP/s of the step over those of bf16 matrix products with the shapes of the"
             " largest linear layers, measured before and after.",
-            CUDA_MEMORY,
+            *COMMON_NOTES,
         ],
         **pairs.options(
             scale.seconds,
@@ -445,7 +451,7 @@ class _Pairs:
         """Arguments of the :class:`Group`."""
         return {
             "entries": self.entries,
-            "build": partial(PairMeter, self.cases, reference),
+            "build": partial(PairMeter, self.cases, reference, profiled=True),
             "seconds": seconds,
             "share": share,
             "preload": (__name__,),

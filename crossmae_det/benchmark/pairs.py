@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer
 
 from crossmae_det.benchmark.measuring import Case, Measurement, Spread, ratios
@@ -23,6 +25,10 @@ MOST_CALLS = 50
 # Rounds: as many as there is time for, within these limits.
 FEWEST_ROUNDS = 3
 MOST_ROUNDS = 20
+
+# Of a profile: the kernels that take most of the time, and the characters of their names.
+KERNELS = 12
+KERNEL_NAME = 80
 
 
 class RunningCase:
@@ -52,6 +58,37 @@ class RunningCase:
         """Time of one call, the mean of a burst."""
         return self._time(self._calls) / self._calls
 
+    def kernels(self) -> dict[str, Any]:
+        """Profile one call.
+
+        Returns:
+            "busy_milliseconds", the time that the device spends in kernels (a CPU in operators);
+            "kernel_count"; and "kernels", the longest ones: name, milliseconds and count. Empty
+            where the profiler has no access to the GPU.
+        """
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._cuda
+        with profile(activities=activities) as profiler:
+            self._time(1)
+        kind = DeviceType.CUDA if self._cuda else DeviceType.CPU
+        time_of = "self_device_time_total" if self._cuda else "self_cpu_time_total"
+        rows = [
+            {
+                "name": e.key[:KERNEL_NAME],
+                "milliseconds": getattr(e, time_of) / 1e3,
+                "count": e.count,
+            }
+            for e in profiler.key_averages()
+            if e.device_type == kind
+        ]
+        if not rows:  # the profiler has no access to the GPU
+            return {}
+        rows.sort(key=lambda row: -row["milliseconds"])
+        return {
+            "busy_milliseconds": sum(row["milliseconds"] for row in rows),
+            "kernel_count": sum(row["count"] for row in rows),
+            "kernels": rows[:KERNELS],
+        }
+
     def _time(self, calls: int) -> float:
         before = self._allocated()
         if self._cuda:
@@ -79,15 +116,18 @@ class PairMeter:
         cases: what to measure, all on one device.
         reference: makes what measures the speed of the machine (FLOP/s), before and after each
             measurement of a case; None for none.
+        profiled: whether each case is profiled as well, after its rounds.
     """
 
     def __init__(
         self,
         cases: Sequence[Case],
         reference: Callable[[], Callable[[], float]] | None = None,
+        profiled: bool = False,
     ):
         self.cases = cases
         self.device = torch.device(cases[0].device)
+        self._profiled = profiled
         self._baseline: tuple[int, RunningCase] | None = None
         self._reference = reference() if reference else None
         if self._reference:
@@ -104,8 +144,10 @@ class PairMeter:
 
         Returns:
             The record of :meth:`.Measurement.record`, without a baseline with no ratios; also
-            "milliseconds" and "speed_ratio" (the inverse of "time_ratio") with their spread, and
-            "efficiency", the time of the FLOPs at the reference's rate over the time of the case.
+            "milliseconds" and "speed_ratio" (the inverse of "time_ratio") with their spread,
+            "efficiency", the time of the FLOPs at the reference's rate over the time of the case,
+            the result of :meth:`RunningCase.kernels`, and "busy", the share of the time that the
+            device spends in kernels: where it is low, the device waits for Python.
         """
         case = self.cases[index]
         if self._baseline is None or self._baseline[0] != baseline:
@@ -118,6 +160,7 @@ class PairMeter:
                 runs.append(RunningCase(case))
             taken, rates = self._rounds(runs, seconds)
             flops = case.count_flops() if rates else 0
+            profiled = runs[-1].kernels() if self._profiled else {}
             measured = Measurement(case, taken[-1], rates, runs[-1].peak_bytes)
             first = None
             if baseline is not None:
@@ -129,6 +172,9 @@ class PairMeter:
         record = measured.record(first)
         record["peak_bytes"] = record["peak_bytes"] or None
         record["milliseconds"] = Spread.of([1e3 * each for each in taken[-1]])
+        record |= profiled
+        if profiled:
+            record["busy"] = profiled["busy_milliseconds"] / record["milliseconds"].median
         if first:
             record["speed_ratio"] = ratios(first.seconds, measured.seconds)
         if flops:

@@ -188,14 +188,14 @@ def environment(device: torch.device) -> dict[str, str | int]:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         result["GPU memory"] = f"{memory / 2**30:.0f} GiB"
-        result |= {"CUDA": torch.version.cuda or "none", "driver": _driver_version()}
+        result |= {"CUDA": torch.version.cuda or "none", "driver": driver_version()}
     return result
 
 
-def _driver_version() -> str:
-    """Version of NVIDIA's driver, such as "580.65.06"; "unknown" outside of Linux."""
-    file = Path("/proc/driver/nvidia/version")
-    match = re.search(r"Module\b.*?\s(\d+\.[\d.]+)\s", file.read_text()) if file.exists() else None
+def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Version of NVIDIA's driver, such as "580.65.06"; "unknown" where Linux does not tell it."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    match = re.search(r"Module\b.*?\s(\d+\.[\d.]+)\s", text)
     return match[1] if match else "unknown"
 
 

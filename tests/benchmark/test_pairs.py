@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from crossmae_det.benchmark import Spread
 from crossmae_det.benchmark.measuring import Case
@@ -82,6 +83,22 @@ def test_a_failure_leaves_the_baseline():
         pair.measure(1, 0, 0)
     assert pair.measure(2, 0, 0)["time_ratio"].low > 0
     assert log.count("build a") == 1
+
+
+class Multiplies(Logged):
+    def prepare(self):
+        x = torch.ones(64, 64)
+        return lambda: (x @ x) @ x
+
+
+def test_a_profile_lists_the_kernels():
+    case = Multiplies(name="a", build=int, batch_size=1, precision="fp32", device="cpu")
+    record = PairMeter([case], profiled=True).measure(0, None, 0)
+    counts = {kernel["name"]: kernel["count"] for kernel in record["kernels"]}
+    assert counts["aten::mm"] == 2 and record["kernel_count"] >= 2
+    times = [kernel["milliseconds"] for kernel in record["kernels"]]
+    assert times == sorted(times, reverse=True) and 0 < sum(times) <= record["busy_milliseconds"]
+    assert record["busy"] == record["busy_milliseconds"] / record["milliseconds"].median
 
 
 def test_efficiency_is_relative_to_the_reference():

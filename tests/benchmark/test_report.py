@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from crossmae_det.benchmark import Report, Section, Spread, environment, read_json
-from crossmae_det.benchmark.report import JSON_VERSION, Column, plot_sections, published_ap
+from crossmae_det.benchmark.report import (
+    JSON_VERSION,
+    Column,
+    driver_version,
+    plot_sections,
+    published_ap,
+)
 
 PUBLISHED = {
     "backbone": "vit-base",
@@ -140,3 +146,19 @@ def test_published_ap_by_backbone():
     known = published_ap()
     assert (known["vit-base"].weights, known["vit-base"].box_ap) == ("CrossMAE", 52.1)
     assert known["detectron2-vit-large"].box_ap == 55.5
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22\nGCC", "550.54.14"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Rel", "580.65.06"),
+        ("something else", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_the_version_of_the_driver(tmp_path, text, version):
+    file = tmp_path / "version"
+    if text is not None:
+        file.write_text(text)
+    assert driver_version(file) == version
