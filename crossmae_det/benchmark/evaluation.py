@@ -8,7 +8,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from crossmae_det.benchmark.measuring import Spread, interleaved, ratios
 from crossmae_det.benchmark.report import Column, Section
 from crossmae_det.detection import COCOEvaluator, resolve_name
 from crossmae_det.detection.coco_backends import resolve_backend
-from crossmae_det.detection.detections import ImageDetections
+from crossmae_det.detection.detections import ImageDetections, as_text
 from crossmae_det.utils.files import write_json
 
 HEIGHT, WIDTH = 480, 640
@@ -138,7 +138,7 @@ def _annotations(
                 "bbox": mask_util.toBbox(mask).tolist(),
                 "area": area,
                 "iscrowd": int(crowd),
-                "segmentation": _as_text(mask) if crowd else [polygon],
+                "segmentation": as_text(mask) if crowd else [polygon],
             }
         )
     return annotations
@@ -162,13 +162,9 @@ def _detections(
         boxes=boxes.astype(np.float32).astype(np.float64),
         scores=scores.astype(np.float32).astype(np.float64),
         classes=labels.astype(np.int64),
-        masks=[_as_text(mask) for mask in masks],
+        masks=[as_text(mask) for mask in masks],
         areas=np.array([mask_util.area(mask) for mask in masks], np.float64),
     )
-
-
-def _as_text(mask: Mapping[str, Any]) -> dict[str, Any]:
-    return {"size": list(mask["size"]), "counts": mask["counts"].decode()}
 
 
 def check_numbers(images: int, detections: int) -> None:

@@ -107,7 +107,12 @@ def encode_masks(masks: torch.Tensor) -> tuple[list[Mask], np.ndarray]:
         columns = map(_transpose, masks.contiguous().view(torch.uint8).numpy())
     encoded = [encoder.encode(mask.T) for mask in columns]
     areas = np.asarray(encoder.area(encoded), dtype=np.float64) if encoded else np.zeros(0)
-    return [{"size": m["size"], "counts": m["counts"].decode()} for m in encoded], areas
+    return list(map(as_text, encoded)), areas
+
+
+def as_text(mask: Mask) -> Mask:
+    """A mask whose counts are bytes, as the encoder makes them, for JSON."""
+    return {"size": list(mask["size"]), "counts": mask["counts"].decode()}
 
 
 def _transpose(mask: np.ndarray) -> np.ndarray:

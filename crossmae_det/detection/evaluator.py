@@ -147,6 +147,8 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         prediction: dict[str, Any] = {"image_id": image_id}
         if detections is not None:
             prediction["instances"] = detections
+            if detections.masks is not None and self._do_evaluation:
+                self._truth.encode_masks()
             if self._output_dir and self._unknown_class(detections.classes) is None:
                 prediction["json"] = detections.to_json(image_id, self._truth.category_ids)
         self._predictions.append(prediction)

@@ -11,6 +11,7 @@ from crossmae_det.detection.coco import inspect_registered, is_coco, resolve_nam
 from crossmae_det.detection.coco_annotations import mask_area
 from crossmae_det.detection.coco_json import CocoFile, CocoInfo, load
 from crossmae_det.detection.coco_records import category_indices, dataset_categories
+from crossmae_det.detection.detections import as_text, encoder
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class GroundTruth:
             for index, name in enumerate(names)
         ]
         self._by_image = self._annotations_by_image()
+        self._encoded = False
         self.has_annotations = info.num_annotations is not None
         self.has_masks = info.has_masks or info.crowds_have_masks
         if ignored := len(info.categories) - len(self._indices):
@@ -109,6 +111,21 @@ class GroundTruth:
             "annotations": annotations,
             "categories": [{"id": i, "name": name} for i, name in enumerate(self.names, start=1)],
         }
+
+    def encode_masks(self) -> None:
+        """Turn polygons into run lengths, which is half of the work of an evaluation of masks.
+
+        The first call does it, for all evaluations to come.
+        """
+        if self._encoded:
+            return
+        self._encoded = True
+        for image, annotations in zip(self.file.images, self._by_image, strict=True):
+            for annotation in annotations:
+                if isinstance(mask := annotation.get("segmentation"), list):
+                    size = image["height"], image["width"]
+                    merged = encoder.merge(encoder.frPyObjects(mask, *size))
+                    annotation["segmentation"] = as_text(merged)
 
     def _annotations_by_image(self) -> list[list[dict[str, Any]]]:
         """The annotations of each image, without ids, for every evaluation to copy."""

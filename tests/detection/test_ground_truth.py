@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from coco_json_files import example, write
 from detections import (
@@ -21,7 +22,8 @@ from detections import (
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from crossmae_det.detection import COCOEvaluator, get_dataset_dicts
+from crossmae_det.detection import COCOEvaluator, get_dataset_dicts, resolve_name
+from crossmae_det.detection.ground_truth import GroundTruth
 
 CLASSES = {1: "class9", 2: "class3", 3: "class7"}  # of the model, in its order
 
@@ -186,6 +188,27 @@ def test_loader_and_evaluator_share_the_classes_of_the_model(tmp_path):
     with pytest.raises(ValueError) as error:
         get_dataset_dicts(spec, categories={1: "two", 2: "ten"})
     assert "adds 1 (nine)" in str(error.value) and "lacks 1 (ten)" in str(error.value)
+
+
+def test_encoded_masks_are_those_of_the_polygons(tmp_path):
+    content = example()
+    content["annotations"][0]["segmentation"].append([12.5, 3, 20, 4.2, 15, 14])
+    truth = GroundTruth(resolve_name(write(tmp_path, content)))
+    numbers = {7: 1, 3: 2, 5: 3}
+    sizes = (16, 24)
+    before = truth.dataset(numbers, "segm")["annotations"]
+    truth.encode_masks()
+    after = truth.dataset(numbers, "segm")["annotations"]
+    assert len(before) == len(after) == 4
+    for polygons, run_lengths in zip(before, after, strict=True):
+        expected = polygons["segmentation"]
+        if isinstance(expected, list):
+            expected = mask_util.merge(mask_util.frPyObjects(expected, *sizes))
+        decoded = mask_util.decode(run_lengths.pop("segmentation"))
+        np.testing.assert_array_equal(decoded, mask_util.decode(expected))
+        assert run_lengths == {k: v for k, v in polygons.items() if k != "segmentation"}
+    assert all("segmentation" not in a for a in truth.dataset(numbers)["annotations"])
+    assert isinstance(truth.file.annotations[0]["segmentation"], list)  # the file is shared
 
 
 # Incomplete, late or invalid datasets
