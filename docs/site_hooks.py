@@ -25,10 +25,10 @@ def api_pages() -> Iterator[tuple[str, str]]:
         name = init.parent.name
         lines = [f"# crossmae_det.{name}", "", f"::: crossmae_det.{name}", "    options:"]
         lines += ["      members: false", ""]
-        for path in sorted(init.parent.glob("*.py")):
+        for path in sorted(init.parent.rglob("*.py")):
             if not path.name.startswith("_"):
-                module = f"crossmae_det.{name}.{path.stem}"
-                lines += [f"## {path.stem}", "", f"::: {module}", ""]
+                module = ".".join(path.relative_to(init.parent).with_suffix("").parts)
+                lines += [f"## {module}", "", f"::: crossmae_det.{name}.{module}", ""]
         yield name, "\n".join(lines)
 
 

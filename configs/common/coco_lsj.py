@@ -1,7 +1,8 @@
 """COCO with large-scale jitter (https://arxiv.org/abs/2012.07177), as ViTDet trains.
 
 Set ``image_size``, ``train.total_batch_size`` and the two ``dataset.names``: each a name registered
-in detectron2, or ``annotations.json:image_folder``.
+in detectron2, ``annotations.json:image_folder``, or a dataset in another layout, such as
+``yolo:data.yaml``.
 """
 
 import detectron2.data.transforms as T

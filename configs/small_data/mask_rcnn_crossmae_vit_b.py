@@ -1,8 +1,9 @@
 """ViTDet Mask R-CNN, ViT-B, for 50 to 2,000 annotated images on one GPU.
 
 Set ``dataloader.train.dataset.names`` and ``dataloader.test.dataset.names``, each to
-``annotations.json:image_folder``, and ``train.init_checkpoint`` to pretrained weights. The settings
-and how they were measured: docs/benchmarks.md, "Small datasets".
+``annotations.json:image_folder``, or the first alone to a dataset with splits, such as
+``yolo:data.yaml``; and ``train.init_checkpoint`` to pretrained weights. The settings and how they
+were measured: docs/benchmarks.md, "Small datasets".
 """
 
 from detectron2.config import LazyCall as L
