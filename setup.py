@@ -45,6 +45,7 @@ setup(
         **{name: ["*.yaml"] for name in CONFIG_PACKAGES},
         "crossmae_det": ["py.typed"],
         "crossmae_det.model_zoo": ["data/*.json", "data/*.j2"],
+        "crossmae_det.report": ["data/*"],
     },
     # detectron2 is required as well but is not on PyPI: see `crossmae-det install-detectron2`.
     install_requires=[

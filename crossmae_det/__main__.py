@@ -29,6 +29,7 @@ COMMANDS = {
     "benchmark": ("benchmark", "measure FLOPs, time and memory of backbones, steps and loaders"),
     "benchmark-gpu": ("benchmark_gpu", "measure everything on a GPU in ten minutes, with a report"),
     "compare": ("benchmark", "train a detector from several backbones over several seeds"),
+    "report": ("report", "make the HTML report of a run, or compare runs"),
     "zoo": ("benchmark", "list the shipped configs and the published checkpoints"),
     "install-detectron2": ("install_detectron2", "install detectron2 without a compiler"),
     "doctor": ("doctor", "report versions, devices, backends, datasets and free space"),

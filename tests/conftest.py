@@ -85,5 +85,6 @@ def tiny_overrides(tiny_sets, tmp_path):
         "model.roi_heads.box_head.fc_dims=[32]",
         "train.amp.enabled=False",
         "train.device=cpu",
+        "train.report=null",
         f"train.output_dir={tmp_path}/output",
     ]

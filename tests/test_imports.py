@@ -18,7 +18,7 @@ ORDER = (
     ("pretraining", "classification", "detection"),
     ("segmentation",),
     ("model_zoo",),
-    ("export", "benchmark"),
+    ("export", "benchmark", "report"),
     ("tools",),
 )
 RANKS = {package: rank for rank, packages in enumerate(ORDER) for package in packages}

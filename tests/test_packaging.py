@@ -113,7 +113,7 @@ def test_wheel_contains_every_config_module_and_record(wheel):
     assert expected
     expected |= {
         path.relative_to(REPOSITORY).as_posix()
-        for pattern in ("*.py", "py.typed", "data/*.json", "data/*.j2")
+        for pattern in ("*.py", "py.typed", "data/*.json", "data/*.j2", "data/*.css", "data/*.js")
         for path in (REPOSITORY / "crossmae_det").rglob(pattern)
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}

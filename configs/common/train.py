@@ -1,5 +1,9 @@
 """The `train` key of every config: what the engine reads beside model, data and optimizer."""
 
+from detectron2.config import LazyCall as L
+
+from crossmae_det.report import RunReport
+
 train = dict(
     output_dir=None,  # output/NAME_OF_CONFIG
     init_checkpoint="",  # a backbone or a pretraining run to start from, a detector to evaluate
@@ -43,4 +47,5 @@ train = dict(
     ),
     log_period=20,
     visualizer=None,  # draws what the model does: see engine.hooks.Visualizer
+    report=L(RunReport)(output_dir="${train.output_dir}"),  # report.html; null: none
 )

@@ -123,8 +123,8 @@ def recorded(
         folder: the run's.
         report: ``train.report``, instantiated; None writes none.
         device: of the model.
-        start: what to record of the start; "iteration" is 0 for a new run, and then the starts of
-            an earlier run in the folder are dropped.
+        start: what to record of the start, with "iteration", "max_iter" and "config_file". At
+            iteration 0, the starts of an earlier run in the folder are dropped.
     """
     if not comm.is_main_process():
         yield
@@ -147,7 +147,8 @@ def recorded(
     )
     with _logged(folder, "write its record"):
         write_json(Path(folder, FILE), record, indent=1)
-    if report is not None:
+    if report is not None and start["iteration"] < start["max_iter"]:
+        # A complete run keeps what it has.
         with _logged(folder, "begin its report"):
             report.begin(start["config_file"])
     end = {"state": "ended"}

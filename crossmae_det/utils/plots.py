@@ -179,7 +179,7 @@ def _draw_losses(axes: Axes, group: Series) -> None:
             axes.plot(iterations, values, "o-", color=color, markersize=5, label=label)
             continue
         axes.plot(iterations, values, ".", color=color, alpha=0.22, markersize=4, linewidth=0)
-        axes.plot(iterations, _smooth(values), style, color=color, linewidth=1.8, label=label)
+        axes.plot(iterations, smooth(values), style, color=color, linewidth=1.8, label=label)
     if broken:
         label = f"not finite ({len(broken)} logged)"
         (marks,) = axes.plot(
@@ -240,7 +240,7 @@ def _arrays(points: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(list(points), dtype=int), np.where(np.isfinite(values), values, np.nan)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Running mean over the finite values of a window; NaN where the value itself is NaN.
 
     The window stays centered and shrinks towards the ends, so that the curve does not lag.

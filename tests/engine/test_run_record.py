@@ -9,7 +9,12 @@ from crossmae_det.engine.hooks import METRICS
 from crossmae_det.engine.run_record import FILE, ReportUpdates, read_record, recorded
 
 CPU = torch.device("cpu")
-START = {"iteration": 0, "config_file": "demo/mask_rcnn.py", "overrides": ["train.seed=1"]}
+START = {
+    "iteration": 0,
+    "max_iter": 9,
+    "config_file": "demo/mask_rcnn.py",
+    "overrides": ["train.seed=1"],
+}
 
 
 class Report:

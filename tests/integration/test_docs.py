@@ -56,6 +56,7 @@ LANGUAGES = {"sh", "python", "text", "yaml", "json", "bibtex"}
 # Added to the commands, behind the overrides of the page: small models, few iterations.
 COMMON = [
     "train.visualizer=null",
+    "train.report=null",
     "train.device=cpu",
     "train.amp.enabled=False",
     "train.max_iter=2",
