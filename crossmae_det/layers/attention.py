@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossmae_det.layers.attention_backends import attend, check_backend, relative_position
@@ -115,7 +114,7 @@ class CrossAttention(nn.Module):
         """Attend from queries (N, Q, C) to a memory (N, L, E); returns (N, Q, C)."""
         q = by_head(self.q(queries), self.num_heads)
         k, v = (by_head(y, self.num_heads) for y in self.kv(memory).chunk(2, dim=-1))
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attend(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

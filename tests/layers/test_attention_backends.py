@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.library import opcheck
 
 from crossmae_det.layers import attention_backends
@@ -121,6 +122,18 @@ def test_tables_of_another_size_are_resampled(device, backend, table_grid):
 
     expected = with_gradients(resampled, inputs)
     assert_equal(with_gradients(by_backend(backend, grid), inputs, device), expected, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [(9, 9), (5, 9)])
+def test_without_a_bias_low_precision_on_a_cpu_equals_the_fused_attention(dtype, tokens):
+    torch.manual_seed(0)
+    queries, keys = tokens
+    inputs = [torch.randn(2, 3, length, 16) for length in (queries, keys, keys)]
+    expected = with_gradients(F.scaled_dot_product_attention, inputs)
+    got = with_gradients(attend, inputs, dtype=dtype)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() < (0.05 if dtype == torch.bfloat16 else 0.01) * b.abs().max()
 
 
 @everywhere
