@@ -73,6 +73,7 @@ setup(
         "tensorboard>=2.10",  # torch.utils.tensorboard writes with it
         "tqdm>=4.60",
         "scikit-learn>=1.2",
+        "scipy>=1.9",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources
     ],
     extras_require={

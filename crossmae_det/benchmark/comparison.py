@@ -4,6 +4,7 @@ Legend: N images, S image size in pixels.
 """
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import parameter_count
+from scipy import stats
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,6 +26,7 @@ from crossmae_det.benchmark.costs import backbone_parts, detection_cost, flops_o
 from crossmae_det.benchmark.measuring import MEMORY_NOTES, Case, measure
 from crossmae_det.benchmark.report import Column, Section, machine
 from crossmae_det.engine.trainer import training_step
+from crossmae_det.utils import plots
 
 # Part that is measured -> title of the table.
 PARTS = {
@@ -432,7 +435,9 @@ def summarize(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, di
 
     Returns:
         start -> {metric: mean, "metric std": standard deviation over the seeds (0 for one),
-        "metric lead": mean over the seeds of the difference to the last start, "metric lead std"}.
+        "metric lead": mean over the seeds of the difference to the last start, "metric lead std"},
+        and with two seeds or more "metric lead margin": half the 95 % confidence interval of the
+        lead, by Student's t.
 
     Raises:
         ValueError: the runs do not have the same metrics.
@@ -451,20 +456,51 @@ def summarize(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, di
             for name, numbers in ((metric, values), (f"{metric} lead", leads)):
                 summary[start][name] = statistics.fmean(numbers)
                 summary[start][f"{name} std"] = statistics.stdev(numbers) if numbers[1:] else 0.0
+            if leads[1:]:
+                error = summary[start][f"{metric} lead std"] / math.sqrt(len(leads))
+                margin = error * float(stats.t.ppf(0.975, len(leads) - 1))
+                summary[start][f"{metric} lead margin"] = margin
     return summary
 
 
 def comparison_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """:func:`summarize` as a table in Markdown: a row for each start, then its lead."""
+    """:func:`summarize` as a table in Markdown: means with their standard deviation, then leads
+    with their 95 % interval."""
     summary = summarize(runs)
     metrics = list(next(iter(runs.values()))[0])
     *starts, last = summary
 
-    def row(title: str, start: str, suffix: str, sign: str) -> list[str]:
-        names = [metric + suffix for metric in metrics]
-        numbers = summary[start]
-        return [title, *(f"{numbers[n]:{sign}.1f} ± {numbers[f'{n} std']:.1f}" for n in names)]
+    def mean(start: str, metric: str) -> str:
+        return f"{summary[start][metric]:.1f} ± {summary[start][f'{metric} std']:.1f}"
 
-    rows = [row(start, start, "", "") for start in summary]
-    rows += [row(f"{start} - {last}", start, " lead", "+") for start in starts]
+    def lead(start: str, metric: str) -> str:
+        value = summary[start][f"{metric} lead"]
+        if f"{metric} lead margin" not in summary[start]:  # one seed
+            return f"{value:+.1f}"
+        margin = summary[start][f"{metric} lead margin"]
+        return f"{value:+.1f} ({value - margin:+.1f} to {value + margin:+.1f})"
+
+    rows = [[start, *(mean(start, metric) for metric in metrics)] for start in summary]
+    rows += [
+        [f"{start} - {last}", *(lead(start, metric) for metric in metrics)] for start in starts
+    ]
     return tabulate(rows, headers=["", *metrics], tablefmt="pipe", disable_numparse=True)
+
+
+def training_time(folder: str | os.PathLike[str]) -> tuple[int, float] | None:
+    """Iterations of a run and the seconds that they took, by the metrics in its folder.
+
+    A resumed run counts the iterations that its result is made of, once each.
+
+    Returns:
+        None if the folder has no metrics of a run.
+    """
+    path = os.path.join(folder, "metrics.json")
+    if not os.path.exists(path):
+        return None
+    iterations, seconds = 0, 0.0
+    for iteration, time in plots.read_metrics(path).get("time", {}).items():
+        # The median of the iterations since the line before.
+        seconds += time * (iteration + 1 - iterations)
+        iterations = iteration + 1
+    return iterations, seconds

@@ -24,6 +24,7 @@ from crossmae_det.benchmark.comparison import (
     comparison_table,
     read_metrics,
     summarize,
+    training_time,
 )
 from crossmae_det.benchmark.evaluation import check_numbers, evaluation_times
 from crossmae_det.benchmark.loading import crop_loading, detection_loading
@@ -341,9 +342,27 @@ def compare(parser: CommandParser) -> None:
                 if code := subprocess.run(command).returncode:
                     sys.exit(code)
             runs[name].append(read_metrics(results))
-    write_json(Path(args.output, "comparison.json"), {"runs": runs, "summary": summarize(runs)})
-    print(f"AP with {args.config_file}, mean ± standard deviation over {args.seeds} seeds:")
+    # What each backbone cost, then what a detector costs, which is the same from all of them.
+    costs = [
+        (f"pretraining of {name}", Path(checkpoint).parent)
+        for name, checkpoint in backbones
+        if checkpoint
+    ]
+    costs.append(("each detector", Path(args.output, f"{names[0]}_seed0")))
+    training = {
+        what: dict(zip(("iterations", "seconds"), time, strict=True))
+        for what, folder in costs
+        if (time := training_time(folder))
+    }
+    content = {"runs": runs, "summary": summarize(runs), "training": training}
+    write_json(Path(args.output, "comparison.json"), content)
+    print(
+        f"AP with {args.config_file}, {args.seeds} seeds: mean ± standard deviation; differences"
+        " seed by seed: mean and 95 % interval"
+    )
     print(comparison_table(runs))
+    for what, spent in training.items():
+        print(f"{what}: {spent['iterations']:,} iterations in {spent['seconds'] / 60:.1f} minutes")
 
 
 def zoo(parser: ArgumentParser) -> None:

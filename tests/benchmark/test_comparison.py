@@ -18,6 +18,7 @@ from crossmae_det.benchmark.comparison import (
     fitted_exponent,
     read_metrics,
     summarize,
+    training_time,
 )
 from crossmae_det.benchmark.measuring import measure
 from crossmae_det.benchmark.workers import OUT_OF_MEMORY
@@ -187,8 +188,11 @@ def test_means_spreads_and_leads():
     assert summary["pretrained"]["box AP lead"] == 11.5
     assert summary["pretrained"]["box AP lead std"] == pytest.approx(4.5**0.5)
     assert summary["random"]["mask AP lead"] == 0
+    # Student's t with one degree of freedom, 12.706, times 2.12 / sqrt(2).
+    assert summary["pretrained"]["box AP lead margin"] == pytest.approx(19.06, abs=0.01)
     one = summarize({name: runs[:1] for name, runs in RUNS.items()})
     assert one["pretrained"]["box AP std"] == 0 and one["pretrained"]["mask AP lead"] == 5
+    assert "mask AP lead margin" not in one["pretrained"]
 
 
 def test_runs_with_different_metrics_cannot_be_compared():
@@ -205,8 +209,16 @@ def test_the_table_has_rows_for_means_and_leads():
     assert cells[2:] == [
         ["pretrained", "32.0 ± 2.8", "20.5 ± 0.7"],
         ["random", "20.5 ± 0.7", "16.0 ± 1.4"],
-        ["pretrained - random", "+11.5 ± 2.1", "+4.5 ± 0.7"],
+        ["pretrained - random", "+11.5 (-7.6 to +30.6)", "+4.5 (-1.9 to +10.9)"],
     ]
+
+
+def test_the_time_of_a_run_is_read_from_its_metrics(tmp_path):
+    assert training_time(tmp_path) is None
+    lines = [(9, 2.0), (19, 0.5), (29, 9.0), (19, 0.5), (29, 0.25)]  # resumed after iteration 10
+    text = "".join(f'{{"iteration": {i}, "time": {t}}}\n' for i, t in lines)
+    (tmp_path / "metrics.json").write_text(text + '{"iteration": 29, "bbox/AP": 50.0}\n')
+    assert training_time(tmp_path) == (30, pytest.approx(20 + 5 + 2.5))
 
 
 def test_metrics_are_read_from_a_results_file(tmp_path):
