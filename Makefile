@@ -42,9 +42,8 @@ $(READY): setup.py $(wildcard requirements/*.txt) tools/setup_environment.py cro
 	@$(RUN) tools/setup_environment.py
 	@touch $@
 
-demo: $(READY) $(BACKBONE)  ## pretrain on the built-in dataset, once, then train and evaluate Mask R-CNN, into output/
-	$(RUN) tools/lazyconfig_train_net.py --overwrite --config-file configs/demo/mask_rcnn.py \
-	    train.init_checkpoint=$(BACKBONE)
+demo: $(READY)  ## pretrain on the built-in dataset, then train and evaluate Mask R-CNN, into output/
+	$(RUN) -m crossmae_det demo
 
 compare: $(BACKBONE)  ## AP from the pretrained backbone of the demo and from a random one, three seeds
 	$(RUN) tools/compare_backbones.py --config-file configs/demo/mask_rcnn.py --seeds 3 \

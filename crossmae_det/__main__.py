@@ -19,6 +19,7 @@ import crossmae_det
 
 # Command -> (module of crossmae_det.tools, summary). The function has the name of the command.
 COMMANDS = {
+    "demo": ("demo", "pretrain, then train a detector, on built-in data in a few minutes"),
     "train": ("train", "train a model from a config: pretraining or detection"),
     "evaluate": ("train", "evaluate a trained detector on its test set"),
     "predict": ("inference", "draw detections into images and videos, and write COCO results"),

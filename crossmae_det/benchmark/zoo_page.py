@@ -25,7 +25,7 @@ BASELINES = (
     ("pretraining/mae_vit_b_800ep.py", ("dataloader.image_size=448",)),
     (
         "demo/pretrain_cifar10_mae.py",
-        ("dataloader.image_size=128", "model.encoder.patch_size=8"),
+        ("dataloader.image_size=96", "model.encoder.patch_size=8"),
     ),
 )
 

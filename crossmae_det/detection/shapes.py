@@ -3,14 +3,14 @@
 Each variant has its own folder, named by the version of the generator and every parameter. A folder
 that exists is complete:
 
-    ROOT/shapes_v1_128px_4000_150_seed0/
+    ROOT/shapes_v2_128px_4000_150_seed0/
         train/000001.jpg ...              also a plain image folder, for pretraining
         val/000001.jpg ...
         annotations/instances_train.json, instances_val.json
         shapes.json                       the parameters
 
-An image holds one to six shapes of six classes on a textured ground. Classes differ only in their
-outline: size, rotation, color and texture are drawn from the same distributions. Later shapes hide
+An image holds one to three shapes of six classes on a textured ground. Classes differ only in their
+outline: size, tilt, color and texture are drawn from the same distributions. Later shapes hide
 earlier ones; a shape that would make itself or another one hard to recognize is not drawn. A mask
 is the visible part of its shape, and every shape has an annotation.
 
@@ -51,18 +51,25 @@ _DEFAULTS = {"num_train": 4000, "num_val": 150, "image_size": 128, "seed": 0}
 _LEAST = {"num_train": 1, "num_val": 1, "image_size": 32, "seed": 0}
 
 # Part of the folder's name: increment it with every change to what is drawn or written.
-_VERSION = 1
+_VERSION = 2
 _JPEG_QUALITY = 95
-_MAX_OBJECTS = 6
+_MAX_OBJECTS = 3
 _ATTEMPTS = 20
 _SUPERSAMPLING = 4
 
 # Side of the square of the same area as a shape, as a fraction of the image's side.
-_SIDE = (0.15, 0.45)
+_SIDE = (0.3, 0.55)
+
+# Largest tilt of a shape to either side, in degrees.
+_TILT = 20
+
+# Contrast of the textures: 1 is the full difference of two colors.
+_GROUND_CONTRAST = 0.3
+_SHAPE_CONTRAST = 0.5
 
 # At least this fraction of a shape, and of the hole of a ring, stays visible, and at least this
 # many pixels of a shape. With less, a ring looks like an ellipse, or a cross like a star.
-_MIN_VISIBLE = 0.6
+_MIN_VISIBLE = 0.75
 _MIN_PIXELS = 20
 
 
@@ -282,7 +289,8 @@ def render(split: str, number: int, *, image_size: int = 128, seed: int = 0) -> 
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), number]))
     ground_colors = _color_pair(rng, saturation=(0.05, 0.5), value=(0.25, 0.9))
-    canvas = _paint(_texture(rng, (0, 0, image_size, image_size), image_size), *ground_colors)
+    texture = _texture(rng, (0, 0, image_size, image_size), image_size)
+    canvas = _paint(_GROUND_CONTRAST * texture, *ground_colors)
     ground = canvas.mean(axis=(0, 1))
     shadow_angle = rng.uniform(0, 2 * math.pi)
 
@@ -317,7 +325,7 @@ def render(split: str, number: int, *, image_size: int = 128, seed: int = 0) -> 
         view = canvas[y0:y1, x0:x1]
         view *= 1 - 0.45 * _shadow(alpha, shadow_angle, side)[..., None]
         colors = _color_pair(rng, saturation=(0.2, 0.95), value=(0.35, 1.0), away_from=ground)
-        paint = _paint(_texture(rng, window, image_size), *colors)
+        paint = _paint(_SHAPE_CONTRAST * _texture(rng, window, image_size), *colors)
         view += alpha[..., None] * (paint - view)
 
     return Scene(_expose(rng, canvas), owners, tuple(categories))
@@ -356,11 +364,12 @@ def _area(polygon: Array) -> float:
 
 
 def _place(rng: np.random.Generator, outline: Outline, side: float, image_size: int) -> Outline:
-    """Rotate, scale to an area of side x side (without holes) and move to pixel coordinates."""
-    angle = rng.uniform(0, 2 * math.pi)
+    """Tilt, scale to an area of side x side (without holes) and move to pixel coordinates."""
+    upright = -math.pi / 2  # the first corner of an outline is on the right
+    angle = upright + math.radians(rng.uniform(-_TILT, _TILT))
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     scale = side / math.sqrt(_area(outline[0]) - sum(map(_area, outline[1:])))
-    margin = 0.2 * side
+    margin = 0.4 * side
     center = rng.uniform(margin, image_size - margin, size=2)
     return [part @ turn * scale + center for part in outline]
 
@@ -440,7 +449,7 @@ def _color_pair(
     for _ in range(20):  # bounded; whatever the ground, a few draws suffice
         hue = rng.random()
         first, second = color(hue), color(hue + rng.uniform(-0.12, 0.12))
-        if away_from is None or np.linalg.norm((first + second) / 2 - away_from) > 0.3:
+        if away_from is None or np.linalg.norm((first + second) / 2 - away_from) > 0.45:
             break
     return first, second
 
