@@ -69,10 +69,11 @@ def _faults(file: CocoFile) -> list[dict[str, Any]]:
 def _repairs(lines: Sequence[str]) -> list[dict[str, Any]]:
     checks = []
     for line in lines:
-        match = _REPAIR.fullmatch(line)
-        assert match, line
-        example = ast.literal_eval(match["id"])
-        checks.append(_check("info", match["what"], int(match["count"]), [example]))
+        if match := _REPAIR.fullmatch(line):
+            example = ast.literal_eval(match["id"])
+            checks.append(_check("info", match["what"], int(match["count"]), [example]))
+        else:
+            checks.append(_check("info", line, 1, []))
     return checks
 
 
@@ -92,6 +93,7 @@ def _hotcoco_checks(file: CocoFile) -> list[dict[str, Any]]:
             continue
         owners = names if code in _OF_CLASSES else images if code in _OF_IMAGES else annotations
         what = re.sub(r"^\d+ ", "", entry["message"]).rstrip(".").replace("(s)", "s")
+        what = what.replace("category/categories", "categories")
         if entry["layer"] == "Distribution":
             severity = "info"
         examples = [owners[number - 1] for number in sorted(numbers)[:_EXAMPLES]]

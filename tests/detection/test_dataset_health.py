@@ -1,5 +1,6 @@
 """Health of datasets with known problems."""
 
+import dataclasses
 import sys
 
 from coco_json_files import annotation, example, write
@@ -70,3 +71,10 @@ def test_without_hotcoco_only_its_own_checks_are_missing(tmp_path, monkeypatch):
     health = health_of(tmp_path, content)
     assert len(problems(health, "error")) == 1 and not problems(health, "warning")
     assert health["annotations"] == 5
+
+
+def test_notes_in_another_form_are_listed_as_they_are(tmp_path):
+    file = load(write(tmp_path, example()).split(":")[0])
+    note = "labels without an image: 2"
+    noted = dataclasses.replace(file, info=dataclasses.replace(file.info, repairs=(note,)))
+    assert problems(check_dataset(noted), "info")[note]["count"] == 1
