@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 import PIL
 import torch
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -23,13 +24,14 @@ from torchvision import transforms
 from crossmae_det.benchmark.cases import DETECTOR
 from crossmae_det.benchmark.measuring import Spread, interleaved, ratios
 from crossmae_det.benchmark.report import Column, Section
+from crossmae_det.detection import DetectionMapper
 from crossmae_det.model_zoo.zoo import get_config
 from crossmae_det.pretraining.crops import RandomCrops
 from crossmae_det.pretraining.image_datasets import ImageFiles, ShardedImages, StoredImage
 
 # Images per repeat, spread evenly over the dataset; they take some seconds.
 CROP_IMAGES = 256
-JITTER_IMAGES = 64
+JITTER_IMAGES = 96
 
 Images = ImageFiles | ShardedImages
 
@@ -136,13 +138,13 @@ def time_crops(images: Images, crops: Sequence[Crop], repeats: int) -> list[list
 
 
 def detection_loading(dataset: str, image_size: int, repeats: int) -> Iterator[Section]:
-    """A table of the rate of large-scale jitter over a detection dataset.
+    """A table of the rates of this project's mapper with large-scale jitter and of detectron2's.
 
     Args:
         dataset: a name that is registered in detectron2, or ``annotations.json:image_folder``. A
             folder of images has no annotations and yields no table.
         image_size: side of the crops in pixels.
-        repeats: number of passes over the images.
+        repeats: number of passes of each mapper over the images.
 
     Raises:
         ValueError, OSError: the dataset cannot be loaded, or an image cannot be decoded.
@@ -155,34 +157,108 @@ def detection_loading(dataset: str, image_size: int, repeats: int) -> Iterator[S
     records: list[dict[str, Any]] = instantiate(cfg.dataloader.train.dataset)
     mapper = instantiate(cfg.dataloader.train.mapper)
     chosen = records[:: max(1, len(records) // JITTER_IMAGES)][:JITTER_IMAGES]
-
-    def images_per_second() -> float:
-        start = timer()
-        for record in chosen:
-            mapper(record)
-        return len(chosen) / (timer() - start)
-
-    with single_threaded():
-        (rates,) = interleaved([images_per_second], repeats, "large-scale jitter")
+    mappers = [mapper, usual_mapper(mapper, chosen)]
+    ours, usual = time_mappers(chosen, mappers, repeats)
+    similar = Spread.of(similarities(chosen, *mappers))
     yield Section(
         key="large_scale_jitter",
-        title=f"Large-scale jitter to {image_size} x {image_size}: images/s of one worker",
+        title=f"Large-scale jitter to {image_size} x {image_size}: images/s of one core",
         columns=[
-            Column("pipeline", "pipeline"),
+            Column("mapper", "mapper"),
             Column("images/s (range)", "images_per_second", ".1f"),
+            Column("x detectron2 (range)", "ratio"),
+            Column("PSNR, dB (range)", "psnr", ".1f"),
         ],
-        records=[{"pipeline": "crossmae_det", "images_per_second": Spread.of(rates)}],
+        records=[
+            {"mapper": "detectron2", "images_per_second": Spread.of(usual)},
+            {
+                "mapper": "crossmae_det",
+                "images_per_second": Spread.of(ours),
+                "ratio": ratios(ours, usual),
+                "psnr": similar,
+            },
+        ],
         notes=[
-            f"{len(chosen)} images of {dataset} with their masks: decode, flip, resize by 0.1 to 2,"
-            f" crop; {repeats} repeats, one core; range: lowest to highest."
+            f"{len(chosen)} images of {dataset} with their {_targets(mapper)}: decode, flip, resize"
+            f" by 0.1 to 2, crop; {repeats} interleaved repeats of the same draws; range: lowest to"
+            " highest.",
+            "detectron2: DatasetMapper with the same augmentations; PSNR: of the images compared to"
+            " its own.",
         ],
         values={
             "dataset": dataset,
             "images": len(chosen),
             "image_size": image_size,
-            "images_per_second": rates,
+            "crossmae_det_images_per_second": ours,
+            "detectron2_images_per_second": usual,
+            "ratio": ratios(ours, usual),
+            "psnr": similar,
         },
     )
+
+
+def _targets(mapper: DetectionMapper) -> str:
+    return "masks" if mapper.use_instance_mask else "boxes"
+
+
+def usual_mapper(mapper: DetectionMapper, records: Sequence[dict[str, Any]]) -> DatasetMapper:
+    """detectron2's mapper with the options of this project's for these records."""
+    masks = [a.get("segmentation") for r in records for a in r["annotations"] if not a["iscrowd"]]
+    return DatasetMapper(
+        mapper.is_train,
+        augmentations=mapper.augmentations.augs,
+        image_format=mapper.image_format,
+        use_instance_mask=mapper.use_instance_mask,
+        instance_mask_format="bitmask" if any(isinstance(m, dict) for m in masks) else "polygon",
+        recompute_boxes=mapper.recompute_boxes,
+    )
+
+
+def time_mappers(
+    records: Sequence[dict[str, Any]], mappers: Sequence[DatasetMapper], repeats: int
+) -> list[list[float]]:
+    """Time detectron2 mappers alternately, on one thread.
+
+    Args:
+        records: in detectron2's format.
+        mappers: called with the records. In each repeat, all of them draw the same crops.
+        repeats: number of passes of each mapper over the records.
+
+    Returns:
+        For each mapper, the images per second of each repeat.
+    """
+
+    def images_per_second(mapper: DatasetMapper, numbers: Iterator[int]) -> float:
+        np.random.seed(next(numbers))
+        start = timer()
+        for record in records:
+            mapper(record)
+        return len(records) / (timer() - start)
+
+    measures = [partial(images_per_second, mapper, itertools.count()) for mapper in mappers]
+    with single_threaded():
+        return interleaved(measures, repeats, "large-scale jitter")
+
+
+def similarities(
+    records: Sequence[dict[str, Any]], mapper: DatasetMapper, usual: DatasetMapper
+) -> list[float]:
+    """The PSNR in dB between the images that two mappers make of each record with the same
+    random numbers; at most 99."""
+    values = []
+    for index, record in enumerate(records):
+        images = []
+        for each in (mapper, usual):
+            np.random.seed(index)
+            images.append(each(record)["image"].numpy())
+        values.append(psnr(*images))
+    return values
+
+
+def psnr(pixels: np.ndarray, expected: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 pixels of the same shape in dB; at most 99."""
+    error = float(np.mean((pixels.astype(np.float32) - expected) ** 2))
+    return min(99.0, 10 * math.log10(255**2 / error)) if error else 99.0
 
 
 @contextmanager

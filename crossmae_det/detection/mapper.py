@@ -6,28 +6,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList, DatasetMapper
-from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.structures import Boxes, PolygonMasks
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.serialize import PicklableWrapper
+from omegaconf import ListConfig
 from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 
 from crossmae_det.data import ResumableLoader
+from crossmae_det.detection.jitter import AugInput, are_by_size, decode, draw_by_size
+from crossmae_det.detection.targets import make_instances
 from crossmae_det.utils.image_reading import (
+    EncodedImage,
     ImageError,
     UndecodableImageError,
     check_image_format,
     naming_errors,
-    read_image,
 )
-
-# detectron2's threshold: boxes with a shorter side, in pixels, are not targets.
-_MIN_SIDE = 1e-5
+from crossmae_det.utils.resizing import to_tensor
 
 
 class ResizeToFit(T.Augmentation):
@@ -54,24 +54,15 @@ class ResizeToFit(T.Augmentation):
         return T.ResizeTransform(height, width, new_height, new_width)
 
 
-class AugInput(T.AugInput):
-    """detectron2's input of augmentations, but each side of the image keeps at least one pixel.
-
-    Otherwise, the short side of a long, thin image could round to 0 when it is scaled down.
-    """
-
-    def transform(self, tfm: T.Transform) -> None:
-        for step in tfm.transforms if isinstance(tfm, T.TransformList) else [tfm]:
-            if isinstance(step, T.ResizeTransform):
-                step.new_h, step.new_w = max(1, step.new_h), max(1, step.new_w)
-        super().transform(tfm)
-
-
 class DetectionMapper(DatasetMapper):
     """detectron2's ``DatasetMapper`` for boxes and masks, with these differences:
 
-    - Images are read by :func:`crossmae_det.utils.image_reading.read_image`, and each side keeps at
-      least one pixel in resizing.
+    - Images are read by :mod:`crossmae_det.utils.image_reading`, and each side keeps at least one
+      pixel in resizing.
+    - In training, large-scale jitter (flips, ``ResizeScale``, ``FixedSizeCrop``, nothing else)
+      takes a fraction of the time, with the same targets and nearly the same pixels: see
+      :mod:`crossmae_det.detection.jitter`. Other augmentations, and every test image, pass
+      through detectron2's own code.
     - An image that cannot be decoded, is not of the annotated size, or is smaller than `min_size`
       raises an `ImageError` that names the file.
     - Polygons and run-length masks may be mixed: an image with a run-length mask gets ``BitMasks``
@@ -115,6 +106,9 @@ class DetectionMapper(DatasetMapper):
                     f"mapper.augmentations: {item!r} is not an augmentation of detectron2: to "
                     "change one, override its keys, such as mapper.augmentations.0.prob=0.5"
                 )
+            for name, value in vars(item).items():
+                if isinstance(value, ListConfig):  # NumPy reads one a hundred times as slowly
+                    setattr(item, name, tuple(value))
         super().__init__(
             is_train,
             augmentations=list(augmentations),
@@ -138,78 +132,63 @@ class DetectionMapper(DatasetMapper):
             UndecodableImageError: the file cannot be read, or has another size than annotated.
             ImageError: a side of the image is smaller than `min_size`.
         """
-        dataset_dict = copy.deepcopy(dataset_dict)
-        augmented = AugInput(self._read(dataset_dict))
-        transforms = self.augmentations(augmented)
-        image = augmented.image
-        dataset_dict["image"] = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
-        if not self.is_train:
-            dataset_dict.pop("annotations", None)
-        elif "annotations" in dataset_dict:
-            self._transform_annotations(dataset_dict, transforms, image.shape[:2])
-        return dataset_dict
-
-    def _read(self, dataset_dict: dict[str, Any]) -> np.ndarray:
-        file_name = dataset_dict["file_name"]
-        # In training, the loader adds the advice: it may skip the image.
-        advice = "" if self.is_train else ": replace the file or remove it from the dataset"
         try:
-            with naming_errors(file_name), PathManager.open(file_name, "rb") as file:
-                data = file.read()
-            image = read_image(data, self.image_format, name=file_name)
+            return self._map(dataset_dict)
         except UndecodableImageError as error:
-            raise UndecodableImageError(f"{error}{advice}", file_name) from error
-        height, width = image.shape[:2]
-        try:
-            utils.check_image_size(dataset_dict, image)
-        except utils.SizeMismatchError as error:
+            if self.is_train:  # the loader adds the advice: it may skip the image
+                raise
+            advice = "replace the file or remove it from the dataset"
+            raise UndecodableImageError(f"{error}: {advice}", error.file_name) from error
+
+    def _map(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        record = {key: value for key, value in dataset_dict.items() if key != "annotations"}
+        record = copy.deepcopy(record)
+        encoded = self._open(record)
+        size = encoded.height, encoded.width
+        if self.is_train and are_by_size(self.augmentations.augs):
+            transforms = draw_by_size(self.augmentations, *size)
+            # OpenCV decodes to BGR; the copy to the tensor reverses the order.
+            decoded_format = "L" if self.image_format == "L" else "BGR"
+            pixels = decode(encoded, decoded_format, transforms)
+            image = to_tensor(pixels, reverse=self.image_format == "RGB")
+        else:
+            augmented = AugInput(np.ascontiguousarray(encoded.decode(self.image_format)))
+            transforms = self.augmentations(augmented)
+            image = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), order="C"))
+        record["image"] = image
+        if self.is_train and "annotations" in dataset_dict:
+            try:
+                record["instances"] = make_instances(
+                    dataset_dict["annotations"],
+                    transforms,
+                    size,
+                    (image.shape[1], image.shape[2]),
+                    masks=self.use_instance_mask,
+                    recompute_boxes=self.recompute_boxes,
+                )
+            except ValueError as error:
+                raise ValueError(f"{record['file_name']}: {error}") from error
+        return record
+
+    def _open(self, record: dict[str, Any]) -> EncodedImage:
+        file_name = record["file_name"]
+        with naming_errors(file_name), PathManager.open(file_name, "rb") as file:
+            data = file.read()
+        image = EncodedImage(data, file_name)
+        height, width = image.height, image.width
+        expected = record.setdefault("height", height), record.setdefault("width", width)
+        if expected != (height, width):
             raise UndecodableImageError(
                 f"{file_name}: the image is {width}x{height} pixels, but its annotations are for "
-                f"{dataset_dict['width']}x{dataset_dict['height']}{advice}",
+                f"{expected[1]}x{expected[0]}",
                 file_name,
-            ) from error
+            )
         if min(height, width) < self.min_size:
             raise ImageError(
                 f"{file_name}: the image is {width}x{height} pixels, but both sides must be at "
                 f"least {self.min_size} (a patch): remove it from the dataset"
             )
         return image
-
-    def _transform_annotations(self, dataset_dict, transforms, image_shape) -> None:
-        annotations = []
-        for annotation in dataset_dict.pop("annotations"):
-            if annotation.get("iscrowd", 0):
-                continue
-            if not self.use_instance_mask:
-                annotation.pop("segmentation", None)
-            annotation.pop("keypoints", None)
-            utils.transform_instance_annotations(annotation, transforms, image_shape)
-            if isinstance(annotation.get("segmentation"), np.ndarray):
-                annotation["segmentation"] = annotation["segmentation"] == 1  # 255 is padding
-            annotations.append(annotation)
-
-        has_mask = torch.tensor(["segmentation" in a for a in annotations], dtype=torch.bool)
-        run_lengths = any(isinstance(a.get("segmentation"), np.ndarray) for a in annotations)
-        if has_mask.any():
-            for annotation in annotations:
-                if "segmentation" not in annotation:
-                    x0, y0, x1, y1 = map(float, annotation["bbox"])
-                    annotation["segmentation"] = [[x0, y0, x1, y0, x1, y1, x0, y1]]
-        mask_format = "bitmask" if run_lengths else "polygon"
-        instances = utils.annotations_to_instances(annotations, image_shape, mask_format)
-        if self.use_instance_mask and not annotations:
-            instances.gt_masks = PolygonMasks([])
-        keep = instances.gt_boxes.nonempty(threshold=_MIN_SIDE)
-        if instances.has("gt_masks"):
-            if self.recompute_boxes:
-                boxes = instances.gt_masks.get_bounding_boxes().tensor
-                boxes = torch.where(has_mask[:, None], boxes, instances.gt_boxes.tensor)
-                instances.gt_boxes = Boxes(boxes)
-                keep = instances.gt_boxes.nonempty(threshold=_MIN_SIDE)
-            keep &= instances.gt_masks.nonempty() | ~has_mask
-            if not has_mask.all():
-                instances.gt_has_mask = has_mask
-        dataset_dict["instances"] = instances[keep]
 
 
 class TrainLoader(ResumableLoader):
@@ -246,7 +225,17 @@ class TrainLoader(ResumableLoader):
             num_workers=num_workers,
             seed=seed,
             skip_undecodable=skip_undecodable,
+            worker_init=_prepare_worker,
         )
+
+
+def _prepare_worker(worker: int) -> None:
+    """Workers share the cores: further threads of OpenCV would only compete for them. An image is
+    megabytes, for which the kernel would make new pages each time."""
+    from crossmae_det.engine import keep_freed_memory  # imports tensorboard, not needed before
+
+    cv2.setNumThreads(0)
+    keep_freed_memory(torch.device("cpu"))
 
 
 class _SeededMapper:

@@ -192,6 +192,13 @@ class EncodedImage:
             self._header = _read_header(io.BytesIO(data))
         self.height, self.width = self._header.height, self._header.width
 
+    def exact_reduction(self, most: float) -> int:
+        """The greatest reduction up to ``most`` for :meth:`decode` that keeps pixels in place: each
+        decoded pixel then covers exactly so many pixels per side, counted from the top left."""
+        sides = () if self._header.orientation == 1 else (self.height, self.width)
+        fitting = (r for r in REDUCTIONS if r <= most and not any(side % r for side in sides))
+        return max(fitting, default=1)
+
     def decode(self, format: str = "RGB", reduction: int = 1) -> np.ndarray:
         """Decode the image, upright.
 

@@ -2,12 +2,25 @@
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, BoxMode, PolygonMasks
+from image_files import encode, photo
 from PIL import Image
 
 from crossmae_det.benchmark import Spread, loading
-from crossmae_det.benchmark.loading import TorchvisionCrops, crop_loading, time_crops
+from crossmae_det.benchmark.loading import (
+    TorchvisionCrops,
+    crop_loading,
+    psnr,
+    similarities,
+    time_crops,
+    time_mappers,
+    usual_mapper,
+)
+from crossmae_det.detection import DetectionMapper
 from crossmae_det.pretraining import find_images
 from crossmae_det.pretraining.crops import RandomCrops
 
@@ -59,3 +72,46 @@ def test_the_table_of_rates(images, monkeypatch):
         ["torchvision", "20.0 (20.0 to 30.0)", "-"],
         ["crossmae_det", "80.0 (60.0 to 90.0)", "3.000 (3.000 to 4.000)"],
     ]
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Records of two photographs, with polygons and with run lengths."""
+    made = []
+    run_lengths = mask_util.encode(np.ones((60, 80), np.uint8, order="F"))
+    for index, segmentation in enumerate([[[5.0, 5.0, 60.0, 9.0, 30.0, 50.0]], run_lengths]):
+        (tmp_path / f"{index}.png").write_bytes(encode(photo(60, 80, seed=index)))
+        target = {"bbox": [5.0, 5.0, 60.0, 50.0], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+        target |= {"segmentation": segmentation, "iscrowd": 0}
+        record = {"file_name": str(tmp_path / f"{index}.png"), "height": 60, "width": 80}
+        made.append(record | {"image_id": index, "annotations": [target]})
+    return made
+
+
+@pytest.mark.parametrize("recompute_boxes", [False, True])
+def test_mappers_are_compared_with_the_same_draws(records, recompute_boxes):
+    steps = [T.RandomFlip(), T.ResizeScale(0.5, 2.0, 64, 64), T.FixedSizeCrop((64, 64), pad=False)]
+    ours = DetectionMapper(
+        True,
+        augmentations=steps,
+        image_format="RGB",
+        use_instance_mask=True,
+        recompute_boxes=recompute_boxes,
+    )
+    for chosen, masks in ((records[:1], PolygonMasks), (records[1:], BitMasks)):
+        usual = usual_mapper(ours, chosen)
+        assert min(similarities(chosen, ours, usual)) > 40
+        assert isinstance(usual(chosen[0])["instances"].gt_masks, masks)
+    seen = []
+    mappers = [lambda record: seen.append((record["image_id"], np.random.rand()))] * 2
+    rates = time_mappers(records, mappers, 2)
+    assert [len(rate) for rate in rates] == [2, 2]
+    assert [name for name, _ in seen] == [0, 1] * 6
+    draws = [draw for _, draw in seen]
+    assert draws[0:2] == draws[2:4] and draws[4:6] == draws[6:8] != draws[0:2]
+
+
+def test_psnr():
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert psnr(black, white) == 0 and psnr(white, white) == 99
+    assert psnr(white, white - 1) == pytest.approx(48.13, abs=0.01)
