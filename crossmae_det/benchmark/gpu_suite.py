@@ -47,7 +47,7 @@ ROUNDS = "Each case and its baseline, the {}, were measured alternately in one p
 COMMON_NOTES = (
     "MiB: peak of CUDA's allocator for this model; not measured on a CPU.",
     "Kernels: of one call, by torch's profiler, and the part of the time that the device is busy"
-    " with them; the JSON lists the longest. On a CPU: operators.",
+    " with them; the JSON lists the longest. Not measured on a CPU.",
 )
 
 
@@ -449,9 +449,10 @@ class _Pairs:
         self, seconds: float, share: float, reference: Callable[[], GemmRate] | None = None
     ) -> dict[str, Any]:
         """Arguments of the :class:`Group`."""
+        on_gpu = self.cases[0].device == "cuda"
         return {
             "entries": self.entries,
-            "build": partial(PairMeter, self.cases, reference, profiled=True),
+            "build": partial(PairMeter, self.cases, reference, profiled=on_gpu),
             "seconds": seconds,
             "share": share,
             "preload": (__name__,),

@@ -6,6 +6,7 @@ it, so that a GPU need not have room for all of them, and many cases take little
 """
 
 import gc
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,6 +67,8 @@ class RunningCase:
             "kernel_count"; and "kernels", the longest ones: name, milliseconds and count. Empty
             where the profiler has no access to the GPU.
         """
+        # Its log is a line or more per profile; read when the first one starts.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._cuda
         with profile(activities=activities) as profiler:
             self._time(1)
