@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,7 @@ import PIL
 import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.benchmark import timer
@@ -26,7 +27,7 @@ from crossmae_det.benchmark.measuring import Spread, interleaved, ratios
 from crossmae_det.benchmark.report import Column, Section
 from crossmae_det.detection import DetectionMapper
 from crossmae_det.model_zoo.zoo import get_config
-from crossmae_det.pretraining.crops import RandomCrops
+from crossmae_det.pretraining.crops import RandomCrops, random_crop
 from crossmae_det.pretraining.image_datasets import ImageFiles, ShardedImages, StoredImage
 
 # Images per repeat, spread evenly over the dataset; they take some seconds.
@@ -64,6 +65,19 @@ class TorchvisionCrops:
             return self.transform(opened.convert("RGB"))
 
 
+def exact_crop(crops: RandomCrops, image: StoredImage, seed_sequence: Sequence[int]) -> np.ndarray:
+    """The crop that ``seed_sequence`` decides, by Pillow: (3, H, W) uint8 in RGB."""
+    rng = random.Random(" ".join(map(str, seed_sequence)))
+    with Image.open(io.BytesIO(image.read())) as opened:
+        upright = ImageOps.exif_transpose(opened).convert("RGB")
+    top, left, height, width = random_crop(upright.height, upright.width, crops.scale, rng)
+    part = upright.crop((left, top, left + width, top + height))
+    part = part.resize((crops.width, crops.height), Image.Resampling.BICUBIC)
+    if crops.flip and rng.random() < 0.5:
+        part = ImageOps.mirror(part)
+    return np.asarray(part).transpose(2, 0, 1)
+
+
 def crop_loading(dataset: str, images: Images, image_size: int, repeats: int) -> Section:
     """A table of the rates of this project's crops and of torchvision's.
 
@@ -76,8 +90,15 @@ def crop_loading(dataset: str, images: Images, image_size: int, repeats: int) ->
     Raises:
         ValueError, OSError: ``repeats`` is not positive, or an image cannot be decoded.
     """
-    crops: list[Crop] = [RandomCrops(image_size), TorchvisionCrops(image_size)]
+    random_crops = RandomCrops(image_size)
+    crops: list[Crop] = [random_crops, TorchvisionCrops(image_size)]
     ours, usual = time_crops(images, crops, repeats)
+    similar = Spread.of(
+        [
+            psnr(random_crops(image, (0,)).numpy(), exact_crop(random_crops, image, (0,)))
+            for image in _chosen(images)
+        ]
+    )
     return Section(
         key="data",
         title=f"Decoding and cropping to {image_size} x {image_size}: images/s of one core",
@@ -85,6 +106,7 @@ def crop_loading(dataset: str, images: Images, image_size: int, repeats: int) ->
             Column("pipeline", "pipeline"),
             Column("images/s (range)", "images_per_second", ".1f"),
             Column("x torchvision (range)", "ratio"),
+            Column("PSNR, dB (range)", "psnr", ".1f"),
         ],
         records=[
             {"pipeline": "torchvision", "images_per_second": Spread.of(usual)},
@@ -92,6 +114,7 @@ def crop_loading(dataset: str, images: Images, image_size: int, repeats: int) ->
                 "pipeline": "crossmae_det",
                 "images_per_second": Spread.of(ours),
                 "ratio": ratios(ours, usual),
+                "psnr": similar,
             },
         ],
         notes=[
@@ -100,6 +123,7 @@ def crop_loading(dataset: str, images: Images, image_size: int, repeats: int) ->
             f"torchvision: Pillow {PIL.__version__} and torchvision {version('torchvision')}'s"
             " RandomResizedCrop (0.2 to 1, bicubic), RandomHorizontalFlip, ToTensor, Normalize.",
             f"crossmae_det: OpenCV {cv2.__version__}, uint8; the model normalizes.",
+            "PSNR: compared to the same crops by Pillow.",
         ],
         values={
             "dataset": dataset,
@@ -108,8 +132,15 @@ def crop_loading(dataset: str, images: Images, image_size: int, repeats: int) ->
             "crossmae_det_images_per_second": ours,
             "torchvision_images_per_second": usual,
             "ratio": ratios(ours, usual),
+            "psnr": similar,
         },
     )
+
+
+def _chosen(images: Images) -> list[StoredImage]:
+    """At most 256 of the images, evenly spread."""
+    indices = np.linspace(0, len(images) - 1, min(CROP_IMAGES, len(images))).round().astype(int)
+    return [images[index] for index in indices.tolist()]
 
 
 def time_crops(images: Images, crops: Sequence[Crop], repeats: int) -> list[list[float]]:
@@ -123,8 +154,7 @@ def time_crops(images: Images, crops: Sequence[Crop], repeats: int) -> list[list
     Returns:
         For each of ``crops``, the images per second of each repeat.
     """
-    indices = np.linspace(0, len(images) - 1, min(CROP_IMAGES, len(images))).round().astype(int)
-    chosen = [images[index] for index in indices.tolist()]
+    chosen = _chosen(images)
 
     def images_per_second(crop: Crop, numbers: Iterator[int]) -> float:
         start = timer()

@@ -2,9 +2,10 @@
 
 Random crops for training are those of the published recipe (torchvision's ``RandomResizedCrop``),
 made faster: a JPEG that is far larger than needed is decoded at a half, a quarter or an eighth of
-its size, only the crop is resized, and the loader returns uint8, which the model normalizes on its
-own device. Validation and visualizations use the largest central part of an image. Boxes refer to
-the upright image.
+its size, only the crop is resized, by a faster bicubic filter, and the loader returns uint8, which
+the model normalizes on its own device. On 80 photographs of COCO, the PSNR to crops that Pillow
+decodes and resizes is 71 dB on average and 54 dB at least. Validation and visualizations use the
+largest central part of an image. Boxes refer to the upright image.
 
 Legend: N images of a batch, H x W pixels of a crop, all colors in the order RGB.
 """
@@ -26,6 +27,7 @@ from crossmae_det.data import ResumableLoader, process_rank
 from crossmae_det.pretraining.image_datasets import StoredImage, find_images
 from crossmae_det.utils.image_files import sampled_sizes
 from crossmae_det.utils.image_reading import REDUCTIONS, UndecodableImageError
+from crossmae_det.utils.resizing import resize, to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +36,9 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)
 # Draws that may not fit the image, before a central crop is taken.
 CROP_ATTEMPTS = 10
 
-# A crop that is made smaller, up to AREA_FROM times, is blurred first to avoid aliasing: over three
-# pixels, with a deviation of BLUR pixels for each one that goes into a new one. Compared to
-# Pillow's bicubic filter, COCO's photographs made 1.05 to 2.5 times smaller then have a PSNR of 51
-# to 41 dB; averaged over areas, which takes twice as long, 38 to 43 dB.
-BLUR = 0.37
-AREA_FROM = 2.5
+# How many times smaller than it is decoded a part must become. Without a margin, the filter of the
+# decoder replaces the bicubic one: PSNR to Pillow is then 27 dB at worst, 54 dB with it.
+MARGIN = 1.25
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
@@ -61,21 +60,6 @@ def random_crop(height: int, width: int, scale: Sequence[float], rng: random.Ran
     return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
 
 
-def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (rows, columns, 3) uint8 to (height, width, 3) uint8, close to Pillow's bicubic filter
-    in a fifth of its time."""
-    rows, columns = pixels.shape[0] / height, pixels.shape[1] / width
-    if max(rows, columns) > AREA_FROM:
-        return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    if max(rows, columns) > 1:
-        # OpenCV's bicubic filter reads four pixels per side however many there are to each new one.
-        taps = (3 if columns > 1 else 1, 3 if rows > 1 else 1)
-        pixels = cv2.GaussianBlur(
-            pixels, taps, sigmaX=BLUR * columns, sigmaY=BLUR * rows, borderType=cv2.BORDER_REPLICATE
-        )
-    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
 def read_part(
     image: StoredImage, choose: Callable[[int, int], Box], size: tuple[int, int]
 ) -> np.ndarray:
@@ -87,7 +71,7 @@ def read_part(
         size: (H, W) of the result.
 
     Returns:
-        (H, W, 3) uint8 in the order BGR.
+        (H, W, 3) uint8 in the order BGR, not always contiguous.
 
     Raises:
         UndecodableImageError: the image cannot be read or decoded.
@@ -95,19 +79,12 @@ def read_part(
     encoded = image.open()
     height, width = encoded.height, encoded.width
     top, left, part_h, part_w = choose(height, width)
-    enough = max(1, min(part_h // size[0], part_w // size[1]))
-    pixels = encoded.decode("BGR", max(r for r in REDUCTIONS if r <= enough))
+    smaller = max(1, min(part_h / size[0], part_w / size[1]) / MARGIN)
+    pixels = encoded.decode("BGR", max(r for r in REDUCTIONS if r <= smaller))
     scale_y, scale_x = pixels.shape[0] / height, pixels.shape[1] / width
     top, part_h = round(top * scale_y), max(1, round(part_h * scale_y))
     left, part_w = round(left * scale_x), max(1, round(part_w * scale_x))
-    return resize(pixels[top : top + part_h, left : left + part_w], *size)
-
-
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 in the order BGR -> (3, H, W) uint8 in RGB."""
-    planes = np.empty((3, *pixels.shape[:2]), np.uint8)
-    cv2.split(pixels, list(planes[::-1]))
-    return torch.from_numpy(planes)
+    return resize(pixels[top : top + part_h, left : left + part_w], *size, mode="bicubic")
 
 
 def load_image(image: StoredImage, image_size: int | tuple[int, int]) -> Tensor:
@@ -127,7 +104,7 @@ def load_image(image: StoredImage, image_size: int | tuple[int, int]) -> Tensor:
         part_h, part_w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
         return (height - part_h) // 2, (width - part_w) // 2, part_h, part_w
 
-    return to_tensor(read_part(image, central, size))
+    return to_tensor(read_part(image, central, size), reverse=True)
 
 
 def load_images(dataset: str, image_size: int | tuple[int, int], count: int) -> Tensor:
@@ -205,7 +182,7 @@ class RandomCrops:
         )
         if self.flip and rng.random() < 0.5:
             part = cv2.flip(part, 1)
-        return to_tensor(part)
+        return to_tensor(part, reverse=True)
 
 
 def build_pretraining_loader(
