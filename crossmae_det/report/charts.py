@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from crossmae_det.utils.plots import smooth
 
 # A chart is about as wide as a phone, in CSS pixels, so that its text is not shrunk there.
-WIDTH, HEIGHT = 360, 220
+WIDTH, HEIGHT = 320, 200
 POINTS_PER_INCH = 72
 
 # Placeholder -> CSS variable of the page.

@@ -45,11 +45,11 @@ def write_run_page(
 
     builders = [
         ("Accuracy", sections.accuracy),
-        ("Reconstructions", with_option(sections.reconstructions)),
         ("Errors", analysis.errors),
         ("Classes", analysis.classes),
         ("Images", with_option(sections.examples)),
         ("Training", sections.training),
+        ("Reconstructions", with_option(sections.reconstructions)),
         ("Configuration", sections.configuration),
         ("Data", sections.data),
         ("Environment", sections.environment),
