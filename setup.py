@@ -85,6 +85,7 @@ setup(
             "pytest>=7",
             "pytest-xdist",
             "ruff",
+            "wandb>=0.19",  # its logger is tested offline
         ]
     },
     entry_points={"console_scripts": ["crossmae-det = crossmae_det.__main__:main"]},

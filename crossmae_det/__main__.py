@@ -10,6 +10,8 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -41,6 +43,15 @@ STANDALONE = ("install-detectron2", "doctor")
 OVERRIDE = re.compile(r"[+]?(model|dataloader|optimizer|lr_multiplier|train)\.[][\w.]+=")
 
 
+# How the threads of an operator on a CPU wait for each other. By default each spins for
+# milliseconds, which takes the core from the thread it waits for where another process runs. Read
+# when the OpenMP library is loaded, also in processes that this one starts.
+WAITING = {
+    "OMP_WAIT_POLICY": "passive",  # LLVM's and Intel's library
+    "GOMP_SPINCOUNT": "10000",  # GNU's, which torch has on Linux: a fraction of a millisecond
+}
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser whose options and overrides may stand in any order."""
 
@@ -70,12 +81,59 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
 
+def set_threads(cgroups: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> None:
+    """Set how the threads of this process wait, and limit them to the CPUs that it may use.
+
+    Variables of the environment that are set already stay as they are. Without a limit of the
+    control group, the number is torch's own: one thread for each core that the process may use.
+
+    Args:
+        cgroups: folder of the control groups.
+        own: file with the group of this process.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        os.environ.update(WAITING)
+    quota = _cpu_quota(Path(cgroups), Path(own))
+    if quota < _usable_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, math.floor(quota))))
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_quota(cgroups: Path, own: Path) -> float:
+    """CPUs that the control groups of this process allow, as containers set them; or infinity."""
+    try:
+        paths = re.findall(r"^0::/(.*)$", own.read_text(encoding="utf-8"), re.M)
+    except OSError:  # not Linux
+        return math.inf
+    quotas = [math.inf]
+    for folder in {cgroups, *(p for path in paths for p in _folders(cgroups, path))}:
+        try:
+            limit, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        except (OSError, ValueError):  # no limit of this kind
+            continue
+        if limit != "max":
+            quotas.append(int(limit) / int(period))
+    return min(quotas)
+
+
+def _folders(root: Path, path: str) -> list[Path]:
+    """The folder of a group and those of the groups around it."""
+    folder = root / path
+    return [folder, *(parent for parent in folder.parents if root in parent.parents)]
+
+
 def run_command(name: str) -> None:
     """Run a command with the arguments in ``sys.argv``, then exit if it failed.
 
     Args:
         name: a key of :data:`COMMANDS`.
     """
+    set_threads()
     module = f"crossmae_det.tools.{COMMANDS[name][0]}"
     if name not in STANDALONE:
         spec = importlib.util.find_spec("detectron2")

@@ -22,6 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # Required by other packages, not imported: see the comments in setup.py.
 NOT_IMPORTED = {"setuptools", "shapely", "tensorboard", "torchvision"}
+# Loggers, imported by runs that enable them.
+OPTIONAL = {"mlflow", "wandb"}
 # Modules whose distribution has another name.
 DISTRIBUTIONS = {
     "PIL": "pillow",
@@ -176,7 +178,7 @@ def imported_modules(*folders: str) -> set[str]:
 
 def test_setup_declares_exactly_what_the_package_imports(declared):
     modules = imported_modules("crossmae_det", "configs", "tools") - set(sys.stdlib_module_names)
-    modules -= {"crossmae_det", "detectron2"}
+    modules -= {"crossmae_det", "detectron2", *OPTIONAL}
     modules -= {path.stem for path in (REPOSITORY / "tools").glob("*.py")}
     used = {canonicalize_name(DISTRIBUTIONS.get(module, module)) for module in modules}
     assert used - declared.keys() == set(), "imported, but not in setup.py"

@@ -46,6 +46,10 @@ train = dict(
         mode="${train.best_checkpoint.mode}",
     ),
     log_period=20,
+    # Loggers beside metrics.json and TensorBoard, if installed. name: None is the folder's name.
+    wandb=dict(enabled=False, project="crossmae_det", entity=None, name=None, tags=[]),
+    # tracking_uri: a server or "sqlite:///FILE"; None: MLflow's own default.
+    mlflow=dict(enabled=False, tracking_uri=None, experiment="crossmae_det", name=None),
     visualizer=None,  # draws what the model does: see engine.hooks.Visualizer
     report=L(RunReport)(output_dir="${train.output_dir}"),  # report.html; null: none
 )

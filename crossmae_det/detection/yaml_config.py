@@ -81,6 +81,12 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     solver.COMPILE = CfgNode({"ENABLED": False})
     solver.EARLY_STOPPING = CfgNode({"ENABLED": False, "PATIENCE": 5})  # evaluations
     cfg.TEST.VALIDATION_LOSS = CfgNode({"ENABLED": False})
+    cfg.LOGGERS = CfgNode(
+        {
+            "WANDB": {"ENABLED": False, "PROJECT": "crossmae_det"},
+            "MLFLOW": {"ENABLED": False, "TRACKING_URI": None, "EXPERIMENT": "crossmae_det"},
+        }
+    )
     # The first metric that is measured selects the best checkpoint and stops early.
     cfg.TEST.BEST_METRICS = ["segm/AP", "bbox/AP"]
 
@@ -116,6 +122,11 @@ KEYS = {
     "TEST.EVAL_PERIOD": "train.eval_period",
     "TEST.VALIDATION_LOSS.ENABLED": "train.validation_loss.enabled",
     "TEST.BEST_METRICS": "train.best_checkpoint.metrics",
+    "LOGGERS.WANDB.ENABLED": "train.wandb.enabled",
+    "LOGGERS.WANDB.PROJECT": "train.wandb.project",
+    "LOGGERS.MLFLOW.ENABLED": "train.mlflow.enabled",
+    "LOGGERS.MLFLOW.TRACKING_URI": "train.mlflow.tracking_uri",
+    "LOGGERS.MLFLOW.EXPERIMENT": "train.mlflow.experiment",
     "CUDNN_BENCHMARK": "train.cudnn_benchmark",
     "OUTPUT_DIR": "train.output_dir",
     "MODEL.WEIGHTS": "train.init_checkpoint",

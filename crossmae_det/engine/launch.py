@@ -30,6 +30,7 @@ from crossmae_det.checkpoint.reading import split_prefix
 from crossmae_det.engine.checkpointing import POINTER
 from crossmae_det.engine.config import check_keys, log_data, resolve
 from crossmae_det.engine.hooks import CURVES, METRICS
+from crossmae_det.engine.loggers import FILE as LOGGERS_FILE
 from crossmae_det.engine.run_record import FILE as RECORD
 from crossmae_det.engine.trainer import NonFiniteError
 from crossmae_det.engine.validation import EarlyStopping
@@ -75,6 +76,8 @@ FILES = (
     "inference",
     EMA_FOLDER,
     "reconstructions",
+    LOGGERS_FILE,
+    "wandb",
 )
 
 # Of glibc's malloc.h.
@@ -408,6 +411,10 @@ def run_distributed(main: Callable[[Namespace], Any], args: Namespace, cfg: Dict
                 probe.bind(("127.0.0.1", 0))
                 url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
         group = {"init_method": url, "world_size": world_size}
+        if device.type == "cpu":
+            # Each process would start a thread for every core; torchrun sets one thread each.
+            share = max(1, torch.get_num_threads() // local_size)
+            os.environ.setdefault("OMP_NUM_THREADS", str(share))
         start_processes(
             _start_process,
             (main, args, device.type, local_size, group),

@@ -52,6 +52,7 @@ from crossmae_det.engine.launch import (
     resolve_device,
     setup,
 )
+from crossmae_det.engine.loggers import LoggedRun, build_loggers
 from crossmae_det.engine.precision import amp_dtype, inference_autocast
 from crossmae_det.engine.run_record import ReportUpdates, recorded
 from crossmae_det.engine.trainer import NonFiniteError, Trainer
@@ -242,6 +243,7 @@ def train(
     )
     schedule = LRMultiplier(optimizer, build(cfg.lr_multiplier, "lr_multiplier"), options.max_iter)
     report = instantiate(options.report) if options.get("report") else None
+    loggers = build_loggers(options, run_settings)
     results: dict[str, Any] = {}
 
     def evaluate_now() -> dict[str, Any]:
@@ -264,11 +266,13 @@ def train(
             *_evaluation_hooks(cfg, checkpointer, precision, evaluate_now),
             # Before the writers, which write its drawings.
             Visualization(instantiate(options.visualizer)) if options.visualizer else None,
+            LoggedRun(loggers) if main and loggers else None,
             hooks.PeriodicWriter(
                 [
                     CommonMetricPrinter(options.max_iter),
                     MetricsWriter(os.path.join(options.output_dir, METRICS)),
-                    TensorboardXWriter(options.output_dir),
+                    *loggers,
+                    TensorboardXWriter(options.output_dir),  # the last one: it removes the images
                 ],
                 period=options.log_period,
             )
@@ -287,10 +291,10 @@ def train(
         if resume:
             logger.info("%s: no checkpoint to resume from: new run", options.output_dir)
         if options.init_checkpoint:
-            report = load(model, options.init_checkpoint, **allowed)
-            logger.info(report)
+            loaded = load(model, options.init_checkpoint, **allowed)
+            logger.info(loaded)
             if main:
-                write_json(os.path.join(options.output_dir, REPORT), report.to_dict(), indent=2)
+                write_json(os.path.join(options.output_dir, REPORT), loaded.to_dict(), indent=2)
     if main and start_iter < options.max_iter:  # a complete run keeps the config of its training
         save(original, cfg, os.path.join(options.output_dir, FILE))
     start = {

@@ -27,9 +27,11 @@ from crossmae_det.benchmark.comparison import (
     training_time,
 )
 from crossmae_det.benchmark.evaluation import check_numbers, evaluation_times
+from crossmae_det.benchmark.host_waits import waits_section
 from crossmae_det.benchmark.loading import crop_loading, detection_loading
 from crossmae_det.benchmark.measuring import check_repeats
 from crossmae_det.benchmark.report import DETECTION_SIZE, plot_sections
+from crossmae_det.benchmark.sharing import measure_sharing
 from crossmae_det.benchmark.zoo_page import PAGE, is_up_to_date, updated, write_page
 from crossmae_det.engine import resolve_device
 from crossmae_det.engine.config import is_run_of
@@ -63,6 +65,8 @@ def benchmark(parser: ArgumentParser) -> None:
       crossmae-det benchmark --pretraining --step
       crossmae-det benchmark --data coco_2017_val
       crossmae-det benchmark --evaluation 2000 100
+      crossmae-det benchmark --sharing demo/mask_rcnn.py
+      crossmae-det benchmark --host-waits demo/pretrain.py demo/mask_rcnn.py
     """
     _add_arguments(parser)
     args = parser.parse_args()
@@ -82,6 +86,8 @@ def benchmark(parser: ArgumentParser) -> None:
         (args.pretraining, pretraining),
         (args.data, loading),
         (args.evaluation, evaluation),
+        (args.sharing, sharing),
+        (args.host_waits, host_waits),
     )
     # Everything is checked before the first measurement: all of them may take hours.
     prepared = [prepare(args, device.type) for asked, prepare in modes if asked is not None]
@@ -142,6 +148,17 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="COCO evaluation of made-up images with so many detections each, compared with"
         " pycocotools",
     )
+    what.add_argument(
+        "--sharing",
+        metavar="CONFIG",
+        help="training steps on the CPU, alone and beside a busy process, by thread settings",
+    )
+    what.add_argument(
+        "--host-waits",
+        nargs="+",
+        metavar="CONFIG",
+        help="how often a training step of these configs waits for a GPU, counted on the CPU",
+    )
     how = parser.add_argument_group("how to measure")
     how.add_argument(
         "--part",
@@ -177,15 +194,16 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _check_arguments(parser: ArgumentParser, args: Namespace) -> None:
+    of_configs = (args.sharing, args.host_waits)
     modes = (args.backbones, args.growth, args.pretraining, args.data, args.evaluation)
-    if all(mode is None for mode in modes):
+    if all(mode is None for mode in (*modes, *of_configs)):
         parser.error(
             "nothing to measure: add --backbones, --growth, --pretraining, --data or --evaluation"
         )
     if args.pretraining is None:
         if args.step or args.prediction_ratios or args.decoder_depths:
             parser.error("--step, --prediction-ratios and --decoder-depths need --pretraining")
-        if args.opts and not any(map(cases.is_config, args.backbones or [])):
+        if args.opts and not any((*of_configs, *map(cases.is_config, args.backbones or []))):
             parser.error("--opts overrides configs, and no config is measured")
     if (args.growth or args.step) and len(args.batch_sizes) > 1:
         parser.error("--growth takes one of --batch-sizes, and --step takes --batch-size")
@@ -289,6 +307,14 @@ def evaluation(args: Namespace, device: str) -> Measurement:
     images, detections = args.evaluation
     check_numbers(images, detections)
     return lambda: evaluation_times(images, detections, args.repeats)
+
+
+def sharing(args: Namespace, device: str) -> Measurement:
+    return lambda: [measure_sharing(args.sharing, args.opts, args.repeats)]
+
+
+def host_waits(args: Namespace, device: str) -> Measurement:
+    return lambda: [waits_section(args.host_waits, args.opts)]
 
 
 def compare(parser: CommandParser) -> None:

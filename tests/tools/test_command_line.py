@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,14 @@ from tool_calls import call_tool, command
 
 import crossmae_det
 from crossmae_det import model_zoo
-from crossmae_det.__main__ import COMMANDS, STANDALONE, CommandParser, main
+from crossmae_det.__main__ import (
+    COMMANDS,
+    STANDALONE,
+    WAITING,
+    CommandParser,
+    main,
+    set_threads,
+)
 
 TOOLS = {
     "analyze_decoder": "analyze",
@@ -161,3 +169,43 @@ def test_train_evaluate_and_predict(tiny_overrides, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "drawn" / "predictions.json").is_file()
+
+
+def test_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch, tmp_path):
+    for name in (*WAITING, "KMP_BLOCKTIME", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    set_threads(str(tmp_path), str(tmp_path / "none"))
+    assert {name: os.environ.get(name) for name in WAITING} == WAITING
+    assert "OMP_NUM_THREADS" not in os.environ
+    for name in WAITING:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    set_threads(str(tmp_path), str(tmp_path / "none"))
+    assert os.environ["OMP_WAIT_POLICY"] == "active" and "GOMP_SPINCOUNT" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, None),
+        ({"a/b": "max 100000"}, None),
+        ({"a/b": "350000 100000"}, "3"),
+        ({"a": "50000 100000", "a/b": "800000 100000"}, "1"),  # that of the group around it
+        ({"": "200000 100000"}, "2"),  # in a container the own group is the root
+        ({"a/b": "99900000 100000"}, None),  # more than there are
+    ],
+)
+def test_the_threads_are_limited_like_the_control_group(limits, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr("crossmae_det.__main__._usable_cores", lambda: 16)
+    own = tmp_path / "self"
+    own.write_text("3:cpu:/x\n0::/a/b\n")
+    for group, limit in limits.items():
+        (tmp_path / "cgroup" / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / group / "cpu.max").write_text(f"{limit}\n")
+    for users in (None, "5"):
+        monkeypatch.setenv("OMP_NUM_THREADS", users or "")
+        if users is None:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+        set_threads(str(tmp_path / "cgroup"), str(own))
+        assert os.environ.get("OMP_NUM_THREADS") == (users or expected)
