@@ -26,6 +26,7 @@ from crossmae_det.benchmark.cases import DETECTOR
 from crossmae_det.benchmark.measuring import Spread, interleaved, ratios
 from crossmae_det.benchmark.report import Column, Section
 from crossmae_det.detection import DetectionMapper
+from crossmae_det.engine import keep_freed_memory
 from crossmae_det.model_zoo.zoo import get_config
 from crossmae_det.pretraining.crops import RandomCrops, random_crop
 from crossmae_det.pretraining.image_datasets import ImageFiles, ShardedImages, StoredImage
@@ -213,7 +214,7 @@ def detection_loading(dataset: str, image_size: int, repeats: int) -> Iterator[S
             f" by 0.1 to 2, crop; {repeats} interleaved repeats of the same draws; range: lowest to"
             " highest.",
             "detectron2: DatasetMapper with the same augmentations; PSNR: of the images compared to"
-            " its own.",
+            " its own. Both keep freed memory, as the workers of training do.",
         ],
         values={
             "dataset": dataset,
@@ -266,6 +267,7 @@ def time_mappers(
         return len(records) / (timer() - start)
 
     measures = [partial(images_per_second, mapper, itertools.count()) for mapper in mappers]
+    keep_freed_memory(torch.device("cpu"))  # as in the workers of TrainLoader, for all mappers
     with single_threaded():
         return interleaved(measures, repeats, "large-scale jitter")
 
