@@ -66,6 +66,7 @@ setup(
         "hydra-core>=1.1",
         "huggingface-hub>=0.20",
         "jinja2>=3.0",  # MODEL_ZOO.md
+        "markupsafe>=2.0",
         "packaging>=21.0",
         "pyyaml>=6.0",
         "safetensors>=0.4",
