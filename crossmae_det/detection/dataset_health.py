@@ -32,8 +32,8 @@ def check_dataset(file: CocoFile) -> dict[str, Any]:
     Returns:
         - "images", "annotations", "images_without_annotations": numbers of them.
         - "checks": for each problem its "severity" (error: nothing can be trained on it; warning:
-          probably wrong; info: read all the same, or a property of the data), "what" it is, the
-          "count", and up to 10 "examples": the ids of annotations or images, names of classes.
+            probably wrong; info: read all the same, or a property of the data), "what" it is, the
+            "count", and up to 10 "examples": the ids of annotations or images, names of classes.
         - "classes": name -> number of annotations.
     """
     categories = file.info.categories

@@ -62,19 +62,19 @@ def analyze(
 
     Returns:
         - "per_class": name -> "AP", "AP50", "AP75", "AR" (percent, NaN without ground truth), and
-          the number of "images" with the class, of its "annotations" (without crowd regions) and
-          of its "detections".
+            the number of "images" with the class, of its "annotations" (without crowd regions) and
+            of its "detections".
         - "tide": the error types of TIDE (Bolya et al., 2020) at an IoU of 0.5: "base_ap50", and
-          for each type the AP50 that its errors cost ("delta_ap") and their number ("counts").
+            for each type the AP50 that its errors cost ("delta_ap") and their number ("counts").
         - "precision_recall": the precision at 101 values of recall, of "all" classes and of each
-          class by its name; None for a class without ground truth.
+            class by its name; None for a class without ground truth.
         - "calibration": confidence and precision in bins of the score.
         - "confusion_matrix": rows are true classes, columns predicted ones, the last row and
-          column are background; of detections with a score of at least 0.5. None if there are
-          more than 300 classes.
+            column are background; of detections with a score of at least 0.5. None if there are
+            more than 300 classes.
         - "images": the images with the lowest and the highest F1 at a score of 0.5, worst first,
-          each with its AP50 as a fraction ("score"). Images without objects and without such
-          detections are left out.
+            each with its AP50 as a fraction ("score"). Images without objects and without such
+            detections are left out.
     """
     names = [category["name"] for category in ground_truth["categories"]]
     full = evaluation.hotcoco
