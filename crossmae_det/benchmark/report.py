@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from tabulate import tabulate
 
+from crossmae_det.engine.run_record import cpu_name
 from crossmae_det.model_zoo.records import read_records
 from crossmae_det.utils import atomic_path
 from crossmae_det.utils.files import write_json
@@ -177,7 +178,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 def environment(device: torch.device) -> dict[str, str | int]:
     """The environment that results depend on: CPU, threads, versions, device."""
     result: dict[str, str | int] = {
-        "CPU": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        "CPU": f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "Python": platform.python_version(),
@@ -202,15 +203,6 @@ def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
 def machine(environment: Mapping[str, Any]) -> str:
     """An environment in one line."""
     return ", ".join(f"{name}: {value}" for name, value in environment.items())
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        text = ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1] if match else platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

@@ -412,9 +412,9 @@ def run_distributed(main: Callable[[Namespace], Any], args: Namespace, cfg: Dict
                 url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
         group = {"init_method": url, "world_size": world_size}
         if device.type == "cpu":
-            # Each process would start a thread for every core; torchrun sets one thread each.
+            # Each process would start as many threads as this one; torchrun sets one thread each.
             share = max(1, torch.get_num_threads() // local_size)
-            os.environ.setdefault("OMP_NUM_THREADS", str(share))
+            os.environ["OMP_NUM_THREADS"] = str(share)
         start_processes(
             _start_process,
             (main, args, device.type, local_size, group),

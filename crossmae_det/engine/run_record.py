@@ -71,7 +71,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
             continue
     found |= {
         "system": f"{platform.system()} {platform.release()}",
-        "CPU": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        "CPU": f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "device": device.type,
@@ -83,7 +83,8 @@ def environment(device: torch.device) -> dict[str, str | int]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The model of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux

@@ -1,6 +1,7 @@
 """Arguments, processes, log, run folder and memory of a job."""
 
 import logging
+import os
 import platform
 import re
 import subprocess
@@ -96,6 +97,14 @@ def test_invalid_processes_are_rejected(tmp_path, two_gpus, started, device, giv
         launch.run_distributed(print, arguments(**given), config(tmp_path, device))
     assert message in one_line(error)
     assert not started
+
+
+def test_processes_on_a_cpu_share_the_threads(tmp_path, started, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    for processes, expected in ((2, "2"), (8, "1")):
+        monkeypatch.setenv("OMP_NUM_THREADS", "5")  # of a user, or the container's limit
+        launch.run_distributed(print, arguments(num_gpus=processes), config(tmp_path, "cpu"))
+        assert os.environ["OMP_NUM_THREADS"] == expected
 
 
 def test_a_used_folder_is_rejected_before_processes_start(tmp_path, started):
