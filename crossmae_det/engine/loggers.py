@@ -11,6 +11,8 @@ import json
 import logging
 import math
 import os
+import posixpath
+import re
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -31,8 +33,10 @@ FILE = "loggers.json"  # the ids of the logged runs
 # Uploaded at the end of a run.
 RESULTS = ("config.yaml", "inference/results.json", "inference_ema/results.json")
 
-PARAMETERS_PER_CALL = 100  # MLflow's limit
-LONGEST_VALUE = 500  # characters of a setting, within the limit of every version of MLflow
+# MLflow's limits.
+PARAMETERS_PER_CALL, METRICS_PER_CALL = 100, 1000
+LONGEST_NAME, LONGEST_VALUE = 250, 500  # characters; those of its oldest versions
+NOT_IN_NAMES = re.compile(r"[^\w./ -]")
 
 
 class ExperimentLogger(EventWriter):
@@ -61,7 +65,7 @@ class ExperimentLogger(EventWriter):
         self.options = dict(options)
         self.complete = False  # whether the run has reached its last iteration
         self.last_iter = self.last_image_iter = -1
-        self.failed = False
+        self.active = False  # whether it has begun and not failed
 
     @property
     def name(self) -> str:
@@ -82,9 +86,9 @@ class ExperimentLogger(EventWriter):
         try:
             run_id = self.start(ids.get(self.NAME) if resumed else None)
         except Exception as error:  # the packages raise errors of many kinds
-            self.failed = True
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"train.{self.NAME}: {self.NAME} cannot start: {reason}") from error
+        self.active = True
         write_json(path, ids | {self.NAME: run_id})
 
     def write(self) -> None:
@@ -100,7 +104,7 @@ class ExperimentLogger(EventWriter):
             for name, image, step in storage._vis_data
             if step > self.last_image_iter
         ]
-        if not self.failed and (lines or images):
+        if self.active and (lines or images):
             self._try(lambda: self.send(dict(sorted(lines.items())), images))
         self.last_iter = max([self.last_iter, *lines])
         self.last_image_iter = max([self.last_image_iter, *(step for *_, step in images)])
@@ -109,14 +113,14 @@ class ExperimentLogger(EventWriter):
         """Send the results and the paths of the checkpoints, and end the logged run."""
         files = [self.output_dir / name for name in RESULTS]
         checkpoints = sorted(str(path.resolve()) for path in self.output_dir.glob("model_*.pth"))
-        if not self.failed:
+        if self.active:
             self._try(lambda: self.finish([f for f in files if f.is_file()], checkpoints))
 
     def _try(self, send: Any) -> None:
         try:
             send()
         except Exception as error:  # a tracker must not end a run
-            self.failed = True
+            self.active = False
             logger.warning("%s failed and gets nothing more of this run: %s", self.NAME, error)
 
     @abstractmethod
@@ -201,7 +205,8 @@ class MLflowLogger(ExperimentLogger):
             run_name=self.name,
         ).info.run_id
         parameters = [
-            Param(key, str(value)[:LONGEST_VALUE]) for key, value in self.settings.items()
+            Param(_mlflow_name(key), str(value)[:LONGEST_VALUE])
+            for key, value in self.settings.items()
         ]
         for first in range(0, len(parameters), PARAMETERS_PER_CALL):
             chunk = parameters[first : first + PARAMETERS_PER_CALL]
@@ -217,12 +222,14 @@ class MLflowLogger(ExperimentLogger):
 
         now = round(1000 * time.time())
         metrics = [
-            Metric(name, value, now, iteration)
+            Metric(_mlflow_name(name), value, now, iteration)
             for iteration, line in lines.items()
             for name, value in line.items()
             if math.isfinite(value)
         ]
-        self.client.log_batch(self.run_id, metrics=metrics)
+        for first in range(0, len(metrics), METRICS_PER_CALL):
+            chunk = metrics[first : first + METRICS_PER_CALL]
+            self.client.log_batch(self.run_id, metrics=chunk)
         for name, image, iteration in images:
             self.client.log_image(self.run_id, image, f"images/{name}/{iteration}.png")
 
@@ -274,6 +281,11 @@ def build_loggers(
         if given.pop("enabled", False):
             chosen.append(kind(options["output_dir"], settings, given))
     return chosen
+
+
+def _mlflow_name(name: str) -> str:
+    """The name of a metric or setting without what MLflow rejects, as in the names of classes."""
+    return posixpath.normpath(NOT_IN_NAMES.sub("_", name))[:LONGEST_NAME]
 
 
 def _pixels(image: Any) -> np.ndarray:

@@ -20,6 +20,8 @@ OFF = {
     "wandb": {"enabled": False, "project": "p", "entity": None, "name": None, "tags": ["t"]},
     "mlflow": {"enabled": False, "tracking_uri": None, "experiment": "e", "name": None},
 }
+# More than MLflow takes at once, with a name that it rejects.
+CLASSES = ["a//b & (c): 'ä'", *(f"class {i}" for i in range(1100))]
 SETTINGS = {"train.seed": 3, "model.size": "tiny", **{f"many.{i}": i for i in range(150)}}
 
 
@@ -50,6 +52,8 @@ class Measure(HookBase):
     def after_train(self):
         self.trainer.storage.put_scalar("segm/AP", 12.5, smoothing_hint=False)
         self.trainer.storage.put_scalar("segm/APs", math.nan, smoothing_hint=False)
+        for name in CLASSES:
+            self.trainer.storage.put_scalar(f"segm/AP-{name}", 7.0, smoothing_hint=False)
 
 
 def run(folder, chosen, start=0, end=4):
@@ -159,6 +163,8 @@ def test_mlflow_holds_the_run_and_a_resumed_run_continues_it(tmp_path, monkeypat
     assert [metric.step for metric in history] == [1, 3, 5]
     assert found.data.metrics["val/total_loss"] == 0.25
     assert found.data.metrics["segm/AP"] == 12.5 and "segm/APs" not in found.data.metrics
+    per_class = [name for name in found.data.metrics if name.startswith("segm/AP-")]
+    assert len(per_class) == len(CLASSES)
     assert found.data.tags["checkpoint.model_final"] == str(folder.resolve() / "model_final.pth")
     artifacts = [file.path for file in client.list_artifacts(found.info.run_id)]
     assert {"config.yaml", "inference", "images"} <= set(artifacts)
@@ -196,6 +202,10 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, caplog):
     assert "the server is gone" in record.getMessage()
 
 
-def test_a_tracker_that_cannot_start_is_an_error(tmp_path):
+def test_a_tracker_that_cannot_start_is_an_error(tmp_path, caplog):
+    folder = str(tmp_path / "run")
+    # The second one is not started.
+    trackers = [Broken(folder, SETTINGS, {"refuse": True}), Broken(folder, SETTINGS, {})]
     with pytest.raises(ValueError, match="train.json: json cannot start: no server"):
-        run(tmp_path / "run", [Broken(str(tmp_path / "run"), SETTINGS, {"refuse": True})])
+        run(tmp_path / "run", trackers)
+    assert not [each for each in caplog.records if each.name == loggers.__name__]
