@@ -54,7 +54,7 @@ from crossmae_det.engine.launch import (
 )
 from crossmae_det.engine.loggers import LoggedRun, build_loggers
 from crossmae_det.engine.precision import amp_dtype, inference_autocast
-from crossmae_det.engine.run_record import ReportUpdates, recorded
+from crossmae_det.engine.run_record import ReportUpdates, recorded, write_report
 from crossmae_det.engine.trainer import NonFiniteError, Trainer
 from crossmae_det.engine.validation import BestCheckpointer, EarlyStopping, ValidationLoss
 from crossmae_det.utils.files import write_json
@@ -99,7 +99,7 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
     if not args.eval_only:
         source = {
             "config_file": getattr(args, "config_file", ""),
-            "overrides": list(getattr(args, "opts", ())),
+            "overrides": list(getattr(args, "opts", None) or ()),
         }
         return train(
             cfg, model, resume=args.resume, allowed=allowed, original=original, source=source
@@ -112,6 +112,9 @@ def run(cfg: DictConfig, args: Namespace) -> dict[str, Any]:
         load(model, checkpoint, content=content, whole=True, weights="ema", **allowed)
         if averaged := evaluate(cfg, model, name=EMA_FOLDER, checkpoint=checkpoint):
             results["ema"] = averaged
+    if cfg.train.get("report") and comm.is_main_process():
+        # Of the run in this folder, whose results these are now.
+        write_report(instantiate(cfg.train.report), cfg.train.output_dir, final=True)
     return results
 
 
@@ -305,17 +308,17 @@ def train(
         "precision": precision or "float32",
         **source,
     }
-    try:
-        with recorded(options.output_dir, report, device, start):
+    with recorded(options.output_dir, report, device, start):
+        try:
             trainer.train(start_iter, options.max_iter)
-    except NonFiniteError as error:
-        # That iteration's update was skipped: these are the weights before it.
-        trainer.iter -= 1
-        name = "model_before_nonfinite"
-        checkpointer.save(name, tag=False, iteration=trainer.iter)
-        raise NonFiniteError(
-            f"{error}; the state before it is in {os.path.join(options.output_dir, name)}.pth"
-        ) from error
+        except NonFiniteError as error:
+            # That iteration's update was skipped: these are the weights before it.
+            trainer.iter -= 1
+            name = "model_before_nonfinite"
+            checkpointer.save(name, tag=False, iteration=trainer.iter)
+            raise NonFiniteError(
+                f"{error}; the state before it is in {os.path.join(options.output_dir, name)}.pth"
+            ) from error
     return results
 
 

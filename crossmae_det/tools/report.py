@@ -9,7 +9,7 @@ COMPARISON = "comparison.html"
 
 
 def report(parser: ArgumentParser) -> None:
-    """Make the report of a run anew, or compare several runs, in one HTML file.
+    """Write the report of a run again, or compare several runs, in one HTML file.
 
     With one run it is written to RUN/report.html, with several to comparison.html, where
     differences are to the first run. Runs may be of any task, running, killed or old.

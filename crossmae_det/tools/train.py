@@ -41,7 +41,8 @@ def evaluate(parser: ArgumentParser) -> None:
     """Evaluate a trained detector: the same as train --eval-only.
 
     With the config.yaml of a run, the weights are its best checkpoint, or its last one; with other
-    configs, set train.init_checkpoint=PATH. Results are written to train.output_dir/inference.
+    configs, set train.init_checkpoint=PATH. Results are written to train.output_dir/inference;
+    the report.html of a run in that folder is updated.
     """
     parser = _training_parser(parser, EVALUATION_EXAMPLES)
     for action in parser._actions:

@@ -1,11 +1,13 @@
 """A run writes its report: at evaluations, at the end, and when it fails."""
 
+import re
 from argparse import Namespace
 
 import pytest
 from html_pages import Page
 
 from crossmae_det.engine import run
+from crossmae_det.engine.trainer import NonFiniteError
 from crossmae_det.model_zoo import get_config
 from crossmae_det.report import RunReport, page
 
@@ -48,6 +50,23 @@ def test_a_run_writes_its_report(train, tmp_path, monkeypatch):
     # A resumed run that is complete keeps its recipe.
     train("train.max_iter=3", "optimizer.lr=1e-3", resume=True)
     assert ["dataloader.image_size", "1024", "64"] in Page(tmp_path / "output/report.html").rows
+
+
+def test_an_evaluation_in_the_folder_of_a_run_updates_its_report(train, tmp_path):
+    train("train.max_iter=1", "train.eval_period=0")
+    path, own = tmp_path / "output/report.html", str(tmp_path / "output/config.yaml")
+    assert "after iteration 1" in Page(path).text
+    path.unlink()
+    args = Namespace(eval_only=True, resume=False, config_file=own, opts=[])
+    run(get_config(own, [], trained=True), args)
+    assert re.search(r"with the weights of \S+\.pth", Page(path).text)
+
+
+def test_the_report_of_a_run_that_failed_says_where_its_state_is(train, tmp_path):
+    with pytest.raises(NonFiniteError):
+        train("train.max_iter=9", "optimizer.lr=1e30", "lr_multiplier.warmup_iters=0")
+    text = Page(tmp_path / "output/report.html").text
+    assert "failed at iteration" in text and "output/model_before_nonfinite.pth" in text
 
 
 def test_a_report_that_fails_does_not_fail_the_run(train, tmp_path, monkeypatch):
