@@ -1,7 +1,7 @@
 """The page that compares runs: headline numbers, curves, configs and classes, side by side."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from crossmae_det.report.blocks import (
 )
 from crossmae_det.report.charts import Chart, Line, line_chart, number
 from crossmae_det.report.config_diff import differences
-from crossmae_det.report.run_files import Run, read_run
+from crossmae_det.report.run_files import Run, last_finite, read_run
 from crossmae_det.report.sections import SUMMARY, images_per_second, results_by_task, task_title
 
 MOST_CLASSES = 400  # with the greatest differences
@@ -62,7 +62,7 @@ def numbers(runs: Sequence[Run]) -> list[Block]:
             rows.append(
                 [title, *_with_differences(values, number, lower=name != "reconstruction_psnr")]
             )
-    rates = [_last(images_per_second(run)) for run in runs]
+    rates = [last_finite(images_per_second(run)) for run in runs]
     rows.append(["images per second", *(number(rate) for rate in rates)])
     rows.append(["iterations", *(count(run.iterations or None) for run in runs)])
     rows.append(["time", *(duration(run.seconds) for run in runs)])
@@ -75,11 +75,6 @@ def numbers(runs: Sequence[Run]) -> list[Block]:
 
 def _text(cell: Cell | str) -> str:
     return cell if isinstance(cell, str) else cell.text
-
-
-def _last(points: Mapping[int, float]) -> float | None:
-    values = [value for value in points.values() if finite(value) is not None]
-    return values[-1] if values else None
 
 
 def _with_differences(

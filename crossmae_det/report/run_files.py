@@ -114,8 +114,7 @@ class Run:
 
     def last(self, name: str) -> float | None:
         """The last finite value of a metric; None without one."""
-        values = [value for value in self.metrics.get(name, {}).values() if math.isfinite(value)]
-        return values[-1] if values else None
+        return last_finite(self.metrics.get(name, {}))
 
     @cached_property
     def status(self) -> Status:
@@ -149,7 +148,7 @@ class Run:
             return False
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # no process has such a number
             return False
         except OSError:  # another user's
             return True
@@ -176,6 +175,12 @@ class Run:
                 total += value * (iteration - before)
             before = iteration
         return total or None
+
+
+def last_finite(points: Mapping[int, float]) -> float | None:
+    """The last finite value of a series; None without one."""
+    values = [value for value in points.values() if math.isfinite(value)]
+    return values[-1] if values else None
 
 
 def _time(text: Any) -> datetime | None:

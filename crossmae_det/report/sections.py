@@ -26,7 +26,7 @@ from crossmae_det.report.blocks import (
 )
 from crossmae_det.report.charts import Chart, Line, line_chart, number
 from crossmae_det.report.config_diff import differences
-from crossmae_det.report.run_files import EVALUATED, RUNNING, Run
+from crossmae_det.report.run_files import EVALUATED, RUNNING, Run, last_finite
 
 TASKS = {"segm": "Mask", "bbox": "Box"}  # in order of importance
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR@100")
@@ -111,7 +111,7 @@ def tiles(run: Run) -> list[Tile]:
         left = run.last("eta_seconds") if run.status.state == RUNNING else None
         detail = "" if left is None else f"about {duration(left)} left"
         found.append(Tile("Time", duration(run.seconds), detail))
-    if (rate := images_per_second(run)) and (last := _last(rate)) is not None:
+    if (rate := images_per_second(run)) and (last := last_finite(rate)) is not None:
         found.append(Tile("Images per second", number(last), _batch(run)))
     if (memory := run.last("max_memory_gib")) is not None:
         of = "of the process" if str(_device(run)).startswith("cpu") else "of the GPU"
@@ -126,11 +126,6 @@ def _device(run: Run) -> Any:
 
 def _batch(run: Run) -> str:
     return f"batch of {run.batch_size}" if run.batch_size else ""
-
-
-def _last(points: Mapping[int, float]) -> float | None:
-    values = [value for value in points.values() if finite(value) is not None]
-    return values[-1] if values else None
 
 
 def images_per_second(run: Run) -> Mapping[int, float]:
