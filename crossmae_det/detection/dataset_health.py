@@ -5,6 +5,7 @@ installed.
 """
 
 import ast
+import contextlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from crossmae_det.detection.coco_backends import has_hotcoco, hotcoco_truth
 from crossmae_det.detection.coco_json import CocoFile
 
 _EXAMPLES = 10
-# A repair as `ValueReader.repairs` writes it.
-_REPAIR = re.compile(r"(?P<what>.*): (?P<count>\d+) \(first: \w+ (?P<id>.*)\)", re.DOTALL)
+# A repair as `ValueReader.repairs` and the readers of other layouts write it.
+_REPAIR = re.compile(r"(?P<what>.*): (?P<count>\d+) \(first: (?P<first>.*)\)", re.DOTALL)
+_ID = re.compile(r"(?:annotation|image|category) (.*)", re.DOTALL)
 # Checks of hotcoco that reading the json has made already.
 _MADE = {"degenerate_bbox"}
 # Checks of hotcoco whose ids are not those of annotations.
@@ -33,7 +35,8 @@ def check_dataset(file: CocoFile) -> dict[str, Any]:
         - "images", "annotations", "images_without_annotations": numbers of them.
         - "checks": for each problem its "severity" (error: nothing can be trained on it; warning:
             probably wrong; info: read all the same, or a property of the data), "what" it is, the
-            "count", and up to 10 "examples": the ids of annotations or images, names of classes.
+            "count", and up to 10 "examples": the ids of annotations or images, names of classes,
+            or the places in the files of other layouts.
         - "classes": name -> number of annotations.
     """
     categories = file.info.categories
@@ -62,26 +65,39 @@ def _faults(file: CocoFile) -> list[dict[str, Any]]:
     for index, fault in file.faults.items():
         # Some name the values of one annotation: count them together.
         kind = re.sub(r" \[.*?\]| \(.*?\)| of \d+x\d+ pixels", "", fault)
-        ids[kind].append(file.annotations[index]["id"])
+        ids[kind].append(_annotation(file, index))
     return [_check("error", kind, len(found), found) for kind, found in ids.items()]
+
+
+def _annotation(file: CocoFile, index: int) -> int | str:
+    """What names an annotation: its id; of other layouts, where it is from."""
+    return file.sources[index] if file.sources else file.annotations[index]["id"]
 
 
 def _repairs(lines: Sequence[str]) -> list[dict[str, Any]]:
     checks = []
     for line in lines:
         if match := _REPAIR.fullmatch(line):
-            example = ast.literal_eval(match["id"])
+            example = _example(match["first"])
             checks.append(_check("info", match["what"], int(match["count"]), [example]))
         else:
             checks.append(_check("info", line, 1, []))
     return checks
 
 
+def _example(first: str) -> Any:
+    """The id in "image 7"; of other layouts, the file and the line or object, as it is."""
+    if match := _ID.fullmatch(first):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return ast.literal_eval(match[1])
+    return first
+
+
 def _hotcoco_checks(file: CocoFile) -> list[dict[str, Any]]:
     # hotcoco needs integer ids: positions in the lists, from 1.
     images = [image["id"] for image in file.images]
     names = list(file.info.categories.values())
-    annotations = [annotation["id"] for annotation in file.annotations]
+    annotations = [_annotation(file, index) for index in range(len(file.annotations))]
     found = hotcoco_truth(_numbered(file)).healthcheck()
     checks = []
     for severity, entry in [

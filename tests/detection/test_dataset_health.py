@@ -1,9 +1,11 @@
 """Health of datasets with known problems."""
 
 import dataclasses
+import json
 import sys
 
 from coco_json_files import annotation, example, write
+from dataset_layouts import labelme_shape, write_image
 
 from crossmae_det.detection.coco_json import load
 from crossmae_det.detection.dataset_health import check_dataset
@@ -71,6 +73,26 @@ def test_without_hotcoco_only_its_own_checks_are_missing(tmp_path, monkeypatch):
     health = health_of(tmp_path, content)
     assert len(problems(health, "error")) == 1 and not problems(health, "warning")
     assert health["annotations"] == 5
+
+
+def test_other_layouts_name_the_places_in_their_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    write_image(folder / "a.png", (16, 24))
+    write_image(folder / "b.png", (16, 24))  # not annotated
+    shapes = [
+        labelme_shape("it's", [[2, 2], [40, 9]], "rectangle"),
+        labelme_shape("it's", [[3, 3], [3, 8]], "rectangle"),
+    ]
+    data = {"shapes": shapes, "imagePath": "a.png", "imageHeight": 16, "imageWidth": 24}
+    (folder / "a.json").write_text(json.dumps(data))
+    health = check_dataset(load("labelme:my data"))
+    infos, errors = problems(health, "info"), problems(health, "error")
+    assert infos["images without a JSON file, left out"]["examples"] == ["my data/b.png"]
+    (outside,) = (check for what, check in infos.items() if "leave their images" in what)
+    assert outside["examples"] == ["my data/a.json: shape 1 (it's)"]
+    assert [e["examples"] for e in errors.values()] == [["my data/a.json: shape 2 (it's)"]]
 
 
 def test_notes_in_another_form_are_listed_as_they_are(tmp_path):
