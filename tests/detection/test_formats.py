@@ -209,6 +209,19 @@ def test_slow_datasets_are_cached_outside_of_the_data(tmp_path, monkeypatch):
     assert str(load(spec)) != str(expected)
 
 
+def test_the_cache_serves_processes_in_other_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "CACHE_SECONDS", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write("voc", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    expected = load("voc:data")
+    reading._known.clear()
+    coco_json._descriptions.clear(), coco_json._contents.clear()
+    monkeypatch.chdir(tmp_path / "data")
+    monkeypatch.setattr(reading.READERS["voc"], "read", None)  # must not be called
+    assert str(load("voc:.")) == str(expected)
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "CACHE_SECONDS", 0)
     (tmp_path / "file").write_text("")

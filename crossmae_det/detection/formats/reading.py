@@ -39,7 +39,7 @@ CACHE_SECONDS = 2.0
 _MANY_FILES = 2_000
 _PAUSE_SECONDS = 30.0
 
-_CACHE_FORMAT = 1  # changes when readers do
+_CACHE_FORMAT = 2  # changes when readers do
 
 
 @dataclass
@@ -188,6 +188,8 @@ def _read(spec: Spec, key: str) -> Content:
     logger.info("%s: reading the annotations", spec.text)
     start = time.monotonic()
     content = READERS[spec.layout].read(spec)
+    # The next process may run in another folder.
+    content.image_root = os.path.abspath(content.image_root)
     content.files = list(dict.fromkeys(map(os.path.abspath, content.files)))
     if time.monotonic() - start >= CACHE_SECONDS:
         _write_cache(path, content)
