@@ -478,6 +478,13 @@ def test_labelme_shapes_that_cannot_be_read(tmp_path, shape, words):
     assert all(word in message for word in words), message
 
 
+def test_labelme_image_path_decides_between_images_of_one_name(tmp_path):
+    spec = labelme(tmp_path, [labelme_shape("cat", square(1, 1))])
+    write_image(tmp_path / "a.jpg", SIZE)
+    (record,) = get_dataset_dicts(spec)
+    assert record["file_name"] == f"{tmp_path}/a.png"
+
+
 def test_labelme_two_files_of_one_image_are_rejected(tmp_path):
     spec = labelme(tmp_path, [labelme_shape("cat", square(1, 1))])
     (tmp_path / "b.json").write_text((tmp_path / "a.json").read_text())

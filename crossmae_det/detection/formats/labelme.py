@@ -12,7 +12,7 @@ import binascii
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import cv2
@@ -81,7 +81,7 @@ def read(spec: Spec) -> Content:
             f"{os.path.join(spec.path, prefix)}: there is no JSON file of labelme: check the path"
         )
     images = by_stem(files)
-    _add(spec.path, entries, images, collector)
+    _add(spec.path, entries, images, set(files), collector)
     used = {image["file_name"] for image in collector.content.images}
     for name in images.values():
         if name.startswith(prefix) and name not in used:
@@ -109,9 +109,10 @@ def _add(
     folder: str,
     entries: list[tuple[str, dict[str, Any]]],
     images: Mapping[str, str],
+    files: Collection[str],
     collector: Collector,
 ) -> None:
-    names = [_image_of(name, data, images) for name, data in entries]
+    names = [_image_of(name, data, images, files) for name, data in entries]
     sizes = [_size(data) for _, data in entries]
     unsized = [i for i, size in enumerate(sizes) if size is None]
     paths = [os.path.join(folder, names[i]) for i in unsized]
@@ -146,7 +147,9 @@ def _add(
             )
 
 
-def _image_of(name: str, data: Mapping[str, Any], images: Mapping[str, str]) -> str:
+def _image_of(
+    name: str, data: Mapping[str, Any], images: Mapping[str, str], files: Collection[str]
+) -> str:
     """The path of an image below the folder: its ``imagePath``, or else the image beside it."""
     stem, folder = os.path.splitext(name)[0], os.path.dirname(name)
     stated = data.get("imagePath")
@@ -154,7 +157,7 @@ def _image_of(name: str, data: Mapping[str, Any], images: Mapping[str, str]) -> 
         stated = stated.replace("\\", "/")
         below = os.path.normpath(os.path.join(folder, stated))
         beside = os.path.normpath(os.path.join(folder, os.path.basename(stated)))
-        found = next((p for p in (below, beside) if p in images.values()), None)
+        found = next((p for p in (below, beside) if p in files), None)
         return found or images.get(stem) or below
     return images.get(stem, f"{stem}.jpg")
 

@@ -296,6 +296,8 @@ def _numbers(path: str) -> np.ndarray:
     with naming_errors(path), Image.open(path) as image:
         if image.mode in ("P", "L", "1", "I", "I;16"):
             return np.asarray(image).astype(np.int64)
+        if image.mode == "LA":
+            return np.asarray(image)[..., 0].astype(np.int64)
         pixels = np.asarray(image.convert("RGB")).astype(np.int64)
     index = np.zeros(pixels.shape[:2], np.int64)
     # The bits of an index are spread over the channels, the lowest three over their highest bits.
