@@ -185,5 +185,7 @@ class _Mirrored(NamedTuple):
         if not any(self):
             return pixels
         pixels = np.require(pixels, requirements=["C", "W"])
+        if 1 in pixels.shape:  # NumPy calls any stride of such an axis contiguous, OpenCV does not
+            pixels = pixels.copy()
         cv2.flip(pixels, -1 if all(self) else int(self.horizontally), pixels)
         return pixels

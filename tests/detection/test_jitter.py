@@ -68,6 +68,17 @@ def test_flips_alone_change_no_pixel():
         np.testing.assert_array_equal(made, expected)
 
 
+@pytest.mark.parametrize("image_format", ["RGB", "BGR", "L"])
+@pytest.mark.parametrize("size", [(7, 9), (1, 9), (7, 1), (1, 1)])
+def test_results_of_one_row_column_or_channel_are_mirrored(size, image_format):
+    encoded = EncodedImage(encode(photo(60, 80)), "a photo")
+    flips = [T.HFlipTransform(80), T.VFlipTransform(60)]
+    resize = T.ResizeTransform(60, 80, *size)
+    made = decode(encoded, image_format, T.TransformList([*flips, resize]))
+    expected = decode(encoded, image_format, T.TransformList([resize]))[::-1, ::-1]
+    assert np.abs(made.astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("image_format", ["RGB", "L"])
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 @pytest.mark.parametrize("kind", ["RGB jpg", "L jpg", "CMYK jpg"])
