@@ -26,6 +26,9 @@ from detectron2.structures import (
     polygons_to_bitmask,
 )
 
+# Bytes of run-length masks that are decoded at a time.
+DECODED_BYTES = 1 << 26
+
 # detectron2's threshold: boxes with a shorter side, in pixels, are not targets.
 MIN_SIDE = 1e-5
 
@@ -231,19 +234,25 @@ def _transform_run_lengths(run_lengths, transforms, size, new_size) -> np.ndarra
                 f"a run-length mask is {each['size'][1]}x{each['size'][0]} pixels, but its image is"
                 f" {size[1]}x{size[0]}: correct the annotations"
             )
-    masks = mask_util.decode(run_lengths)  # (H, W, N) in Fortran order
     lines = _source_lines(transforms, size)
+    result = np.zeros((len(run_lengths), *new_size), bool)
+    step = max(1, DECODED_BYTES // (size[0] * size[1]))
+    for start in range(0, len(run_lengths), step):
+        masks = mask_util.decode(run_lengths[start : start + step])  # (H, W, N) in Fortran order
+        _move_masks(masks, transforms, lines, result[start : start + step])
+    return result
+
+
+def _move_masks(masks, transforms, lines, result) -> None:
+    """Transform masks (H, W, N) into ``result`` (N, h, w), which is False."""
     if lines is None:  # 255 is padding
-        moved = [
-            transforms.apply_segmentation(np.ascontiguousarray(m)) for m in masks.transpose(2, 0, 1)
-        ]
-        return np.stack(moved) == 1
+        for moved, mask in zip(result, masks.transpose(2, 0, 1), strict=True):
+            moved[:] = transforms.apply_segmentation(np.ascontiguousarray(mask)) == 1
+        return
     rows, columns = lines
     inside = masks.transpose(2, 1, 0)[:, columns[columns >= 0]][:, :, rows[rows >= 0]]
-    result = np.zeros((len(run_lengths), *new_size), bool)
-    indices = np.arange(len(run_lengths)), np.flatnonzero(rows >= 0), np.flatnonzero(columns >= 0)
+    indices = np.arange(len(result)), np.flatnonzero(rows >= 0), np.flatnonzero(columns >= 0)
     result[np.ix_(*indices)] = inside.transpose(0, 2, 1)
-    return result
 
 
 def _source_lines(transforms, size) -> tuple[np.ndarray, np.ndarray] | None:

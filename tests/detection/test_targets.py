@@ -13,7 +13,7 @@ from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 from image_files import encode, photo
 from shorthand import one_line
 
-from crossmae_det.detection import DetectionMapper
+from crossmae_det.detection import DetectionMapper, targets
 from crossmae_det.detection.targets import make_instances
 
 HEIGHT, WIDTH = 90, 130
@@ -70,7 +70,8 @@ def augmentations(size, pad):
         (["polygons", "run lengths"], False),
     ],
 )
-def test_the_targets_are_those_of_detectron2(record, kinds, recompute_boxes, pad):
+def test_the_targets_are_those_of_detectron2(record, monkeypatch, kinds, recompute_boxes, pad):
+    monkeypatch.setattr(targets, "DECODED_BYTES", 3 * HEIGHT * WIDTH)  # three masks at a time
     steps = augmentations((64, 80), pad)
     options = {"use_instance_mask": True, "recompute_boxes": recompute_boxes}
     ours = DetectionMapper(True, augmentations=steps, image_format="RGB", **options)
