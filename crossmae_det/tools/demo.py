@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from crossmae_det.engine.config import is_run_of, resolve
 from crossmae_det.engine.hooks import METRICS
+from crossmae_det.engine.launch import PAGE
 from crossmae_det.model_zoo import get_config
 
 # The last checkpoint of a run.
@@ -269,6 +270,9 @@ def print_report(stages: Sequence[Stage]) -> None:
     print(tabulate(rows, headers=["", "AP", "AP50", "AP75"], disable_numparse=True))
     print(f"\nReconstructions of masked images: {stages[0].folder / 'reconstructions'}")
     print(f"Detections beside the ground truth: {folder / 'predictions.png'}")
+    reports = [str(path) for stage in stages if (path := stage.folder / PAGE).is_file()]
+    if reports:  # train.report=null writes none
+        print(f"Reports, to open in a browser: {', '.join(reports)}")
     ran = [stage for stage in stages if stage.seconds is not None]
     if ran:
         parts = ", ".join(f"{stage.title} {clock(stage.seconds or 0)}" for stage in ran)

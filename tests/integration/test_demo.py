@@ -75,6 +75,7 @@ def test_an_interrupted_demo_is_continued_and_a_complete_one_is_kept(arguments, 
     results = json.loads((detector / "inference" / "results.json").read_text())["results"]
     assert f"{results['segm']['AP50']:.1f}" in output
     assert "1/2" in output and "2/2" in output
+    assert f"{detector}/report.html" in output and (detector / "report.html").is_file()
     log = (detector / "log.txt").read_text()
     assert f"weights from {pretraining}/model_final.pth" in log
 
