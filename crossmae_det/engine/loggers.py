@@ -121,7 +121,9 @@ class ExperimentLogger(EventWriter):
             send()
         except Exception as error:  # a tracker must not end a run
             self.active = False
-            logger.warning("%s failed and gets nothing more of this run: %s", self.NAME, error)
+            logger.warning(
+                "%s failed and is disabled for the rest of this run: %s", self.NAME, error
+            )
 
     @abstractmethod
     def start(self, run_id: str | None) -> str:

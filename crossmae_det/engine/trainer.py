@@ -111,7 +111,7 @@ def training_step(
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer can skip an update by a flag on the device, which no one waits for.
+    """Whether the optimizer can skip an update by a flag on the device, without waiting for it.
 
     Fused Adam and AdamW can. Other fused optimizers have the flag, too, but SGD keeps uninitialized
     momentum if its first update is skipped.

@@ -1,6 +1,7 @@
 """What the files of a run's folder say: metrics, results, config, and how far the run is.
 
-Every file is optional but one with numbers. A file that cannot be read is a line of the report.
+One file with numbers is required, the others are optional. Files that cannot be read are listed in
+the report.
 Reading runs no code of the folder: a config is read as plain values.
 """
 
@@ -191,7 +192,7 @@ def _time(text: Any) -> datetime | None:
 
 
 def read_run(folder: str | os.PathLike[str], name: str | None = None) -> Run:
-    """Read the folder of a run, whatever of it there is.
+    """Read the folder of a run, with the files that it has.
 
     Args:
         folder: of a run of any task, finished or not.

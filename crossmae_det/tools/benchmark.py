@@ -198,7 +198,8 @@ def _check_arguments(parser: ArgumentParser, args: Namespace) -> None:
     modes = (args.backbones, args.growth, args.pretraining, args.data, args.evaluation)
     if all(mode is None for mode in (*modes, *of_configs)):
         parser.error(
-            "nothing to measure: add --backbones, --growth, --pretraining, --data or --evaluation"
+            "nothing to measure: add --backbones, --growth, --pretraining, --data, --evaluation,"
+            " --sharing or --host-waits"
         )
     if args.pretraining is None:
         if args.step or args.prediction_ratios or args.decoder_depths:
