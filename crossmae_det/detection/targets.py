@@ -2,8 +2,8 @@
 
 The arithmetic is that of detectron2's ``DatasetMapper``, over all objects of an image together
 instead of one by one, and annotations are read without being copied: boxes and polygons are equal
-to the last bit, and so are run-length masks. Kinds of transforms that are not known here transform
-every object by themselves.
+to the last bit, and so are run-length masks. Transforms of other kinds than detectron2's flips,
+resizes, crops and paddings move run-length masks one at a time.
 
 Legend: N objects, P points of all polygons, H x W pixels of the image, h x w after the transforms.
 """
@@ -95,7 +95,10 @@ def _transform_boxes(objects, transforms, new_size) -> np.ndarray:
         return np.zeros((0, 4))
     modes = {annotation["bbox_mode"] for annotation in objects}
     given = [annotation["bbox"] for annotation in objects]
-    if len(modes) == 1 and all(isinstance(box, list) and len(box) == 4 for box in given):
+    if modes == {BoxMode.XYXY_ABS}:
+        boxes = np.asarray(given, np.float64)
+    elif len(modes) == 1 and all(isinstance(box, list) and len(box) == 4 for box in given):
+        # In float32, as detectron2 converts a list.
         boxes = BoxMode.convert(torch.tensor(given), modes.pop(), BoxMode.XYXY_ABS).numpy()
     else:
         boxes = np.stack([utils.get_bbox(annotation) for annotation in objects])

@@ -149,6 +149,23 @@ def test_box_formats_may_be_mixed():
     assert made.gt_boxes.tensor.tolist() == expected and not made.has("gt_masks")
 
 
+@pytest.mark.parametrize("mode", [BoxMode.XYXY_ABS, BoxMode.XYWH_ABS])
+def test_boxes_of_every_format_are_those_of_detectron2(mode):
+    rng = np.random.default_rng(0)
+    boxes = rng.uniform((0, 0, 50, 50), (40, 40, 90, 80), (200, 4)).tolist()
+    objects = [{"bbox": box, "bbox_mode": mode, "category_id": 0} for box in boxes]
+    transforms = T.TransformList([T.ScaleTransform(HEIGHT, WIDTH, 7 * HEIGHT, 7 * WIDTH)])
+    size = (7 * HEIGHT, 7 * WIDTH)
+    made = make_instances(
+        objects, transforms, (HEIGHT, WIDTH), size, masks=False, recompute_boxes=False
+    )
+    expected = [
+        utils.transform_instance_annotations(dict(each), transforms, size) for each in objects
+    ]
+    expected = utils.annotations_to_instances(expected, size)
+    assert torch.equal(made.gt_boxes.tensor, expected.gt_boxes.tensor)
+
+
 def test_boxes_stand_in_for_missing_masks():
     rng = np.random.default_rng(5)
     box = {"bbox": [10.0, 10.0, 30.0, 20.0], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
