@@ -576,6 +576,24 @@ def test_masks_that_cannot_be_read(tmp_path):
     assert f"{name}.jpg" in error_of(spec) and "PNG" in error_of(spec)
 
 
+def test_masks_of_float_values(tmp_path):
+    write_image(tmp_path / "images/a.png", SIZE)
+    (tmp_path / "masks").mkdir()
+    values = np.zeros(SIZE, np.float32)
+    values[2:9, 3:9], values[12:19, 3:9] = 300, 400  # as floats are shown, both are white
+    Image.fromarray(values).save(tmp_path / "masks/a.tif")
+    assert [item[1] for item in objects(f"masks:{tmp_path}")] == [[3, 2, 6, 7], [3, 12, 6, 7]]
+    Image.fromarray(values + 0.5).save(tmp_path / "masks/a.tif")
+    assert "masks/a.tif" in error_of(f"masks:{tmp_path}")
+
+
+@pytest.mark.parametrize("layout", ["labelme", "cvat"])
+def test_data_without_any_object_have_no_classes(tmp_path, layout):
+    spec = labelme(tmp_path, []) if layout == "labelme" else cvat(tmp_path, [], labels=())
+    message = error_of(spec)
+    assert message.startswith(str(tmp_path)) and "annotate" in message
+
+
 def test_black_and_white_masks_are_logged(tmp_path, caplog):
     write_image(tmp_path / "images/a.png", SIZE)
     write_image(tmp_path / "images/b.png", SIZE)

@@ -174,8 +174,17 @@ class Collector:
         self._counts[kind] = before + number, first
 
     def finish(self) -> Content:
-        """The content; inferred classes get their ids."""
+        """The content; inferred classes get their ids.
+
+        Raises:
+            ValueError: classes are inferred, and there is no object.
+        """
         content = self.content
+        if self._ids is None and not self._found:
+            raise ValueError(
+                f"{content.image_root}: none of the {len(content.images)} images has an object: "
+                "annotate some of them"
+            )
         if self._ids is None:
             content.categories = {n: i for i, n in enumerate(sorted(self._found), start=1)}
             for annotation in content.annotations:

@@ -209,5 +209,10 @@ def _read_values(path: str) -> np.ndarray:
             return np.asarray(image).astype(np.int64)
         if image.mode == "LA":
             return np.asarray(image)[..., 0].astype(np.int64)
+        if image.mode == "F":
+            values = np.asarray(image)
+            if np.mod(values, 1).any():  # also infinity and NaN
+                raise ValueError("float values that are not integers: write integers")
+            return values.astype(np.int64)
         pixels = np.asarray(image.convert("RGB")).astype(np.int64)
     return pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]
