@@ -5,8 +5,8 @@
 is a one-line error that names the file and the id. So the json cannot cause a failure later, hours
 into training or inside COCO's evaluation.
 
-Datasets in another layout, such as ``yolo:data.yaml``, take the same way: `formats` reads them into
-the form of a json, and their errors name the file and the line that an object is from.
+Datasets in another layout, such as ``yolo:data.yaml``, are checked the same way: `formats` reads
+them into the form of a json, and their errors name the file and the line that an object is from.
 """
 
 import gc

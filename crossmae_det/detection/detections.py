@@ -101,7 +101,7 @@ def encode_masks(masks: torch.Tensor) -> tuple[list[Mask], np.ndarray]:
     """
     columns: Iterable[np.ndarray]
     masks = masks if masks.dtype in (torch.bool, torch.uint8) else masks != 0
-    if masks.is_cuda:  # run lengths go down the columns: a GPU transposes in no time
+    if masks.is_cuda:  # run lengths go down the columns: a GPU transposes faster
         columns = masks.transpose(1, 2).contiguous().cpu().view(torch.uint8).numpy()
     else:
         columns = map(_transpose, masks.contiguous().view(torch.uint8).numpy())

@@ -118,7 +118,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
         self._health = None
         if analysis and not has_hotcoco():
             logger.info("No analysis of the AP: hotcoco is not installed")
-        elif analysis and self._do_evaluation:
+        elif analysis and self._do_evaluation and (not distributed or comm.is_main_process()):
             self._health = check_dataset(self._truth.file)
         self.reset()
 
