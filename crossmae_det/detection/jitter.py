@@ -25,7 +25,7 @@ from detectron2.data import transforms as T
 from PIL import Image
 
 from crossmae_det.utils.image_reading import EncodedImage
-from crossmae_det.utils.resizing import Part, resize_part
+from crossmae_det.utils.resizing import Part, contiguous, resize_part
 
 # Augmentations that look at the size of an image only.
 BY_SIZE = (T.RandomFlip, T.ResizeScale, T.FixedSizeCrop)
@@ -184,8 +184,6 @@ class _Mirrored(NamedTuple):
         """Mirror an image, in place where its memory permits it."""
         if not any(self):
             return pixels
-        pixels = np.require(pixels, requirements=["C", "W"])
-        if 1 in pixels.shape:  # NumPy calls any stride of such an axis contiguous, OpenCV does not
-            pixels = pixels.copy()
+        pixels = np.require(contiguous(pixels), requirements=["W"])
         cv2.flip(pixels, -1 if all(self) else int(self.horizontally), pixels)
         return pixels

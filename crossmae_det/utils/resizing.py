@@ -82,6 +82,14 @@ def to_tensor(pixels: np.ndarray, reverse: bool = False) -> torch.Tensor:
     return torch.from_numpy(planes)
 
 
+def contiguous(pixels: np.ndarray) -> np.ndarray:
+    """An image (H, W, C) with the strides that torch and OpenCV need, copied only if necessary.
+
+    NumPy calls an array contiguous whatever the strides of its axes of length 1, even negative.
+    """
+    return pixels.copy() if 1 in pixels.shape else np.ascontiguousarray(pixels)
+
+
 class _Source(NamedTuple):
     """The pixels of one axis that a part needs.
 
@@ -114,8 +122,8 @@ def _source(size: int, scale: float, start: int, end: int, support: int) -> _Sou
 
 
 def _batch(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, C) -> (1, C, H, W) in the same memory."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    """(H, W, C) -> (1, C, H, W), in the same memory if that is contiguous."""
+    return torch.from_numpy(contiguous(pixels)).permute(2, 0, 1)[None]
 
 
 def _image(batch: torch.Tensor) -> np.ndarray:

@@ -50,6 +50,17 @@ def test_a_part_is_that_of_the_whole_resized_image(scale, mode):
         assert psnr(made, by_pillow(pixels, *size, mode)[top:bottom, left:right]) > 45
 
 
+@pytest.mark.parametrize("mode", FILTERS)
+@pytest.mark.parametrize("size", [(1, 9), (9, 1), (1, 1)])
+def test_one_row_or_column_of_a_turned_image(size, mode):
+    pixels = photo(20, 30)[::-1, ::-1][: size[0], : size[1]]
+    expected = by_pillow(pixels.copy(), 6, 7, mode)
+    assert psnr(resize(pixels, 6, 7, mode), expected) > 45
+    whole = resize_part(pixels, (6 / size[0], 7 / size[1]), Part(0, 0, 6, 7), mode)
+    assert psnr(whole, expected) > 45
+    np.testing.assert_array_equal(to_tensor(pixels), pixels.transpose(2, 0, 1))
+
+
 def test_a_whole_image_of_the_same_size_is_unchanged():
     pixels = photo(9, 12)
     np.testing.assert_array_equal(resize(pixels, 9, 12), pixels)
