@@ -463,6 +463,7 @@ def test_labelme_shapes(tmp_path, caplog):
         (labelme_shape("cat", square(1, 1), "star"), ["shape 2 (cat)", "'star'"]),
         (labelme_shape("cat", [[1, 2]], "circle"), ["shape 2 (cat)", "circle"]),
         (labelme_shape(None, square(1, 1)), ["shape 2", "no class"]),
+        (labelme_shape(3, square(1, 1)), ["shape 2", "class 3", "text"]),
         (labelme_shape("cat", square(100, 1)), ["shape 2 (cat)", "outside"]),
         (labelme_shape("cat", [[1, 1], [2, 2]], "mask", mask="AAAA"), ["shape 2 (cat)", "mask"]),
         (labelme_shape("cat", [[1, 1], [2, 2]], "mask"), ["shape 2 (cat)", "mask"]),

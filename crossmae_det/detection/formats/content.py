@@ -13,7 +13,7 @@ import pycocotools.mask as mask_util
 
 from crossmae_det.utils.image_files import is_image_file
 from crossmae_det.utils.image_reading import UndecodableImageError, image_size
-from crossmae_det.utils.messages import list_names
+from crossmae_det.utils.messages import list_names, shorten
 
 # Threads that read image headers, and how many each reads at a time. On network storage, the time
 # goes into waiting.
@@ -121,10 +121,13 @@ class Collector:
         """Note that a class exists, in this split or in another one.
 
         Raises:
-            ValueError: the classes are listed and this is none of them.
+            ValueError: it is no text, or the classes are listed and this is none of them.
         """
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{source} has no class: give it the name of one")
+            found = "no class"
+            if name is not None and not isinstance(name, str):
+                found = f"the class {shorten(name)}, which is not text"
+            raise ValueError(f"{source} has {found}: give it the name of one")
         name = name.strip()
         if self._ids is not None and name not in self._ids:
             raise ValueError(
