@@ -24,7 +24,7 @@ model.backbone.net.update(
     depth=6,
     num_heads=3,
     patch_size=8,
-    pretrain_img_size="${dataloader.image_size}",
+    pretrain_img_size=96,
     window_size=0,
     use_rel_pos=False,
     drop_path_rate=0.0,

@@ -493,13 +493,14 @@ def training_time(folder: str | os.PathLike[str]) -> tuple[int, float] | None:
     A resumed run counts the iterations that its result is made of, once each.
 
     Returns:
-        None if the folder has no metrics of a run.
+        None if the metrics have no times: there is no run, or one of less than four iterations.
     """
     path = os.path.join(folder, "metrics.json")
-    if not os.path.exists(path):
+    times = plots.read_metrics(path).get("time") if os.path.exists(path) else None
+    if not times:
         return None
     iterations, seconds = 0, 0.0
-    for iteration, time in plots.read_metrics(path).get("time", {}).items():
+    for iteration, time in times.items():
         # The median of the iterations since the line before.
         seconds += time * (iteration + 1 - iterations)
         iterations = iteration + 1

@@ -83,6 +83,7 @@ def test_a_yaml_with_only_the_model_has_the_recipe(tmp_path):
     for cfg in (mine, lazy):
         OmegaConf.resolve(cfg)
     lazy.train.update(visualizer=None, output_dir="output/mine")
+    lazy.train.report.output_dir = "output/mine"
     assert str(mine.train) == str(lazy.train)
     assert str(mine.optimizer) == str(lazy.optimizer)
     assert mine.dataloader.train.mapper.image_format == "RGB"

@@ -15,7 +15,7 @@ def test_a_comparison_trains_from_each_backbone_and_resumes(repo, tiny_overrides
     backbone = ViT(64, 16, embed_dim=32, depth=4, num_heads=2)
     save_checkpoint({"model": backbone.state_dict()}, tmp_path / "backbone.pth")
     config = "coco/mask_rcnn_crossmae_vit_b_100ep.py"
-    options = [*tiny_overrides, "train.max_iter=1", "train.visualizer=null"]
+    options = [*tiny_overrides, "train.max_iter=5", "train.visualizer=null"]
     command = [
         *(sys.executable, repo / "tools" / "compare_backbones.py", "--seeds", "1"),
         *("--config-file", config),
@@ -53,4 +53,4 @@ def test_a_comparison_trains_from_each_backbone_and_resumes(repo, tiny_overrides
     lead = comparison["summary"]["given"]["box AP"] - 50
     assert comparison["summary"]["given"]["box AP lead"] == lead
     assert f"{lead:+.1f}" in process.stdout
-    assert comparison["training"]["each detector"]["iterations"] == 1
+    assert comparison["training"]["each detector"]["iterations"] == 5

@@ -57,7 +57,7 @@ def trained(tiny_sets, tmp_path_factory):
         *["model.backbone.net.embed_dim=32", "model.backbone.net.depth=2"],
         *["model.backbone.net.num_heads=2", "model.backbone.out_channels=16"],
         *["model.roi_heads.mask_head.conv_dims=[16,16]", "model.roi_heads.box_head.conv_dims=[16]"],
-        *["model.roi_heads.box_head.fc_dims=[32]", "train.visualizer=null", "train.epochs=10"],
+        *["model.roi_heads.box_head.fc_dims=[32]", "train.visualizer=null", "train.epochs=25"],
         *["optimizer.lr=2e-3", "lr_multiplier.warmup_iters=0", f"train.output_dir={folder}"],
         "model.roi_heads.box_predictor.test_score_thresh=0.0",
     ]
