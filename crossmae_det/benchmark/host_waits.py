@@ -155,8 +155,8 @@ def count_waits(
         # The last step is not counted: it waits for the metrics.
         trainer.train(0, COUNTED + 2)
         counts.append(counter)
-    theirs, ours = counts
-    return theirs.step, ours.step, ours.in_model
+    reference, ours = counts
+    return reference.step, ours.step, ours.in_model
 
 
 def waits_section(configs: Sequence[str], overrides: Sequence[str]) -> Section:
@@ -176,8 +176,8 @@ def waits_section(configs: Sequence[str], overrides: Sequence[str]) -> Section:
             model = build_model(cfg)
             return model, build_optimizer(cfg.optimizer, model)
 
-        theirs, ours, in_model = count_waits(build, batch)
-        record = {"detectron2": theirs, "ours": ours, "model": in_model}
+        reference, ours, in_model = count_waits(build, batch)
+        record = {"detectron2": reference, "ours": ours, "model": in_model}
         totals = {name: sum(counts.values()) for name, counts in record.items()}
         kinds = {name: dict(counts) for name, counts in record.items()}
         records.append({"name": config, **totals, "kinds": kinds})

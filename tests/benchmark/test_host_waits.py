@@ -66,8 +66,8 @@ TINY = [
 @pytest.mark.parametrize("config", ["crossmae_vit_b_800ep", "mae_vit_b_800ep"])
 def test_a_step_of_pretraining_never_waits(config):
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-    theirs, ours, in_model = count_waits(build(f"pretraining/{config}.py", TINY), images)
-    assert sum(theirs.values()) >= 2  # each loss, and their total
+    reference, ours, in_model = count_waits(build(f"pretraining/{config}.py", TINY), images)
+    assert sum(reference.values()) >= 2  # each loss, and their total
     assert not ours and not in_model
 
 
@@ -85,9 +85,9 @@ def test_a_step_of_a_detector_waits_in_its_model_only(tiny_overrides):
         groups = [{"params": group["params"]} for group in optimizer.param_groups]
         return model, torch.optim.AdamW(groups, lr=1e-4, fused=True)
 
-    theirs, ours, in_model = count_waits(with_fused, batch)
+    reference, ours, in_model = count_waits(with_fused, batch)
     assert ours == in_model and sum(in_model.values()) > 5
-    assert sum(theirs.values()) > sum(ours.values())
+    assert sum(reference.values()) > sum(ours.values())
 
 
 def test_the_command_prints_the_counts(tiny_sets, tmp_path):

@@ -507,7 +507,7 @@ def test_labelme_folders_with_other_classes_are_told_to_list_them(tmp_path):
 def test_labelme_files_that_are_broken(tmp_path):
     spec = labelme(tmp_path, [labelme_shape("cat", square(1, 1))])
     text = (tmp_path / "a.json").read_text()
-    (tmp_path / "settings.json").write_text("{}")  # another file is passed over
+    (tmp_path / "settings.json").write_text("{}")  # other files are ignored
     assert len(objects(spec)) == 1
     (tmp_path / "a.json").write_text(text[:-10])
     assert error_of(spec).startswith(f"{tmp_path}/a.json: not a complete json")
