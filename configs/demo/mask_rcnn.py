@@ -1,4 +1,4 @@
-"""A small Mask R-CNN on the built-in shapes: two minutes on two CPU cores."""
+"""A small Mask R-CNN on the built-in shapes: three minutes on two CPU cores."""
 
 from detectron2.config import LazyCall as L
 

@@ -1,4 +1,4 @@
-"""CrossMAE with a small ViT on the built-in shapes: two minutes on two CPU cores."""
+"""CrossMAE with a small ViT on the built-in shapes: three minutes on two CPU cores."""
 
 from ..pretraining.crossmae_vit_b_800ep import dataloader, lr_multiplier, model, optimizer, train
 

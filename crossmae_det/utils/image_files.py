@@ -58,10 +58,16 @@ def walk_images(folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterat
             yield os.path.join(*parts)
 
 
-def _walk(folder: str, hidden: bool = True) -> Iterator[Parts]:
-    """The files in a folder at any depth, as the parts of their relative paths.
+def walk_folders(folder: str, hidden: bool = True) -> Iterator[tuple[str, Parts, list[str]]]:
+    """Visit a folder and those in it, following links, each once.
 
-    ``hidden`` also descends into hidden folders.
+    Args:
+        folder: where to start.
+        hidden: also descend into hidden folders.
+
+    Yields:
+        The path of a folder, the parts of its path relative to ``folder``, and the names of its
+        files, sorted.
     """
     visited = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -72,8 +78,13 @@ def _walk(folder: str, hidden: bool = True) -> Iterator[Parts]:
         visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
         relative = os.path.relpath(parent, folder)
-        above = () if relative == os.curdir else tuple(relative.split(os.sep))
-        for name in sorted(files):
+        yield parent, () if relative == os.curdir else tuple(relative.split(os.sep)), sorted(files)
+
+
+def _walk(folder: str, hidden: bool = True) -> Iterator[Parts]:
+    """The files that `walk_folders` meets, as the parts of their relative paths."""
+    for _, above, names in walk_folders(folder, hidden):
+        for name in names:
             yield (*above, name)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-from crossmae_det.utils.image_files import is_image_file
+from crossmae_det.utils.image_files import is_image_file, walk_folders
 from crossmae_det.utils.image_reading import UndecodableImageError, image_size
 from crossmae_det.utils.messages import list_names, shorten
 
@@ -309,18 +309,9 @@ def find_files(folder: str, collector: Collector) -> list[str]:
     The folders are noted in ``collector``.
     """
     found = []
-    visited = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in visited:  # a link back
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for parent, above, names in walk_folders(folder, hidden=False):
         collector.uses(parent)
-        relative = os.path.relpath(parent, folder)
-        prefix = "" if relative == os.curdir else relative + os.sep
-        found += [prefix + name for name in sorted(names) if not name.startswith(".")]
+        found += [os.path.join(*above, name) for name in names if not name.startswith(".")]
     return found
 
 
